@@ -1,0 +1,26 @@
+"""ORPO for text and vision-language models, on one process and on many.
+
+    from orpo_dist import ORPOConfig, ORPOTrainer
+"""
+
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+__all__ = ["ORPOConfig", "ORPOTrainer", "__version__"]
+
+if TYPE_CHECKING:
+    from orpo_dist.config import ORPOConfig
+    from orpo_dist.trainer import ORPOTrainer
+
+
+def __getattr__(name: str):
+    # Imported on first use: `orpo-dist --help` and `orpo-dist data check` should not pay for torch.
+    if name == "ORPOConfig":
+        from orpo_dist.config import ORPOConfig
+
+        return ORPOConfig
+    if name == "ORPOTrainer":
+        from orpo_dist.trainer import ORPOTrainer
+
+        return ORPOTrainer
+    raise AttributeError(f"module 'orpo_dist' has no attribute {name!r}")

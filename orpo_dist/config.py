@@ -1,0 +1,154 @@
+"""ORPOConfig: transformers' TrainingArguments, TRL's ORPO fields under their TRL names, and the fields of this project."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from orpo_dist.errors import UserError
+
+TRUNCATION_SIDES = ("left", "right")
+BAD_ROW_POLICIES = ("drop", "error")
+NLL_SCOPES = ("sequence", "completion")
+_TRAINING_ARGUMENT_NAMES = {f.name for f in fields(TrainingArguments)}
+
+
+def bf16_is_supported(use_cpu: bool) -> bool:
+    """Whether the accelerator of this machine computes in bfloat16. False on a machine without one: TRL's config
+    insists on bf16 there and refuses to start."""
+    if use_cpu:
+        return False
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.xpu.is_available()
+
+
+def _option(default: Any, help: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class ORPOConfig(TrainingArguments):
+    """Settings of `ORPOTrainer`.
+
+    A drop-in for `trl.experimental.orpo.ORPOConfig`: the same names and the same defaults, plus the fields listed
+    under "This project's fields" in docs/config.md. Differences on purpose: `bf16` is switched on only where the
+    accelerator has it, and `max_completion_length`, `max_prompt_length` are enforced for decoder models too.
+
+    Raises:
+        UserError: a value that contradicts another, with the name of both.
+    """
+
+    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["model_init_kwargs"]
+
+    # -- other defaults than TrainingArguments, as in TRL --
+    learning_rate: float = _option(1e-6, "The initial learning rate.")
+    logging_steps: float = _option(10, "Log every X optimizer steps; below 1 a share of all steps.")
+    gradient_checkpointing: bool = _option(
+        True, "Recompute activations in the backward pass: less memory, about 20%% slower."
+    )
+    bf16: bool | None = _option(
+        None, "bfloat16 mixed precision. Unset: on where the accelerator has it and fp16 is not set."
+    )
+    logging_nan_inf_filter: bool = _option(False, "Hide non-finite losses in the log (costs a device sync per step).")
+
+    # -- TRL's ORPO fields --
+    max_length: int | None = _option(1024, "Most tokens of prompt + completion. None: no bound.")
+    max_completion_length: int | None = _option(
+        None, "Most tokens of a completion (cut at its end). Encoder-decoder models default to 128."
+    )
+    beta: float = _option(0.1, "Weight of the odds-ratio term: lambda in the paper, alpha in its code.")
+    disable_dropout: bool = _option(True, "Switch off the base model's dropout; lora_dropout stays live.")
+    padding_value: int | None = _option(None, "Token id used for padding. Unset: the tokenizer's pad token.")
+    generate_during_eval: bool = _option(
+        False, "Write sampled replies at each evaluation, to the run's folder and to the tracker that is on."
+    )
+    is_encoder_decoder: bool | None = _option(None, "Needed with model_init alone: what kind of model it returns.")
+    model_init_kwargs: dict[str, Any] | str | None = _option(
+        None, "Keyword arguments of from_pretrained when the model is given by name."
+    )
+    trust_remote_code: bool = _option(False, "Run Python code that a model repository ships. Off unless asked for.")
+    dataset_num_proc: int | None = _option(None, "Processes that tokenise.")
+
+    # -- this project's fields: data --
+    prompt_column: str | None = _option(None, "Column of the prompt. Unset: detected.")
+    chosen_column: str | None = _option(None, "Column of the chosen completion or conversation. Unset: detected.")
+    rejected_column: str | None = _option(None, "Column of the rejected completion or conversation. Unset: detected.")
+    system_column: str | None = _option(None, "Column of a system message. Unset: `system` where it exists.")
+    tools_column: str | None = _option(None, "Column of the tools' JSON schemas. Unset: `tools` where it exists.")
+    max_prompt_length: int | None = _option(None, "Most tokens of a prompt. Unset: prompts are never cut.")
+    truncation_side: str = _option(
+        "left", "Which end of a long prompt max_prompt_length cuts off.", choices=list(TRUNCATION_SIDES)
+    )
+    on_bad_row: str = _option(
+        "drop", "A row that cannot be trained on: drop and report it, or stop.", choices=list(BAD_ROW_POLICIES)
+    )
+    max_bad_rows: float = _option(
+        0.05, "With on_bad_row=drop: stop when more than this share (below 1) or number (from 1) of rows is bad."
+    )
+    chat_template: str | None = _option(
+        None, "Chat template: chatml, zephyr, a Jinja file or the template itself. Unset: the tokenizer's own."
+    )
+    apply_chat_template: bool | None = _option(
+        None,
+        "Unset: message lists get the chat template, strings do not. True: strings become one user and one assistant "
+        "turn. False: strings only, message lists are refused.",
+    )
+    add_eos_token: bool = _option(True, "End every completion with EOS where it does not end with it already.")
+
+    # -- this project's fields: loss --
+    nll_scope: str = _option(
+        "sequence",
+        "Tokens of the NLL term: prompt + chosen (paper, TRL), or the chosen completion alone (LLaMA-Factory, ms-swift).",
+        choices=list(NLL_SCOPES),
+    )
+    label_smoothing: float = _option(0.0, "Probability that a pair's preference is flipped, as in DPO; below 0.5.")
+    router_aux_loss_coef: float | None = _option(
+        None, "Weight of a mixture-of-experts model's load-balancing loss. Unset: the model config's; 0 switches it off."
+    )
+
+    def __post_init__(self):
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and bf16_is_supported(self.use_cpu)
+        # transformers 5.23 renamed gradient_checkpointing and warns about the old name, which is TRL's. The new name is
+        # set here, so that nobody who keeps TRL's spelling is warned.
+        # https://github.com/huggingface/transformers (training_args.py, "Deprecated alias of activation_checkpointing")
+        if "activation_checkpointing" in _TRAINING_ARGUMENT_NAMES:
+            if self.activation_checkpointing is None:
+                self.activation_checkpointing = self.gradient_checkpointing
+            if self.activation_checkpointing_kwargs is None:
+                self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
+        self.remove_unused_columns = False  # the collator reads token columns that no forward names
+        super().__post_init__()
+        self._check()
+
+    def _check(self) -> None:
+        for name, allowed in (
+            ("truncation_side", TRUNCATION_SIDES),
+            ("on_bad_row", BAD_ROW_POLICIES),
+            ("nll_scope", NLL_SCOPES),
+        ):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}.")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise UserError(f"label_smoothing={self.label_smoothing} must lie in [0, 0.5): 0.5 and more learns nothing.")
+        if self.beta < 0:
+            raise UserError(f"beta={self.beta} is negative: that would prefer the rejected completions.")
+        if self.max_bad_rows < 0:
+            raise UserError(f"max_bad_rows={self.max_bad_rows} is negative; 0 allows no bad row.")
+        for name in ("max_length", "max_prompt_length", "max_completion_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name}={value} must be at least 1, or None for no bound.")
+        if self.max_length is not None and self.max_length < 2:
+            raise UserError("max_length=1 leaves no room for a completion after the prompt.")
+        if (
+            self.max_length is not None
+            and self.max_prompt_length is not None
+            and self.max_prompt_length >= self.max_length
+        ):
+            raise UserError(
+                f"max_prompt_length={self.max_prompt_length} leaves no room for a completion within "
+                f"max_length={self.max_length}: lower the first or raise the second."
+            )

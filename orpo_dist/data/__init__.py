@@ -1,0 +1,1 @@
+"""rows -> canonical pair -> audited pair -> token ids (P, C, R)"""
