@@ -1,0 +1,57 @@
+"""What the data step may be asked for, apart from the rows themselves."""
+
+from dataclasses import dataclass
+
+from orpo_dist.config import ORPOConfig
+
+ENCODER_DECODER_COMPLETION_LENGTH = 128  # TRL's default of max_completion_length for these models
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """The data fields of `ORPOConfig` under the same names; docs/data.md explains each.
+
+    A column name of `""` means that there is no such column, whatever the data set holds.
+    """
+
+    max_length: int | None = 1024
+    max_prompt_length: int | None = None
+    max_completion_length: int | None = None
+    truncation_side: str = "left"
+    on_bad_row: str = "drop"
+    max_bad_rows: float = 0.05
+    chat_template: str | None = None
+    apply_chat_template: bool | None = None
+    add_eos_token: bool = True
+    prompt_column: str | None = None
+    chosen_column: str | None = None
+    rejected_column: str | None = None
+    system_column: str | None = None
+    tools_column: str | None = None
+    is_encoder_decoder: bool = False
+    num_proc: int | None = None
+
+    @classmethod
+    def from_config(cls, config: ORPOConfig, is_encoder_decoder: bool) -> "PrepareOptions":
+        """The data fields of `config`; encoder-decoder models get TRL's bound on completions where none is set."""
+        max_completion_length = config.max_completion_length
+        if is_encoder_decoder and max_completion_length is None:
+            max_completion_length = ENCODER_DECODER_COMPLETION_LENGTH
+        return cls(
+            max_length=config.max_length,
+            max_prompt_length=config.max_prompt_length,
+            max_completion_length=max_completion_length,
+            truncation_side=config.truncation_side,
+            on_bad_row=config.on_bad_row,
+            max_bad_rows=config.max_bad_rows,
+            chat_template=config.chat_template,
+            apply_chat_template=config.apply_chat_template,
+            add_eos_token=config.add_eos_token,
+            prompt_column=config.prompt_column,
+            chosen_column=config.chosen_column,
+            rejected_column=config.rejected_column,
+            system_column=config.system_column,
+            tools_column=config.tools_column,
+            is_encoder_decoder=is_encoder_decoder,
+            num_proc=config.dataset_num_proc,
+        )

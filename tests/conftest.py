@@ -1,0 +1,106 @@
+"""Shared fixtures: tokenizers trained in this process and a tiny model, so that no test needs a hub."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+CHATML_WITH_TOOLS = (
+    "{% if tools %}<|im_start|>system\nTools: {{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+    "{% if message.get('tool_calls') %}{{ message['tool_calls'] | tojson }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog near the river bank.",
+    "How do I reset my password? Open the settings, choose security and follow the link.",
+    "What is the capital of France? The capital of France is Paris, of course.",
+    "Human: please help me with my order. Assistant: I am sorry to hear that, let me check.",
+    "user assistant system tool question answer reply refund delivery account invoice",
+    "One two three four five six seven eight nine ten eleven twelve.",
+]
+
+
+def train_bpe(special_tokens: list[str], vocab_size: int = 512) -> Tokenizer:
+    """A byte-level BPE tokenizer; `special_tokens` get the first ids."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special_tokens,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS * 4, trainer)
+    return tokenizer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory) -> Path:
+    """Tests, and the processes they start, never read or fill the user's cache."""
+    folder = tmp_path_factory.mktemp("orpo_dist_cache")
+    os.environ["ORPO_DIST_CACHE"] = str(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """BOS `<s>`, EOS `<|im_end|>`, PAD `<pad>`; a chatml template that renders tools and does not write BOS."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=train_bpe(["<pad>", "<s>", "<|im_start|>", "<|im_end|>"]),
+        bos_token="<s>",
+        eos_token="<|im_end|>",
+        pad_token="<pad>",
+        additional_special_tokens=["<|im_start|>"],
+    )
+    tokenizer.chat_template = CHATML_WITH_TOOLS
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def plain_tokenizer() -> PreTrainedTokenizerFast:
+    """BOS `<s>`, EOS `</s>`, PAD `<pad>`; no chat template."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=train_bpe(["<pad>", "<s>", "</s>"]), bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> Callable[[int], LlamaForCausalLM]:
+    """`tiny_llama(vocab)`: two layers of width 32 in float32, the same weights at every call."""
+
+    def build(vocab: int) -> LlamaForCausalLM:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=vocab,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=2048,
+            bos_token_id=1,
+            eos_token_id=3,
+            pad_token_id=0,
+        )
+        return LlamaForCausalLM(config)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data beside the checkout; tests that need it skip where it is absent."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not (folder / "dpo_en_demo.json").is_file():
+        pytest.skip(f"no real data at {folder / 'dpo_en_demo.json'}")
+    return folder
