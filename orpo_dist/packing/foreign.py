@@ -49,7 +49,9 @@ class ForeignCollator:
         if self.nll_scope == "sequence":
             nll[:, :-1] = (attention_mask[:chosen, 1:] == 1) & (attention_mask[:chosen, :-1] == 1)
         weight = torch.tensor([row["weight"] for row in rows], dtype=torch.float32)
-        layout = PaddedLayout(targets * (completion | _pad_rows(nll, chosen)), completion, nll, weight, _indices(rows))
+        scored = completion.clone()
+        scored[:chosen] |= nll
+        layout = PaddedLayout(targets * scored, completion, nll, weight, [row["index"] for row in rows])
         return {"input_ids": input_ids, "attention_mask": attention_mask, "orpo_layout": layout}
 
 
@@ -68,10 +70,3 @@ def _both_sides(batch: dict[str, Any], column: str, width: int, value: int) -> t
     halves = [batch[f"{side}_{column}"] for side in _SIDES]
     return torch.cat([torch.nn.functional.pad(half, (0, width - half.shape[1]), value=value) for half in halves])
 
-
-def _pad_rows(nll: torch.Tensor, chosen: int) -> torch.Tensor:
-    return torch.cat([nll, torch.zeros_like(nll)])
-
-
-def _indices(rows: Sequence[dict[str, Any]]) -> list[int]:
-    return [row["index"] for row in rows]

@@ -7,6 +7,7 @@ cost share one, and every rank has the same number of them.
 
 import heapq
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -111,6 +112,20 @@ class EvaluationSampler(Sampler[list[int]]):
         per_step = self.batch_size * self.world_size
         for start in range(0, len(order), per_step):
             yield order[start : start + per_step][self.rank :: self.world_size] or [FILLER]
+
+
+def pair_lengths(rows: Any) -> tuple[list[int], list[int], list[int]]:
+    """Token counts (P, C, R) of every row, read from Arrow's offsets where `rows` is a datasets.Dataset."""
+    columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+    if isinstance(rows, list):
+        prompt, chosen, rejected = ([len(row[column]) for row in rows] for column in columns)
+        return prompt, chosen, rejected
+    lengths: list[list[int]] = [[], [], []]
+    for batch in rows.select_columns(list(columns)).with_format("arrow").iter(10_000):
+        for i, column in enumerate(columns):
+            lengths[i] += batch[column].combine_chunks().value_lengths().to_pylist()
+    prompt, chosen, rejected = lengths
+    return prompt, chosen, rejected
 
 
 class PairDataset(Dataset[dict]):

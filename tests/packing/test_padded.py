@@ -1,0 +1,66 @@
+import torch
+
+from orpo_dist.packing.foreign import ForeignCollator
+from orpo_dist.packing.padded import EncoderDecoderCollator, PaddedCollator, score_padded
+
+ROWS = [
+    {"prompt_ids": [5, 6], "chosen_ids": [7, 2], "rejected_ids": [8, 9, 2], "weight": 1.0, "index": 0},
+    {"prompt_ids": [5], "chosen_ids": [4, 2], "rejected_ids": [3, 2], "weight": 1.0, "index": 1},
+]
+
+
+def crosses(rows):
+    return [[c == "x" for c in row.split()] for row in rows]
+
+
+def test_the_example_of_the_docstring():
+    batch = PaddedCollator(pad_token_id=0, nll_scope="sequence")(ROWS)
+    layout = batch["orpo_layout"]
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 2, 0], [5, 4, 2, 0, 0], [5, 6, 8, 9, 2], [5, 3, 2, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
+    assert layout.targets.tolist() == [[6, 7, 2, 0, 0], [4, 2, 0, 0, 0], [6, 8, 9, 2, 0], [3, 2, 0, 0, 0]]
+    assert layout.completion.tolist() == crosses([". x x . .", "x x . . .", ". x x x .", "x x . . ."])
+    assert layout.nll.tolist() == crosses(["x x x . .", "x x . . ."])
+    assert layout.counts().tolist() == [5, 2]
+
+
+def test_nll_scope_completion_leaves_the_prompt_out():
+    layout = PaddedCollator(pad_token_id=0, nll_scope="completion")(ROWS)["orpo_layout"]
+    assert torch.equal(layout.nll, layout.completion[:2])
+    assert layout.counts().tolist() == [4, 2]
+
+
+def test_scores_by_hand():
+    torch.manual_seed(0)
+    layout = PaddedCollator(pad_token_id=0, nll_scope="sequence")(ROWS)["orpo_layout"]
+    logits = torch.randn(4, 5, 10, dtype=torch.float64)
+    logps = torch.log_softmax(logits, -1)
+    scores = score_padded(logits, layout)
+    torch.testing.assert_close(scores.chosen_logps[0], (logps[0, 1, 7] + logps[0, 2, 2]) / 2)
+    torch.testing.assert_close(scores.rejected_logps[0], (logps[2, 1, 8] + logps[2, 2, 9] + logps[2, 3, 2]) / 3)
+    torch.testing.assert_close(scores.nll_sum[1], -(logps[1, 0, 4] + logps[1, 1, 2]))
+    torch.testing.assert_close(scores.rejected_logits[1], logits[3, :2].mean())
+    assert scores.nll_tokens.tolist() == [3, 2]
+
+
+def test_encoder_decoder_rows_are_not_shifted_twice():
+    batch = EncoderDecoderCollator(pad_token_id=0, decoder_start_token_id=1)(ROWS)
+    assert batch["input_ids"].tolist() == [[5, 6], [5, 0], [5, 6], [5, 0]]
+    assert batch["decoder_input_ids"].tolist() == [[1, 7, 0], [1, 4, 0], [1, 8, 9], [1, 3, 0]]
+    layout = batch["orpo_layout"]
+    assert layout.targets.tolist() == [[7, 2, 0], [4, 2, 0], [8, 9, 2], [3, 2, 0]]
+    assert layout.counts().tolist() == [4, 2]
+
+
+def test_a_collator_written_for_trl_gives_the_same_batch():
+    from trl.experimental.utils import DPODataCollatorWithPadding
+
+    ours = PaddedCollator(pad_token_id=0, nll_scope="sequence")(ROWS)
+    theirs = ForeignCollator(DPODataCollatorWithPadding(pad_token_id=0), pad_token_id=0, nll_scope="sequence")(ROWS)
+    assert torch.equal(ours["input_ids"], theirs["input_ids"])
+    assert torch.equal(ours["attention_mask"], theirs["attention_mask"])
+    for name in ("completion", "nll", "weight"):
+        assert torch.equal(getattr(ours["orpo_layout"], name), getattr(theirs["orpo_layout"], name)), name
+    completion = ours["orpo_layout"].completion
+    assert torch.equal(ours["orpo_layout"].targets[completion], theirs["orpo_layout"].targets[completion])
+    assert torch.equal(ours["orpo_layout"].targets[:2], theirs["orpo_layout"].targets[:2])
