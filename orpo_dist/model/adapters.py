@@ -1,0 +1,222 @@
+"""LoRA on a plain, 4-bit or 8-bit base: a new adapter, a given one to continue from, and dropout of the base alone."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any, cast
+
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from orpo_dist.errors import UserError
+from orpo_dist.model.load import ModelArguments, base_identity, hub_errors
+
+logger = logging.getLogger(__name__)
+
+_HEAD_SETTINGS = ("target_modules", "modules_to_save")
+
+
+def lora_config(arguments: ModelArguments, *, is_encoder_decoder: bool = False) -> LoraConfig | None:
+    """The settings of a new adapter; None without an adapter or when a given one is continued.
+
+    Raises:
+        UserError: settings that peft cannot combine, or that a given adapter would silently override.
+    """
+    if arguments.adapter_name_or_path is not None:
+        _refuse_settings_of_a_given_adapter(arguments)
+        return None
+    if not arguments.use_peft:
+        return None
+    parameters = arguments.lora_target_parameters
+    if parameters and arguments.lora_dropout:
+        raise UserError(
+            f"lora_dropout={arguments.lora_dropout} with lora_target_parameters: an adapter on a bare parameter sees "
+            "no input that could be dropped. Set lora_dropout=0."
+        )
+    if parameters and arguments.use_dora:
+        raise UserError("use_dora with lora_target_parameters: DoRA needs linear layers. Leave one of them out.")
+    modules: list[str] | str = arguments.lora_target_modules or "all-linear"
+    if isinstance(modules, list) and len(modules) == 1:
+        modules = modules[0]  # one string is a regular expression or `all-linear`, as in TRL
+    return LoraConfig(
+        task_type=TaskType.SEQ_2_SEQ_LM if is_encoder_decoder else TaskType.CAUSAL_LM,
+        r=arguments.lora_r,
+        lora_alpha=arguments.lora_alpha,
+        lora_dropout=arguments.lora_dropout,
+        target_modules=modules,
+        target_parameters=parameters,
+        modules_to_save=arguments.lora_modules_to_save,
+        use_rslora=arguments.use_rslora,
+        use_dora=arguments.use_dora,
+        bias="none",
+    )
+
+
+def add_adapter(
+    model: PreTrainedModel | PeftModel,
+    peft_config: PeftConfig | None = None,
+    *,
+    adapter_name_or_path: str | None = None,
+    gradient_checkpointing: bool = False,
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    zero3: bool = False,
+) -> PreTrainedModel | PeftModel:
+    """Make `model` train an adapter: a new one, one from a folder or the hub, or the one it already carries.
+
+    A plain model comes back as it is when no adapter is asked for. The base keeps the precision it was loaded in:
+    peft's `prepare_model_for_kbit_training` is not used, since it copies every weight that is not quantised
+    (embeddings, head, norms) to float32, which costs memory and which ZeRO-3 and FSDP2 cannot shard beside 4-bit
+    weights stored in 16 bits. Adapter weights are float32, except under ZeRO-3, whose gather needs one dtype; its
+    optimizer holds the float32 copy there. https://github.com/huggingface/trl/issues/6089
+
+    Args:
+        gradient_checkpointing_kwargs: as given to the trainer; `use_reentrant=True` needs an input that requires
+            gradients, or the adapters get none.
+
+    Raises:
+        UserError: a quantised model without an adapter, two adapters at once, a frozen adapter, one that does not fit
+            the base, targets that do not exist, a target whose weight is tied to another.
+    """
+    if isinstance(model, PeftModel):
+        _check_given_adapter(model, peft_config, adapter_name_or_path)
+        adapted = model
+    elif adapter_name_or_path is not None:
+        if peft_config is not None:
+            raise UserError(
+                f"Both peft_config and the adapter {adapter_name_or_path} are given, and an adapter brings its own "
+                "settings. Leave peft_config out to continue it, or the adapter to start a new one."
+            )
+        adapted = _continue_from(model, adapter_name_or_path, autocast=not zero3)
+    elif peft_config is not None:
+        adapted = _new_adapter(model, peft_config, autocast=not zero3)
+    else:
+        _refuse_quantized(model)
+        return model
+    if zero3:
+        # peft creates the adapter of a quantised layer in float32 even with autocast off.
+        # https://github.com/huggingface/peft/issues/2889
+        dtype = cast(PreTrainedModel, adapted.get_base_model()).dtype
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+    if gradient_checkpointing and (gradient_checkpointing_kwargs or {}).get("use_reentrant", False):
+        adapted.enable_input_require_grads()
+    record_base(adapted)
+    return adapted
+
+
+def record_base(model: PeftModel) -> None:
+    """Write the hub id and commit of the base, or its folder, into the settings that are saved with the adapter."""
+    base = base_identity(cast(PreTrainedModel, model.get_base_model()))
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = base.name
+        config.revision = base.revision
+
+
+def disable_base_dropout(model: nn.Module) -> None:
+    """Switch off the dropout of the base model, in modules and in probabilities that its layers pass to functions.
+
+    The dropout of an adapter stays as it was asked for. TRL zeroes that too, and leaves attention dropout, which is
+    a number and not a module, switched on.
+    """
+    for module in _base_modules(model):
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("drop" in name):
+                setattr(module, name, 0.0)
+
+
+def _base_modules(module: nn.Module) -> Iterator[nn.Module]:
+    is_adapter_layer = isinstance(module, BaseTunerLayer)
+    if not is_adapter_layer:
+        yield module
+    for name, child in module.named_children():
+        if not is_adapter_layer or name == "base_layer":
+            yield from _base_modules(child)
+
+
+def _refuse_quantized(model: PreTrainedModel) -> None:
+    if getattr(model, "is_quantized", False):  # set by transformers on quantised models only
+        raise UserError(
+            "The model is quantised and has no adapter: quantised weights are rounded to a few levels and cannot be "
+            "trained. Pass peft_config (QLoRA), or load the model without quantisation."
+        )
+
+
+def _new_adapter(model: PreTrainedModel, peft_config: PeftConfig, *, autocast: bool) -> PeftModel:
+    _refuse_tied_head(model, peft_config)
+    try:
+        return get_peft_model(model, peft_config, autocast_adapter_dtype=autocast)
+    except ValueError as error:
+        linear = sorted(
+            {name.rsplit(".", 1)[-1] for name, child in model.named_modules() if isinstance(child, nn.Linear)}
+        )
+        raise UserError(
+            f"The adapter does not fit {type(model).__name__}: {error} Its linear layers are {', '.join(linear)}."
+        ) from error
+
+
+def _continue_from(model: PreTrainedModel, adapter: str, *, autocast: bool) -> PeftModel:
+    with hub_errors(adapter):
+        config = PeftConfig.from_pretrained(adapter)
+    base = base_identity(model)
+    if config.base_model_name_or_path not in (None, base.name, model.name_or_path):
+        logger.warning(
+            "The adapter %s was trained on %s and is continued on %s.",
+            adapter,
+            config.base_model_name_or_path,
+            base.name,
+        )
+    try:
+        with hub_errors(adapter):
+            return PeftModel.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=autocast)
+    except RuntimeError as error:  # load_state_dict: sizes differ
+        raise UserError(
+            f"The adapter {adapter} does not fit {base.name}: it was trained on {config.base_model_name_or_path}. "
+            "Give that model as model_name_or_path."
+        ) from error
+
+
+def _check_given_adapter(model: PeftModel, peft_config: PeftConfig | None, adapter_name_or_path: str | None) -> None:
+    if peft_config is not None or adapter_name_or_path is not None:
+        option = "peft_config" if peft_config is not None else "adapter_name_or_path"
+        raise UserError(
+            f"The model is a PeftModel already, so {option} would add a second adapter. Leave {option} out to continue "
+            "its adapter, or pass `model.merge_and_unload()` to start a new one on top."
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(
+            "The adapter of the given PeftModel is frozen: load it with "
+            "PeftModel.from_pretrained(base, path, is_trainable=True)."
+        )
+
+
+def _refuse_settings_of_a_given_adapter(arguments: ModelArguments) -> None:
+    for option in fields(ModelArguments):
+        if option.name.startswith("lora_") or option.name in ("use_rslora", "use_dora"):
+            value = getattr(arguments, option.name)
+            if value != option.default:
+                raise UserError(
+                    f"{option.name}={value} together with adapter_name_or_path={arguments.adapter_name_or_path}: a "
+                    f"given adapter brings its own settings. Leave {option.name} out."
+                )
+
+
+def _refuse_tied_head(model: PreTrainedModel, peft_config: PeftConfig) -> None:
+    """The output head of a tied model is the input embedding: an adapter on it alone could not be merged."""
+    head = model.get_output_embeddings()
+    embedding = model.get_input_embeddings()
+    if head is None or head.weight is not embedding.weight or getattr(peft_config, "ensure_weight_tying", False):
+        return
+    head_name = next(name for name, module in model.named_modules() if module is head)
+    for setting in _HEAD_SETTINGS:
+        named = getattr(peft_config, setting, None)
+        if isinstance(named, (list, set)) and any(head_name == n or head_name.endswith(f".{n}") for n in named):
+            raise UserError(
+                f"lora_{setting} names {head_name}, whose weight is tied to the input embeddings: an adapter on it "
+                f"could not be merged without changing both. Leave {head_name} out, or pass a LoraConfig with "
+                "ensure_weight_tying=True."
+            )
