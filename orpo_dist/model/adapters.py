@@ -1,7 +1,10 @@
 """LoRA on a plain, 4-bit or 8-bit base: a new adapter, a given one to continue from, and dropout of the base alone."""
 
+import copy
 import logging
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, cast
 
@@ -15,7 +18,9 @@ from orpo_dist.model.load import ModelArguments, base_identity, hub_errors
 
 logger = logging.getLogger(__name__)
 
-_HEAD_SETTINGS = ("target_modules", "modules_to_save")
+# Names that peft redirects from linear layers to the fused experts of a mixture, and to its router.
+# https://github.com/huggingface/peft (utils/transformers_weight_conversion.py, _MOE_TARGET_MODULE_MAPPING)
+_REDIRECTED_TO_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 
 
 def lora_config(arguments: ModelArguments, *, is_encoder_decoder: bool = False) -> LoraConfig | None:
@@ -115,8 +120,16 @@ def record_base(model: PeftModel) -> None:
         config.revision = base.revision
 
 
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """peft 0.21 asks for `is_gradient_checkpointing`, which transformers 5.23 renamed; nobody here can mend that."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        yield
+
+
 def disable_base_dropout(model: nn.Module) -> None:
-    """Switch off the dropout of the base model, in modules and in probabilities that its layers pass to functions.
+    """Switch off the dropout of the base model: modules, and probabilities that layers or configs hold as numbers.
 
     The dropout of an adapter stays as it was asked for. TRL zeroes that too, and leaves attention dropout, which is
     a number and not a module, switched on.
@@ -124,9 +137,15 @@ def disable_base_dropout(model: nn.Module) -> None:
     for module in _base_modules(model):
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        for name, value in vars(module).items():
-            if isinstance(value, float) and ("drop" in name):
-                setattr(module, name, 0.0)
+        _zero_dropout_numbers(module)
+        if isinstance(module, PreTrainedModel):
+            _zero_dropout_numbers(module.config)  # Falcon reads its config in every forward
+
+
+def _zero_dropout_numbers(holder: Any) -> None:
+    for name, value in vars(holder).items():
+        if isinstance(value, float) and "drop" in name:
+            setattr(holder, name, 0.0)
 
 
 def _base_modules(module: nn.Module) -> Iterator[nn.Module]:
@@ -147,16 +166,47 @@ def _refuse_quantized(model: PreTrainedModel) -> None:
 
 
 def _new_adapter(model: PreTrainedModel, peft_config: PeftConfig, *, autocast: bool) -> PeftModel:
-    _refuse_tied_head(model, peft_config)
+    config = copy.deepcopy(peft_config)  # peft rewrites the targets in place
+    _refuse_tied_targets(model, config)
+    linear = _linear_names(model)
+    if isinstance(config, LoraConfig) and config.target_modules == "all-linear" and _has_fused_experts(model):
+        covered = sorted(linear - _REDIRECTED_TO_EXPERTS)
+        config.target_modules = covered
+        if not config.target_parameters:
+            logger.warning(
+                "%s is a mixture of experts: the adapter covers %s and no expert. Name experts in "
+                "lora_target_parameters to train them too.",
+                type(model).__name__,
+                ", ".join(covered),
+            )
     try:
-        return get_peft_model(model, peft_config, autocast_adapter_dtype=autocast)
+        with quiet_peft():
+            return get_peft_model(model, config, autocast_adapter_dtype=autocast)
     except ValueError as error:
-        linear = sorted(
-            {name.rsplit(".", 1)[-1] for name, child in model.named_modules() if isinstance(child, nn.Linear)}
-        )
+        if "ParamWrapper" in str(error):
+            raise UserError(
+                "The adapter covers the fused experts of a mixture (peft redirects names like gate_proj and down_proj "
+                "to them), which take neither dropout nor DoRA: set lora_dropout=0 and use_dora=false, or target the "
+                "attention layers alone."
+            ) from error
         raise UserError(
-            f"The adapter does not fit {type(model).__name__}: {error} Its linear layers are {', '.join(linear)}."
+            f"The adapter does not fit {type(model).__name__}: {error} Its linear layers are "
+            f"{', '.join(sorted(linear))}."
         ) from error
+
+
+def _linear_names(model: PreTrainedModel) -> set[str]:
+    head = model.get_output_embeddings()
+    return {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    }
+
+
+def _has_fused_experts(model: PreTrainedModel) -> bool:
+    """Whether experts are stacked in one parameter (experts, out, in), as transformers 5 holds most mixtures."""
+    return any(parameter.ndim == 3 and ".experts." in name for name, parameter in model.named_parameters())
 
 
 def _continue_from(model: PreTrainedModel, adapter: str, *, autocast: bool) -> PeftModel:
@@ -171,7 +221,7 @@ def _continue_from(model: PreTrainedModel, adapter: str, *, autocast: bool) -> P
             base.name,
         )
     try:
-        with hub_errors(adapter):
+        with hub_errors(adapter), quiet_peft():
             return PeftModel.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=autocast)
     except RuntimeError as error:  # load_state_dict: sizes differ
         raise UserError(
@@ -205,18 +255,17 @@ def _refuse_settings_of_a_given_adapter(arguments: ModelArguments) -> None:
                 )
 
 
-def _refuse_tied_head(model: PreTrainedModel, peft_config: PeftConfig) -> None:
-    """The output head of a tied model is the input embedding: an adapter on it alone could not be merged."""
-    head = model.get_output_embeddings()
-    embedding = model.get_input_embeddings()
-    if head is None or head.weight is not embedding.weight or getattr(peft_config, "ensure_weight_tying", False):
+def _refuse_tied_targets(model: PreTrainedModel, peft_config: PeftConfig) -> None:
+    """Tied, the output head and the input embedding are one weight: an adapter on one of them could not be merged."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    targets = getattr(peft_config, "target_modules", None)  # not every kind of adapter has targets
+    if head is None or head.weight is not embedding.weight or not isinstance(targets, (list, set)):
         return
-    head_name = next(name for name, module in model.named_modules() if module is head)
-    for setting in _HEAD_SETTINGS:
-        named = getattr(peft_config, setting, None)
-        if isinstance(named, (list, set)) and any(head_name == n or head_name.endswith(f".{n}") for n in named):
+    if getattr(peft_config, "ensure_weight_tying", False):
+        return
+    for name, module in model.named_modules():
+        if (module is head or module is embedding) and any(name == t or name.endswith(f".{t}") for t in targets):
             raise UserError(
-                f"lora_{setting} names {head_name}, whose weight is tied to the input embeddings: an adapter on it "
-                f"could not be merged without changing both. Leave {head_name} out, or pass a LoraConfig with "
-                "ensure_weight_tying=True."
+                f"The adapter targets {name}, and this model's output head and input embeddings are one weight: it "
+                "could not be merged without changing both. Leave it out, or pass a LoraConfig with ensure_weight_tying=True."
             )
