@@ -1,8 +1,9 @@
 """ORPO for text and vision-language models, on one process and on many.
 
-    from orpo_dist import ORPOConfig, ORPOTrainer
+from orpo_dist import ORPOConfig, ORPOTrainer
 """
 
+import logging
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
@@ -11,6 +12,9 @@ __all__ = ["ORPOConfig", "ORPOTrainer", "__version__"]
 if TYPE_CHECKING:
     from orpo_dist.config import ORPOConfig
     from orpo_dist.trainer import ORPOTrainer
+
+# Without the optional `kernels` package bitsandbytes warns at every start on a CPU, used or not: peft imports it.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str):

@@ -17,7 +17,8 @@ from transformers.integrations import deepspeed as deepspeed_integration
 
 from orpo_dist.errors import UserError
 from orpo_dist.model.adapters import quiet_peft
-from orpo_dist.model.load import base_identity, hub_errors, load_config, load_model, parse_dtype
+from orpo_dist.model.hub import hub_errors
+from orpo_dist.model.load import base_identity, load_config, load_model, parse_dtype
 
 REPORT_NAME = "merge_report.json"
 # Of float32 logits, relative to the largest: the order of additions differs, nothing else may.

@@ -14,7 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from orpo_dist.errors import UserError
-from orpo_dist.model.load import ModelArguments, base_identity, hub_errors
+from orpo_dist.model.hub import hub_errors
+from orpo_dist.model.load import ModelArguments, base_identity
 
 logger = logging.getLogger(__name__)
 
@@ -267,5 +268,6 @@ def _refuse_tied_targets(model: PreTrainedModel, peft_config: PeftConfig) -> Non
         if (module is head or module is embedding) and any(name == t or name.endswith(f".{t}") for t in targets):
             raise UserError(
                 f"The adapter targets {name}, and this model's output head and input embeddings are one weight: it "
-                "could not be merged without changing both. Leave it out, or pass a LoraConfig with ensure_weight_tying=True."
+                "could not be merged without changing both. Leave it out, or pass a LoraConfig with "
+                "ensure_weight_tying=True."
             )

@@ -1,24 +1,13 @@
-"""From a name to a model and its tokenizer: precision, quantisation, devices, and hub errors in one readable line."""
+"""From a name to a model and its tokenizer: precision, quantisation, devices."""
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -32,6 +21,7 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from orpo_dist.errors import UserError
+from orpo_dist.model.hub import hub_errors
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 QUANT_STORAGES = {**DTYPES, "uint8": torch.uint8}
@@ -265,64 +255,6 @@ def base_identity(model: PreTrainedModel) -> BaseIdentity:
     if Path(name).is_dir():
         return BaseIdentity(str(Path(name).resolve()), None)
     return BaseIdentity(name, getattr(model.config, "_commit_hash", None))
-
-
-@contextmanager
-def hub_errors(name: str, revision: str | None = None) -> Iterator[None]:
-    """Turn what goes wrong while `name` is fetched or read into a UserError of one line that says what to do."""
-    try:
-        yield
-    except (OSError, ValueError, ImportError) as error:
-        message = _explain(error, name, revision)
-        if message is None:
-            raise
-        raise UserError(message) from error
-
-
-def _explain(error: BaseException, name: str, revision: str | None) -> str | None:
-    chain = []
-    link: BaseException | None = error
-    while link is not None and link not in chain:
-        chain.append(link)
-        link = link.__cause__ or link.__context__
-    page = f"https://huggingface.co/{name}"
-
-    def caused_by(*kinds: type[BaseException]) -> bool:
-        return any(isinstance(link, kinds) for link in chain)
-
-    if "trust_remote_code" in str(error):
-        return (
-            f"{name} ships Python code of its own that would have to run. Read it at {page}, and set "
-            "trust_remote_code=true if you trust it."
-        )
-    if "does not recognize this architecture" in str(error):
-        return f"{name}: this transformers does not know the model's architecture: pip install -U transformers."
-    if isinstance(error, ImportError):
-        return f"{name} cannot be loaded: {_first_line(error)}"
-    if name.startswith((".", "/", "~")) or os.path.isdir(name) or name.count("/") > 1:
-        if not os.path.isdir(name):
-            return f"{name}: there is no such folder, and it is not the name of a model on the hub (owner/name)."
-        return f"The folder {name} cannot be loaded: {_first_line(error)}"
-    if caused_by(GatedRepoError):
-        return f"{name} is gated: accept its licence at {page}, then log in with `hf auth login` (or set HF_TOKEN)."
-    if caused_by(RevisionNotFoundError):
-        return f"{name} has no revision {revision!r}: see {page}/branches for those that exist."
-    if caused_by(RepositoryNotFoundError, HFValidationError):
-        return (
-            f"{name} is neither a folder nor a model on the hub: check the name; a private one needs `hf auth login`."
-        )
-    if caused_by(OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError):
-        return (
-            f"{name} is not in the local cache and the hub was not reached: run `hf download {name}` where there is a "
-            "network, share that cache (HF_HOME), or unset HF_HUB_OFFLINE."
-        )
-    if caused_by(HfHubHTTPError):
-        return f"The hub refused {name}: {_first_line(chain[-1])}"
-    return f"{name} cannot be loaded: {_first_line(error)}"
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", maxsplit=1)[0]
 
 
 def _check_shardable(name: str, quantization: BitsAndBytesConfig | None, stored: Any) -> None:
