@@ -1,8 +1,10 @@
 """What the data step may be asked for, apart from the rows themselves."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from orpo_dist.config import ORPOConfig
+if TYPE_CHECKING:  # `orpo-dist data check` needs no torch, and the config imports it
+    from orpo_dist.config import ORPOConfig
 
 ENCODER_DECODER_COMPLETION_LENGTH = 128  # TRL's default of max_completion_length for these models
 
@@ -32,7 +34,7 @@ class PrepareOptions:
     num_proc: int | None = None
 
     @classmethod
-    def from_config(cls, config: ORPOConfig, is_encoder_decoder: bool) -> "PrepareOptions":
+    def from_config(cls, config: "ORPOConfig", is_encoder_decoder: bool) -> "PrepareOptions":
         """The data fields of `config`; encoder-decoder models get TRL's bound on completions where none is set."""
         max_completion_length = config.max_completion_length
         if is_encoder_decoder and max_completion_length is None:

@@ -1,0 +1,115 @@
+"""Rows that cannot be trained on: why, which, how many are allowed, and what would keep them."""
+
+import json
+import os
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from orpo_dist.data.options import PrepareOptions
+from orpo_dist.errors import UserError
+
+# What to do about each kind of bad row. The kinds are the names that counts are printed under.
+ADVICE = {
+    "empty completion": "Give the row an answer, or take it out.",
+    "identical pair": "A pair without a difference teaches nothing: take the row out.",
+    "identical after truncation": "Raise max_length or max_completion_length, so that the difference is kept.",
+    "prompt too long": "Set max_prompt_length to cut long prompts, or raise max_length.",
+    "empty prompt": "Give the row a prompt; this tokenizer has no BOS token that could stand in for it.",
+    "no common prompt": "Name the column of the prompt with prompt_column.",
+    "missing value": "Fill in the value, or take the row out.",
+    "NaN": "Fill in the value, or take the row out (a table's empty cell is often read as NaN).",
+    "wrong type": "Store text, or a list of messages with `role` and `content`.",
+    "bad message": "Correct the message list.",
+    "bad tools": "Store the tools as a list of JSON schemas, or as its JSON text.",
+    "system without template": "Set apply_chat_template=true, or ignore the column with system_column=''.",
+    "rendered already": "Leave apply_chat_template unset: text that went through a chat template is used as it is.",
+    "chat template": "Correct the row, or use another chat_template.",
+}
+
+
+class BadRow(Exception):
+    """One row that cannot be trained on. `kind` is a key of ADVICE; `reason` says what was found in `column`."""
+
+    def __init__(self, kind: str, column: str | None, reason: str):
+        super().__init__(kind, column, reason)  # all three, so that it survives pickling between processes
+        self.kind = kind
+        self.column = column
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class DroppedRow:
+    """A bad row and where it came from.
+
+    `row` is the line of a JSONL file, the number of the record in another file (from 1), or the index in a
+    `datasets` object or list (from 0); `source` names the file, or the data set where there is no file.
+    """
+
+    source: str
+    row: int
+    column: str | None
+    kind: str
+    reason: str
+
+    def describe(self) -> str:
+        column = f", column `{self.column}`" if self.column else ""
+        return f"{self.source}, row {self.row}{column}: {self.kind}: {self.reason}"
+
+
+def stop_at(dropped: DroppedRow) -> UserError:
+    """The error of `on_bad_row="error"`."""
+    return UserError(
+        f"{dropped.describe()}\n{ADVICE[dropped.kind]} With on_bad_row=drop such rows are left out and reported."
+    )
+
+
+def count_kinds(dropped: list[DroppedRow]) -> dict[str, int]:
+    """Number of dropped rows by kind, most frequent first."""
+    return dict(Counter(row.kind for row in dropped).most_common())
+
+
+def check_bad_rows(
+    dropped: list[DroppedRow], rows: int, options: PrepareOptions, name: str, report: Path | None = None
+) -> None:
+    """Stops the run where too few rows are left.
+
+    Raises:
+        UserError: a bad row with on_bad_row="error"; more bad rows than max_bad_rows allows; no row left.
+    """
+    if rows == 0:
+        raise UserError(f"{name}: the data set has no rows.")
+    if dropped and options.on_bad_row == "error":
+        raise stop_at(dropped[0])
+    share_allowed = options.max_bad_rows < 1
+    allowed = int(options.max_bad_rows * rows) if share_allowed else int(options.max_bad_rows)
+    nothing_left = len(dropped) == rows
+    if len(dropped) <= allowed and not nothing_left:
+        return
+    kinds = count_kinds(dropped)
+    if nothing_left:
+        lines = [f"{name}: no rows left: all {rows} rows are bad."]
+    else:
+        limit = f"{options.max_bad_rows:.3g} of the rows, {allowed}" if share_allowed else str(allowed)
+        lines = [f"{name}: {len(dropped)} of {rows} rows are bad, more than max_bad_rows={limit} allows."]
+    for kind, count in kinds.items():
+        first = next(row for row in dropped if row.kind == kind)
+        lines.append(f"  {count} x {kind}. First: {first.describe()}")
+        lines.append(f"    {ADVICE[kind]}")
+    if report is not None:
+        lines.append(f"All of them are listed in {report}.")
+    if not nothing_left:
+        lines.append(f"To train without them set max_bad_rows={len(dropped)}.")
+    raise UserError("\n".join(lines))
+
+
+def write_dropped_rows(path: Path, name: str, dropped: list[DroppedRow]) -> None:
+    """Writes the dropped rows of data set `name` as JSON lines; those of other data sets in the file stay."""
+    kept = []
+    if path.exists():
+        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["dataset"] != name]
+    lines = kept + [json.dumps({"dataset": name, **asdict(row)}, ensure_ascii=False) for row in dropped]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,303 @@
+"""Rows of any supported format -> canonical pair (prompt, chosen, rejected)."""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from orpo_dist.data.audit import BadRow
+from orpo_dist.data.messages import Message, decode, read_content, read_tools
+from orpo_dist.data.options import PrepareOptions
+from orpo_dist.errors import UserError
+
+PROMPT_COLUMNS = ("prompt", "conversations", "conversation")
+# Columns that hold the prompt in public data sets under names too general to be taken without being asked.
+LIKELY_PROMPT_COLUMNS = ("question", "instruction", "input", "query", "messages", "context")
+LAST_REPLY_MARKERS = ("\n\nAssistant:", "\n\nASSISTANT:")  # whole dialogues as text, as in Anthropic's HH
+SAMPLE = 200  # rows looked at to detect the format
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One preference example: text in all three places, or lists of messages in all three places.
+
+    As text, a completion is what follows the prompt, character for character. As messages, the prompt ends before
+    the assistant's turn and each completion starts with one.
+    """
+
+    prompt: str | list[Message]
+    chosen: str | list[Message]
+    rejected: str | list[Message]
+    tools: list[Any] | None = None
+
+
+@dataclass(frozen=True)
+class PairFormat:
+    """Where the pair lies in a row. `repeats_prompt`: completions as text start with the prompt, which is taken off."""
+
+    description: str
+    prompt: str | None
+    chosen: str
+    rejected: str
+    system: str | None
+    tools: str | None
+    repeats_prompt: bool
+    apply_chat_template: bool | None
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that are read."""
+        names = (self.prompt, self.chosen, self.rejected, self.system, self.tools)
+        return list(dict.fromkeys(name for name in names if name is not None))
+
+    def pair(self, row: dict[str, Any]) -> Pair:
+        """The audited pair of `row`.
+
+        Raises:
+            BadRow: anything about the row that makes it unfit for training and needs no tokenizer to see.
+        """
+        prompt = None if self.prompt is None else read_content(decode(row[self.prompt]), self.prompt)
+        chosen = read_content(decode(row[self.chosen]), self.chosen)
+        rejected = read_content(decode(row[self.rejected]), self.rejected)
+        if isinstance(chosen, str) != isinstance(rejected, str):
+            kinds = {True: "text", False: "a list of messages"}
+            raise BadRow(
+                "wrong type",
+                self.rejected,
+                f"{kinds[isinstance(rejected, str)]}, where `{self.chosen}` is {kinds[isinstance(chosen, str)]}",
+            )
+        system = self._system(row)
+        tools = None if self.tools is None else read_tools(row[self.tools], self.tools)
+        if isinstance(chosen, str) and isinstance(rejected, str):
+            if not isinstance(prompt, list):
+                return self._text_pair(prompt, chosen, rejected, system, tools)
+            chosen, rejected = _assistant(chosen), _assistant(rejected)
+        assert isinstance(chosen, list) and isinstance(rejected, list)
+        return self._message_pair(prompt, chosen, rejected, system, tools)
+
+    def _system(self, row: dict[str, Any]) -> str | None:
+        if self.system is None:
+            return None
+        value = decode(row[self.system])
+        if value is None or value == "":
+            return None
+        if not isinstance(value, str):
+            raise BadRow("wrong type", self.system, f"{value!r} is not text")
+        return value
+
+    def _text_pair(
+        self, prompt: str | None, chosen: str, rejected: str, system: str | None, tools: list[Any] | None
+    ) -> Pair:
+        if prompt is None:
+            if chosen == rejected and chosen.strip():
+                raise BadRow("identical pair", self.rejected, f"the same text as `{self.chosen}`")
+            prompt = common_text_prompt(chosen, rejected)
+            if not prompt and chosen and rejected:
+                raise BadRow(
+                    "no common prompt",
+                    self.chosen,
+                    f"there is no prompt column, and `{self.chosen}` and `{self.rejected}` do not begin alike",
+                )
+            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+        elif self.repeats_prompt:
+            for column, text in ((self.chosen, chosen), (self.rejected, rejected)):
+                if not text.startswith(prompt):
+                    raise BadRow("wrong type", column, "does not start with the prompt, as the other rows do")
+            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+        for column, text in ((self.chosen, chosen), (self.rejected, rejected)):
+            if not text.strip():
+                raise BadRow("empty completion", column, "no text" if not text else "nothing but white space")
+        if chosen == rejected:
+            raise BadRow("identical pair", self.rejected, f"the same text as `{self.chosen}`")
+        if self.apply_chat_template:
+            messages = _with_system([{"role": "user", "content": prompt}], system, self.system)
+            return Pair(messages, _assistant(chosen), _assistant(rejected), tools)
+        for column, given in ((self.system, system), (self.tools, tools)):
+            if given is not None:
+                raise BadRow(
+                    "system without template", column, "only a chat template can render it, and text is used as it is"
+                )
+        return Pair(prompt, chosen, rejected)
+
+    def _message_pair(
+        self,
+        prompt: str | list[Message] | None,
+        chosen: list[Message],
+        rejected: list[Message],
+        system: str | None,
+        tools: list[Any] | None,
+    ) -> Pair:
+        if isinstance(prompt, str):
+            # Either the replies alone, or (UltraFeedback) whole conversations beside a copy of the question.
+            replies_alone = all(side and side[0]["role"] == "assistant" for side in (chosen, rejected))
+            prompt = [{"role": "user", "content": prompt}] if replies_alone else None
+        if prompt is None:
+            shared = _common_messages(chosen, rejected)
+            if not shared and chosen and rejected:
+                raise BadRow(
+                    "no common prompt",
+                    self.chosen,
+                    f"`{self.chosen}` and `{self.rejected}` have no first message in common",
+                )
+            prompt, chosen, rejected = shared, chosen[len(shared) :], rejected[len(shared) :]
+            if not chosen and not rejected:
+                raise BadRow("identical pair", self.rejected, f"the same conversation as `{self.chosen}`")
+        else:
+            chosen, rejected = _without_prompt(prompt, chosen), _without_prompt(prompt, rejected)
+        for column, side in ((self.chosen, chosen), (self.rejected, rejected)):
+            self._check_completion(column, side)
+        if chosen == rejected:
+            raise BadRow("identical pair", self.rejected, f"the same messages as `{self.chosen}`")
+        prompt_column = self.prompt or self.chosen
+        if not prompt:
+            raise BadRow("bad message", prompt_column, "the prompt has no messages")
+        if prompt[-1]["role"] == "assistant":
+            raise BadRow("bad message", prompt_column, "the prompt ends with an assistant's message: nothing to answer")
+        return Pair(_with_system(prompt, system, self.system), chosen, rejected, tools)
+
+    def _check_completion(self, column: str, messages: list[Message]) -> None:
+        if not messages:
+            raise BadRow("empty completion", column, "no message after the prompt")
+        for message in (messages[0], messages[-1]):
+            if message["role"] != "assistant":
+                raise BadRow(
+                    "bad message", column, f"a completion is the assistant's, this one has role `{message['role']}`"
+                )
+        if not any(message["content"].strip() or message.get("tool_calls") for message in messages):
+            raise BadRow("empty completion", column, "the assistant's message has no text")
+
+
+def detect_format(columns: Sequence[str], sample: Sequence[dict[str, Any]], options: PrepareOptions) -> PairFormat:
+    """Finds the columns and the format from the column names and the first rows.
+
+    Raises:
+        UserError: no column for chosen or rejected, a named column that is not there, a format that contradicts
+            `apply_chat_template`, or text completions without a prompt column where another column may be meant.
+    """
+    chosen = _column(columns, "chosen", options.chosen_column, ("chosen",), required=True)
+    rejected = _column(columns, "rejected", options.rejected_column, ("rejected",), required=True)
+    assert chosen is not None and rejected is not None
+    if chosen == rejected:
+        raise UserError(f"chosen_column and rejected_column are both `{chosen}`: a pair needs two columns.")
+    prompt = _column(columns, "prompt", options.prompt_column, PROMPT_COLUMNS)
+    system = _column(columns, "system", options.system_column, ("system",))
+    tools = _column(columns, "tools", options.tools_column, ("tools",))
+
+    styles = Counter(_style(row, prompt, chosen) for row in sample).most_common()
+    style = next((name for name, _ in styles if name != "unreadable"), "text")
+    if style == "text" and prompt is None:
+        likely = [name for name in LIKELY_PROMPT_COLUMNS if name in columns]
+        if likely and options.prompt_column is None:
+            raise UserError(
+                f"No prompt column among {_list(columns)}. If `{likely[0]}` holds the prompt, set "
+                f"prompt_column={likely[0]}; if the completions contain it, set prompt_column=''."
+            )
+        if options.apply_chat_template:
+            raise UserError(
+                "apply_chat_template=true needs to know where the prompt ends, and there is no prompt column among "
+                f"{_list(columns)}. Name it with prompt_column, or leave apply_chat_template unset."
+            )
+    if style != "text" and options.apply_chat_template is False:
+        raise UserError(
+            f"`{chosen}` holds lists of messages, which only a chat template can render, and apply_chat_template is "
+            "false. Leave it unset, or store text."
+        )
+    repeats = style == "text" and prompt is not None and _repeats_prompt(sample, prompt, chosen, rejected)
+    parts = [{"text": "text", "messages": "messages", "sharegpt": "ShareGPT messages"}[style]]
+    parts.insert(0, f"prompt in `{prompt}`" if prompt else "implicit prompt (the common beginning)")
+    parts.append(f"`{chosen}` over `{rejected}`")
+    if repeats:
+        parts.append("the completions repeat the prompt, it is taken off")
+    parts += [f"{role} in `{name}`" for role, name in (("system message", system), ("tools", tools)) if name]
+    if style == "text":
+        parts.append("chat template applied" if options.apply_chat_template else "no chat template")
+    return PairFormat(", ".join(parts), prompt, chosen, rejected, system, tools, repeats, options.apply_chat_template)
+
+
+def common_text_prompt(chosen: str, rejected: str) -> str:
+    """The prompt of two whole dialogues as text: their common beginning, up to and with the last reply marker, else
+    back to the last white space (a word that both replies begin with half of is not part of the prompt)."""
+    shared = os.path.commonprefix([chosen, rejected])
+    ends = [shared.rfind(marker) + len(marker) for marker in LAST_REPLY_MARKERS if marker in shared]
+    if ends:
+        return shared[: max(ends)]
+    if shared in (chosen, rejected):
+        return shared
+    while shared and not shared[-1].isspace():
+        shared = shared[:-1]
+    return shared.rstrip(" ")  # the space belongs to the first token of the reply
+
+
+def _column(
+    columns: Sequence[str], what: str, given: str | None, names: Sequence[str], required: bool = False
+) -> str | None:
+    if given == "" and not required:
+        return None
+    if given:
+        if given not in columns:
+            raise UserError(f"{what}_column={given}: no such column. The columns are {_list(columns)}.")
+        return given
+    found = next((name for name in names if name in columns), None)
+    if found is None and required:
+        raise UserError(
+            f"No column `{names[0]}`. The columns are {_list(columns)}. Name the right ones with prompt_column, "
+            "chosen_column and rejected_column."
+        )
+    return found
+
+
+def _style(row: dict[str, Any], prompt: str | None, chosen: str) -> str:
+    """How a row spells its messages: "sharegpt", "messages", "text" or "unreadable"."""
+    try:
+        values = [read_content(decode(row[name]), name) for name in (prompt, chosen) if name is not None]
+    except BadRow:
+        return "unreadable"
+    if all(isinstance(value, str) for value in values):
+        return "text"
+    raw = [decode(row[name]) for name in (prompt, chosen) if name is not None]
+    first = [value[0] if isinstance(value, list) and value else value for value in raw]
+    return "sharegpt" if any(isinstance(value, dict) and value.get("from") for value in first) else "messages"
+
+
+def _repeats_prompt(sample: Sequence[dict[str, Any]], prompt: str, chosen: str, rejected: str) -> bool:
+    """Whether every readable row of the sample starts both completions with a prompt that has some text."""
+    seen = False
+    for row in sample:
+        values = [decode(row[name]) for name in (prompt, chosen, rejected)]
+        if not all(isinstance(value, str) for value in values) or not values[0].strip():
+            continue
+        if not (values[1].startswith(values[0]) and values[2].startswith(values[0])):
+            return False
+        seen = True
+    return seen
+
+
+def _assistant(text: str) -> list[Message]:
+    return [{"role": "assistant", "content": text}]
+
+
+def _common_messages(chosen: list[Message], rejected: list[Message]) -> list[Message]:
+    count = 0
+    while count < min(len(chosen), len(rejected)) and chosen[count] == rejected[count]:
+        count += 1
+    return chosen[:count]
+
+
+def _without_prompt(prompt: list[Message], completion: list[Message]) -> list[Message]:
+    """The completion without a copy of the prompt before it: a completion never starts with the user's turn."""
+    return completion[len(prompt) :] if prompt and completion[: len(prompt)] == prompt else completion
+
+
+def _with_system(prompt: list[Message], system: str | None, column: str | None) -> list[Message]:
+    if system is None:
+        return prompt
+    if prompt and prompt[0]["role"] == "system":
+        if prompt[0]["content"] == system:
+            return prompt
+        raise BadRow("bad message", column, "the conversation has another system message of its own")
+    return [{"role": "system", "content": system}, *prompt]
+
+
+def _list(columns: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in columns if not name.startswith("_")) or "none"

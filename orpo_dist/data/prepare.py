@@ -1,0 +1,244 @@
+"""Rows -> tokenised data set: detection, audit, tokenisation, once per run and cached by content.
+
+This is what a trainer calls before it loads a model. The result has the list columns `prompt_ids` (P),
+`chosen_ids` (C), `rejected_ids` (R), and `row`, the number of the source row.
+"""
+
+import json
+import shutil
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, Features, IterableDataset, Sequence as ListOf, Value
+from transformers import PreTrainedTokenizerBase
+
+from orpo_dist import __version__
+from orpo_dist.data.audit import BadRow, DroppedRow, check_bad_rows, count_kinds, stop_at, write_dropped_rows
+from orpo_dist.data.cache import built_once, cache_root, digest, is_first_rank, on_first_rank
+from orpo_dist.data.options import PrepareOptions
+from orpo_dist.data.pairs import SAMPLE, Pair, PairFormat, detect_format
+from orpo_dist.data.rows import ROW_COLUMN, SOURCE_COLUMN, content_digest, dataset_from_rows, materialise
+from orpo_dist.data.tokenize import PairTokenizer, TokenizedPair, resolve_chat_template, tokenizer_digest
+from orpo_dist.errors import UserError
+
+__all__ = ["DroppedRow", "PrepareOptions", "PreparedPairs", "prepare_pairs"]
+
+TOKEN_COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids"]
+BATCH = 256
+# Options that decide what happens to bad rows or how fast the work goes, not what the token ids are.
+NOT_CONTENT = ("on_bad_row", "max_bad_rows", "num_proc", "chat_template")
+
+Rows = Dataset | IterableDataset | Sequence[dict[str, Any]]
+
+_FEATURES = Features(
+    {
+        **{name: ListOf(Value("int32")) for name in TOKEN_COLUMNS},
+        "row": Value("int64"),
+        "truncated_prompt": Value("bool"),
+        "truncated_completions": Value("int8"),
+        "source": Value("string"),
+        "column": Value("string"),
+        "kind": Value("string"),
+        "reason": Value("string"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class PreparedPairs:
+    """Tokenised pairs and what became of the rows. `rows`: before the audit. `truncated_completions` counts
+    completions (at most two per pair), `truncated_prompts` prompts."""
+
+    dataset: Dataset
+    dropped: list[DroppedRow]
+    format: str
+    rows: int
+    truncated_completions: int
+    truncated_prompts: int
+
+    def summary(self, name: str) -> str:
+        """The counts as one or two lines for the terminal."""
+        parts = [f"{self.rows} rows", f"{len(self.dataset)} pairs kept"]
+        if self.dropped:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in count_kinds(self.dropped).items())
+            parts.append(f"{len(self.dropped)} dropped ({kinds})")
+        if self.truncated_prompts:
+            parts.append(f"{self.truncated_prompts} prompts cut")
+        if self.truncated_completions:
+            parts.append(f"{self.truncated_completions} completions cut")
+        return f"{name}: {self.format}\n{name}: {', '.join(parts)}"
+
+
+def prepare_pairs(
+    dataset: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    options: PrepareOptions,
+    *,
+    name: str = "train",
+    dropped_rows_path: Path | None = None,
+) -> PreparedPairs:
+    """Audits and tokenises preference data; every rank of a run calls it with the same arguments.
+
+    Rank 0 does the work once and the others read its result from the cache ($ORPO_DIST_CACHE or <HF_HOME>/orpo_dist).
+    A data set that has prompt_ids, chosen_ids and rejected_ids already is passed through.
+
+    Args:
+        dataset: rows in any supported format (docs/data.md). A streaming data set is written to the cache first.
+        tokenizer: used as it is; its chat template may be replaced by `options.chat_template`, without changing it.
+        name: what messages call this data set.
+        dropped_rows_path: JSON lines file that lists the rows left out.
+
+    Raises:
+        UserError: unusable data or contradicting options, on every rank, with the same message.
+    """
+    if isinstance(dataset, DatasetDict):
+        raise UserError(f"{name}: a DatasetDict with the splits {', '.join(dataset)}: choose one of them.")
+    if isinstance(dataset, Dataset) and set(TOKEN_COLUMNS) <= set(dataset.column_names):
+        return PreparedPairs(dataset, [], "token ids", len(dataset), 0, 0)
+    folder = on_first_rank(lambda: _prepared_folder(dataset, tokenizer, options, name))
+    prepared = _read(folder, name)
+    if is_first_rank():
+        if dropped_rows_path is not None:
+            write_dropped_rows(dropped_rows_path, name, prepared.dropped)
+        print(prepared.summary(name), flush=True)
+    check_bad_rows(prepared.dropped, prepared.rows, options, name, dropped_rows_path)
+    return prepared
+
+
+def as_dataset(rows: Rows, name: str) -> Dataset:
+    """The rows as a `Dataset`; a stream is written to the cache, with a message."""
+    if isinstance(rows, Dataset):
+        return rows
+    if not isinstance(rows, IterableDataset):
+        return dataset_from_rows(list(rows))
+    print(f"{name}: a streaming data set. ORPO's batches need all rows, so it is read once into {cache_root()}.")
+    temporary = cache_root() / f".stream.{uuid.uuid4().hex}"
+    temporary.mkdir(parents=True)
+    try:
+        file = materialise(rows, temporary)
+        with file.open("rb") as stream:
+            content = digest(iter(lambda: stream.read(1 << 20), b""))
+        folder = built_once(f"rows-{content}", lambda folder: shutil.move(file, folder / file.name))
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return Dataset.from_file(str(folder / file.name))
+
+
+def format_of(rows: Dataset, options: PrepareOptions) -> PairFormat:
+    """The format of the rows, from their columns and the first of them.
+
+    Raises:
+        UserError: as `detect_format`.
+    """
+    return detect_format(rows.column_names, list(islice(rows, SAMPLE)), options)
+
+
+def read_pair(pair_format: PairFormat, row: dict[str, Any], index: int) -> Pair | DroppedRow:
+    """The pair of row number `index`, or why it is none. `source` is empty where the row is from no file."""
+    try:
+        return pair_format.pair(row)
+    except BadRow as bad:
+        return _dropped(bad, row, index)
+
+
+def _dropped(bad: BadRow, row: dict[str, Any], index: int) -> DroppedRow:
+    return DroppedRow(row.get(SOURCE_COLUMN) or "", row.get(ROW_COLUMN, index), bad.column, bad.kind, bad.reason)
+
+
+def _prepared_folder(dataset: Rows, tokenizer: PreTrainedTokenizerBase, options: PrepareOptions, name: str) -> Path:
+    rows = as_dataset(dataset, name)
+    if len(rows) == 0:
+        raise UserError(f"{name}: the data set has no rows.")
+    pair_format = format_of(rows, options)
+    read = pair_format.columns + [column for column in (SOURCE_COLUMN, ROW_COLUMN) if column in rows.column_names]
+    rows = rows.select_columns(read)
+    settings = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in NOT_CONTENT}
+    identity = [
+        __version__,
+        content_digest(rows),
+        tokenizer_digest(tokenizer),
+        resolve_chat_template(options.chat_template, tokenizer) or "",
+        json.dumps(settings, sort_keys=True),
+        json.dumps(asdict(pair_format), sort_keys=True),
+    ]
+    step = _Step(PairTokenizer(tokenizer, pair_format, options), pair_format, options, name)
+    return built_once(
+        f"pairs-{digest(part.encode() for part in identity)}", lambda folder: _build(folder, rows, step, options, name)
+    )
+
+
+def _build(folder: Path, rows: Dataset, step: "_Step", options: PrepareOptions, name: str) -> None:
+    audited = rows.map(
+        step,
+        batched=True,
+        batch_size=BATCH,
+        with_indices=True,
+        remove_columns=rows.column_names,
+        features=_FEATURES,
+        num_proc=options.num_proc,
+        load_from_cache_file=False,
+        cache_file_name=str(folder / "audited.arrow"),
+        desc=f"Tokenising {name}",
+    )
+    kinds = audited["kind"]
+    good = [index for index, kind in enumerate(kinds) if kind is None]
+    bad = audited.select([index for index, kind in enumerate(kinds) if kind is not None])
+    kept = audited.select(good)
+    kept.select_columns([*TOKEN_COLUMNS, "row"]).save_to_disk(str(folder / "pairs"))
+    report = {
+        "format": step.format.description,
+        "rows": len(rows),
+        "truncated_prompts": sum(kept["truncated_prompt"]),
+        "truncated_completions": sum(kept["truncated_completions"]),
+        "dropped": list(bad.select_columns([f.name for f in fields(DroppedRow)])),
+    }
+    (folder / "report.json").write_text(json.dumps(report, ensure_ascii=False), encoding="utf-8")
+    for file in folder.glob("audited*.arrow"):
+        file.unlink()
+
+
+def _read(folder: Path, name: str) -> PreparedPairs:
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    dropped = [DroppedRow(**row) for row in report["dropped"]]
+    return PreparedPairs(
+        dataset=Dataset.load_from_disk(str(folder / "pairs")),
+        dropped=[replace(row, source=row.source or name) for row in dropped],
+        format=report["format"],
+        rows=report["rows"],
+        truncated_completions=report["truncated_completions"],
+        truncated_prompts=report["truncated_prompts"],
+    )
+
+
+class _Step:
+    """One batch of rows -> one batch of tokenised or bad rows; a class, so that `map` can send it to processes."""
+
+    def __init__(self, tokenize: PairTokenizer, pair_format: PairFormat, options: PrepareOptions, name: str):
+        self.tokenize = tokenize
+        self.format = pair_format
+        self.options = options
+        self.name = name
+
+    def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        read = [read_pair(self.format, row, index) for row, index in zip(rows, indices, strict=True)]
+        tokenized = iter(self.tokenize([pair for pair in read if isinstance(pair, Pair)]))
+        result: dict[str, list[Any]] = {column: [] for column in _FEATURES}
+        for row, index, item in zip(rows, indices, read, strict=True):
+            outcome = next(tokenized) if isinstance(item, Pair) else item
+            if isinstance(outcome, BadRow):
+                outcome = _dropped(outcome, row, index)
+            if isinstance(outcome, DroppedRow) and self.options.on_bad_row == "error":
+                raise stop_at(replace(outcome, source=outcome.source or self.name))
+            for column, value in self._record(outcome, row, index).items():
+                result[column].append(value)
+        return result
+
+    def _record(self, outcome: TokenizedPair | DroppedRow, row: dict[str, Any], index: int) -> dict[str, Any]:
+        record = dict.fromkeys(_FEATURES)
+        record["row"] = row.get(ROW_COLUMN, index)
+        return {**record, **asdict(outcome)}

@@ -1,0 +1,76 @@
+"""Rows as Python objects or as a stream -> `datasets.Dataset`, without changing a value.
+
+Arrow columns have one type. Where that would change a value ("42" beside 42, a tool call's arguments, which would get
+the keys of all other calls) the column holds {"__json__": text}; messages.decode undoes it.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+from datasets import Dataset, Features, IterableDataset, Value
+from datasets.arrow_writer import ArrowWriter
+
+from orpo_dist.data.cache import digest
+from orpo_dist.data.messages import JSON_KEY
+
+SOURCE_COLUMN = "_source"  # the file a row came from
+ROW_COLUMN = "_row"  # its number there
+BATCH = 1000
+
+
+def dataset_from_rows(rows: Sequence[dict[str, Any]]) -> Dataset:
+    """The rows as a data set whose columns are the union of their keys; a missing key is None."""
+    columns = dict.fromkeys(key for row in rows for key in row)
+    table = {name: _column([row.get(name) for row in rows]) for name in columns}
+    return Dataset(pyarrow.table(table))
+
+
+def _column(values: list[Any]) -> pyarrow.Array | pyarrow.ChunkedArray:
+    try:
+        array = pyarrow.array(values)
+        if array.to_pylist() == values and not any(isinstance(value, float) for value in values):
+            return array if array.type != pyarrow.null() else array.cast(pyarrow.string())
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, pyarrow.ArrowNotImplementedError, OverflowError):
+        pass
+    return pyarrow.array([None if value is None else {JSON_KEY: _dumps(value)} for value in values])
+
+
+def materialise(stream: IterableDataset, folder: Path) -> Path:
+    """Writes a stream to `folder`/rows.arrow in constant memory; returns that file.
+
+    Two passes: which columns there are is known only at the end of the stream.
+    """
+    spool = folder / "rows.jsonl"
+    columns: dict[str, None] = {}
+    with spool.open("w", encoding="utf-8") as file:
+        for row in stream:
+            columns.update(dict.fromkeys(row))
+            file.write(_dumps(row) + "\n")
+    features = Features({name: {JSON_KEY: Value("large_string")} for name in columns})
+    target = folder / "rows.arrow"
+    with ArrowWriter(features=features, path=str(target)) as writer, spool.open(encoding="utf-8") as file:
+        for line in file:
+            row = json.loads(line)
+            writer.write({name: {JSON_KEY: _dumps(row[name]) if name in row else None} for name in columns})
+        writer.finalize()
+    spool.unlink()
+    return target
+
+
+def content_digest(dataset: Dataset) -> str:
+    """A name for the rows of `dataset`: equal content, equal name, whatever file or fingerprint it has."""
+    return digest(_parts(dataset))
+
+
+def _parts(dataset: Dataset) -> Iterable[bytes]:
+    yield str(dataset.features).encode()
+    for table in dataset.with_format("arrow").iter(batch_size=BATCH):
+        for batch in table.combine_chunks().to_batches():
+            yield batch.serialize()
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=repr)  # repr: columns that hold images, dates and the like

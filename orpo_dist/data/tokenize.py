@@ -1,0 +1,304 @@
+"""Canonical pair -> token ids of prompt, chosen and rejected.
+
+What the model sees is tokenised as a whole (prompt + completion), and then cut in two: a tokenizer may merge the last
+characters of the prompt with the first of the completion, and a model that generates never sees such a prompt token.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from orpo_dist.data.audit import BadRow
+from orpo_dist.data.cache import digest
+from orpo_dist.data.messages import Message
+from orpo_dist.data.options import PrepareOptions
+from orpo_dist.data.pairs import Pair, PairFormat
+from orpo_dist.errors import UserError
+
+CHAT_TEMPLATES = {
+    "chatml": (
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + "
+        "'\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    "zephyr": (
+        "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class TokenizedPair:
+    """Token ids of a pair. The model sees prompt_ids + chosen_ids (P + C tokens) and prompt_ids + rejected_ids (P + R);
+    BOS and EOS are in them. For an encoder-decoder model the completions are the decoder's labels."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    truncated_prompt: bool
+    truncated_completions: int
+
+
+@dataclass(frozen=True)
+class RenderedPair:
+    """A pair as text. `generation_prompt` is the header of the assistant's turn at the end of `prompt`."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    generation_prompt: str = ""
+
+
+def resolve_chat_template(chat_template: str | None, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The Jinja text of option `chat_template`: a name (chatml, zephyr), a file, the template itself, or, where it is
+    not set, the tokenizer's own (None if it has none).
+
+    Raises:
+        UserError: a name or file that does not exist.
+    """
+    if not chat_template or chat_template == "tokenizer":
+        own = tokenizer.chat_template
+        # A tokenizer may carry several by name; transformers knows which of them suits tools.
+        return tokenizer.get_chat_template() if isinstance(own, dict) else own
+    if chat_template in CHAT_TEMPLATES:
+        return CHAT_TEMPLATES[chat_template]
+    if "{" in chat_template:
+        return chat_template
+    if os.path.isfile(chat_template):
+        return Path(chat_template).read_text(encoding="utf-8")
+    raise UserError(
+        f"chat_template={chat_template}: neither one of {', '.join(CHAT_TEMPLATES)}, nor a file, nor a Jinja template."
+    )
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A name for what the tokenizer does: equal vocabulary, merges and special tokens, equal name."""
+    parts = []
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        for file in sorted(Path(folder).iterdir()):
+            content = file.read_bytes()
+            if file.name in ("tokenizer.json", "tokenizer_config.json"):
+                settings = json.loads(content)
+                # Where it was loaded from, and what the last call happened to pad or truncate to.
+                for transient in ("name_or_path", "padding", "truncation"):
+                    settings.pop(transient, None)
+                content = json.dumps(settings, sort_keys=True).encode()
+            parts += [file.name.encode(), content]
+    return digest(parts)
+
+
+class PairTokenizer:
+    """Tokenises pairs of one format with one tokenizer.
+
+    Raises:
+        UserError: a contradiction between the format, the tokenizer and the options (at construction or, for message
+            lists without any chat template, at the first of them).
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, pair_format: PairFormat, options: PrepareOptions):
+        self.tokenizer = tokenizer
+        self.format = pair_format
+        self.options = options
+        self.chat_template = resolve_chat_template(options.chat_template, tokenizer)
+        self.special_tokens = [token for token in tokenizer.all_special_tokens if len(token) > 1]
+
+    def __call__(self, pairs: Sequence[Pair]) -> list[TokenizedPair | BadRow]:
+        """Tokenises the pairs in one call of the tokenizer; a pair that proves unfit comes back as its BadRow."""
+        rendered = [self._render_or_bad(pair) for pair in pairs]
+        texts = [text for item in rendered if isinstance(item, RenderedPair) for text in self._texts(item)]
+        ids = iter(self._ids(texts))
+        result: list[TokenizedPair | BadRow] = []
+        for item in rendered:
+            if isinstance(item, BadRow):
+                result.append(item)
+                continue
+            prompt, chosen, rejected = next(ids), next(ids), next(ids)
+            try:
+                result.append(self._assemble(item, prompt, chosen, rejected))
+            except BadRow as bad:
+                result.append(bad)
+        return result
+
+    # -- text --
+
+    def _render_or_bad(self, pair: Pair) -> RenderedPair | BadRow:
+        try:
+            return self.render(pair)
+        except BadRow as bad:
+            return bad
+
+    def render(self, pair: Pair) -> RenderedPair:
+        """The pair as text, through the chat template where it is made of messages.
+
+        Raises:
+            BadRow: the template refuses the row, or renders its prompt differently once an answer follows.
+            UserError: messages, and no chat template.
+        """
+        if isinstance(pair.prompt, str):
+            assert isinstance(pair.chosen, str) and isinstance(pair.rejected, str)
+            return RenderedPair(pair.prompt, pair.chosen, pair.rejected)
+        assert isinstance(pair.chosen, list) and isinstance(pair.rejected, list)
+        if self.chat_template is None:
+            raise UserError(
+                "The rows are lists of messages, and the tokenizer has no chat template. Set chat_template=chatml (or "
+                "zephyr, or a Jinja file)."
+            )
+        if self.options.apply_chat_template:
+            self._refuse_rendered_text(pair.prompt)
+        prompt = self._apply(pair.prompt, pair, add_generation_prompt=True)
+        with_chosen = self._apply(pair.prompt + pair.chosen, pair)
+        with_rejected = self._apply(pair.prompt + pair.rejected, pair)
+        # Some templates write more after the generation prompt than an answer has there (DeepSeek-R1's <think>), so
+        # the prompt is what all three share: TRL's apply_chat_template does the same.
+        shared = os.path.commonprefix([prompt, with_chosen, with_rejected])
+        # Common with the prompt, not equal to its start: Phi's templates end a conversation without header with EOS.
+        header = len(os.path.commonprefix([prompt, self._apply(pair.prompt, pair)]))
+        if len(shared) < header:
+            raise BadRow(
+                "chat template",
+                self.format.prompt,
+                "the chat template renders the prompt differently once an answer follows, so that it has no end",
+            )
+        return RenderedPair(shared, with_chosen[len(shared) :], with_rejected[len(shared) :], shared[header:])
+
+    def _apply(self, messages: list[Message], pair: Pair, add_generation_prompt: bool = False) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages,
+                tools=pair.tools,
+                chat_template=self.chat_template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except (TemplateError, TypeError, KeyError, ValueError) as error:
+            raise BadRow("chat template", self.format.prompt, f"the chat template refuses it: {error}") from None
+
+    def _refuse_rendered_text(self, prompt: list[Message]) -> None:
+        for message in prompt:
+            for token in self.special_tokens:
+                if token in message["content"]:
+                    raise BadRow(
+                        "rendered already",
+                        self.format.prompt,
+                        f"the text contains `{token}`, so a chat template has been applied to it before",
+                    )
+
+    # -- tokens --
+
+    def _texts(self, pair: RenderedPair) -> list[str]:
+        if self.options.is_encoder_decoder:
+            return [pair.prompt, pair.chosen, pair.rejected]
+        return [pair.prompt, pair.prompt + pair.chosen, pair.prompt + pair.rejected]
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        return self.tokenizer(
+            texts,
+            add_special_tokens=self.options.is_encoder_decoder,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # no warning about texts longer than the model: lengths are this module's job
+        )["input_ids"]
+
+    def _assemble(
+        self, text: RenderedPair, prompt: list[int], with_chosen: list[int], with_rejected: list[int]
+    ) -> TokenizedPair:
+        options = self.options
+        if options.is_encoder_decoder:
+            chosen, rejected = with_chosen, with_rejected
+        else:
+            length = _common_length(prompt, with_chosen, with_rejected)
+            prompt, chosen, rejected = with_chosen[:length], with_chosen[length:], with_rejected[length:]
+            prompt = self._with_bos(prompt)
+        for column, ids in ((self.format.chosen, chosen), (self.format.rejected, rejected)):
+            if not ids:
+                raise BadRow("empty completion", column, "the tokenizer makes no token of it")
+        if options.add_eos_token:
+            chosen, rejected = self._with_eos(chosen), self._with_eos(rejected)
+
+        whole_prompt = len(prompt)
+        if options.max_prompt_length is not None and whole_prompt > options.max_prompt_length:
+            prompt = self._cut_prompt(prompt, text.generation_prompt, options.max_prompt_length)
+        room = self._room(len(prompt))
+        cut_chosen, cut_rejected = self._cut_completion(chosen, room), self._cut_completion(rejected, room)
+        if cut_chosen == cut_rejected:
+            if chosen == rejected:
+                raise BadRow("identical pair", self.format.rejected, f"the same tokens as `{self.format.chosen}`")
+            raise BadRow(
+                "identical after truncation",
+                self.format.rejected,
+                f"the completions differ only after their first {len(cut_chosen)} tokens, where they are cut",
+            )
+        cut = (len(cut_chosen) < len(chosen)) + (len(cut_rejected) < len(rejected))
+        return TokenizedPair(prompt, cut_chosen, cut_rejected, len(prompt) < whole_prompt, cut)
+
+    def _with_bos(self, prompt: list[int]) -> list[int]:
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and prompt[:1] != [bos]:
+            return [bos, *prompt]
+        if not prompt:
+            raise BadRow("empty prompt", self.format.prompt, "the prompt has no token")
+        return prompt
+
+    def _with_eos(self, completion: list[int]) -> list[int]:
+        eos = self.tokenizer.eos_token_id
+        if eos is None:
+            return completion
+        end = len(completion)
+        while end > 0 and completion[end - 1] != eos and not self.tokenizer.decode(completion[end - 1]).strip():
+            end -= 1
+        # chatml ends a turn with EOS and a line break: a second EOS would teach the model to wait for one.
+        return completion if end > 0 and completion[end - 1] == eos else [*completion, eos]
+
+    def _cut_prompt(self, prompt: list[int], generation_prompt: str, limit: int) -> list[int]:
+        if self.options.truncation_side == "left":
+            head = prompt[:1] if prompt[0] == self.tokenizer.bos_token_id else []
+            return head + prompt[len(prompt) - (limit - len(head)) :] if limit > len(head) else head
+        # A right cut would take away the header of the assistant's turn, and with it what makes the reply a reply.
+        tail_length = len(self._ids([generation_prompt])[0]) if generation_prompt else 0
+        if self.options.is_encoder_decoder:
+            tail_length = int(prompt[-1] == self.tokenizer.eos_token_id)
+        if tail_length >= limit:
+            return prompt[-limit:]
+        return prompt[: limit - tail_length] + prompt[len(prompt) - tail_length :]
+
+    def _room(self, prompt_length: int) -> int | None:
+        """Most tokens that a completion may have after a prompt of this length; None where nothing bounds it."""
+        options = self.options
+        bounds = [] if options.max_completion_length is None else [options.max_completion_length]
+        if options.max_length is not None:
+            # An encoder-decoder model reads and writes separate sequences, each of which max_length bounds.
+            left = options.max_length - (0 if options.is_encoder_decoder else prompt_length)
+            if left < 1 or prompt_length > options.max_length:
+                raise BadRow(
+                    "prompt too long",
+                    self.format.prompt,
+                    f"the prompt has {prompt_length} tokens, which leaves no room for a completion within "
+                    f"max_length={options.max_length}",
+                )
+            bounds.append(left)
+        return min(bounds) if bounds else None
+
+    def _cut_completion(self, completion: list[int], room: int | None) -> list[int]:
+        if room is None or len(completion) <= room:
+            return completion
+        if self.options.is_encoder_decoder and completion[-1] == self.tokenizer.eos_token_id:
+            return [*completion[: room - 1], completion[-1]]  # as the tokenizer's own truncation, which TRL uses
+        return completion[:room]
+
+
+def _common_length(*sequences: list[int]) -> int:
+    length = 0
+    for tokens in zip(*sequences, strict=False):
+        if any(token != tokens[0] for token in tokens):
+            break
+        length += 1
+    return length
