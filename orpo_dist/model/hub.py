@@ -60,8 +60,8 @@ def _explain(error: BaseException, name: str, revision: str | None) -> str:
         )
     if caused_by(OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError):
         return (
-            f"{name} is neither a folder nor in the local cache, and the hub was not reached: run `hf download {name}` where there is a "
-            "network, share that cache (HF_HOME), or unset HF_HUB_OFFLINE."
+            f"{name} is neither a folder nor in the local cache, and the hub was not reached: run `hf download {name}` "
+            "where there is a network, share that cache (HF_HOME), or unset HF_HUB_OFFLINE."
         )
     if caused_by(HfHubHTTPError):
         return f"The hub refused {name}: {_first_line(chain[-1])}"
