@@ -1,0 +1,91 @@
+"""The command line: `orpo-dist COMMAND ...`. Each command is a module with a `main(argv) -> exit code`."""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from orpo_dist import __version__
+from orpo_dist.errors import UserError
+
+FINISHED, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+# Command: module, line of help. Imported when it is called: `--help` should not wait for torch.
+COMMANDS = {
+    "train": ("orpo_dist.train", "train from a recipe: RECIPE.yaml [--field value ...]"),
+    "llm": ("orpo_dist.autotrain", "train with AutoTrain's flags"),
+    "data": ("orpo_dist.data.face", "check DATA or count it: check|stats DATA"),
+    "merge": ("orpo_dist.merge", "merge a run's adapter into its base model: RUN"),
+    "doctor": ("orpo_dist.doctor", "what this machine has, what is missing and how to mend it"),
+    "demo": ("orpo_dist.demo", "a small model, a small preference set, before and after"),
+}
+# transformers has an option of the same name, with a value.
+_DEBUG_VALUES = {"underflow_overflow", "tpu_metrics_debug"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Exit codes: 0 finished, 2 bad input (one readable message), 1 anything else that failed.
+
+    `--debug` anywhere shows the traceback of bad input too.
+    """
+    arguments, debug = _without_debug_flag(list(sys.argv[1:] if argv is None else argv))
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help", "help"):
+        print(_help())
+        return FINISHED
+    if command == "--version":
+        print(f"orpo-dist {__version__}")
+        return FINISHED
+    try:
+        if command not in COMMANDS:
+            raise UserError(f"{command!r} is no command. Commands: {', '.join(COMMANDS)}.")
+        return importlib.import_module(COMMANDS[command][0]).main(arguments[1:])
+    except UserError as error:
+        if debug:
+            raise
+        _print_error(error)
+        return BAD_INPUT
+    except SystemExit as stop:  # argparse, after --help or a wrong flag
+        return stop.code if isinstance(stop.code, int) else FINISHED if stop.code is None else FAILED
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _without_debug_flag(arguments: list[str]) -> tuple[list[str], bool]:
+    rest: list[str] = []
+    debug = False
+    for position, argument in enumerate(arguments):
+        following = arguments[position + 1] if position + 1 < len(arguments) else ""
+        if argument == "--debug" and following not in _DEBUG_VALUES:
+            debug = True
+        else:
+            rest.append(argument)
+    return rest, debug
+
+
+def _print_error(error: UserError) -> None:
+    """Once per node: every rank fails alike, but what is missing on one node may be there on another."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        rank = os.environ.get("RANK", "0")
+        where = f" (rank {rank})" if rank != "0" else ""
+        print(f"orpo-dist: error{where}: {error}", file=sys.stderr)
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {line}" for name, (_, line) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: orpo-dist COMMAND [ARGUMENTS] [--debug]",
+            "",
+            *lines,
+            "",
+            "`orpo-dist COMMAND --help` lists a command's arguments; `--version` prints the version.",
+            "Exit codes: 0 finished, 2 bad input, 1 failed.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

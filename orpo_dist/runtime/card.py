@@ -1,0 +1,134 @@
+"""The model card of a run: README.md with the metadata the hub reads, the metrics, and how to load the model."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import TrainerState
+
+from orpo_dist.config import ORPOConfig
+from orpo_dist.runtime.report import evaluation_at, versions
+
+TAGS = ("orpo", "orpo_dist", "generated_from_trainer")
+# Leading numbers of a run; the others are in run_summary.json.
+_METRICS = ("loss", "nll_loss", "rewards/accuracies", "rewards/margins", "log_odds_ratio")
+_SETTINGS = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "beta",
+    "nll_scope",
+    "label_smoothing",
+    "max_length",
+    "max_prompt_length",
+    "max_completion_length",
+    "optim",
+    "weight_decay",
+    "warmup_steps",
+    "max_grad_norm",
+    "seed",
+)
+_CITATION = """@article{hong2024orpo,
+  title   = {{ORPO: Monolithic Preference Optimization without Reference Model}},
+  author  = {Jiwoo Hong and Noah Lee and James Thorne},
+  year    = 2024,
+  eprint  = {arXiv:2403.07691}
+}"""
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card says.
+
+    Attributes:
+        base_model: hub id, or an existing folder; only a hub id becomes metadata.
+        dataset: hub id, or an existing path; only a hub id becomes metadata.
+        kind: `adapter` or `finetune`, as the hub's `base_model_relation` calls it.
+    """
+
+    name: str
+    base_model: str
+    base_revision: str | None
+    dataset: str | None
+    kind: str
+    is_encoder_decoder: bool
+    repo_id: str | None
+    tags: tuple[str, ...]
+
+
+def save_card(folder: Path, facts: CardFacts, args: ORPOConfig, state: TrainerState) -> None:
+    """Write `<folder>/README.md`; in place of the draft that transformers or peft may have left there."""
+    local_base = Path(facts.base_model).exists()
+    local_data = facts.dataset is not None and Path(facts.dataset).exists()
+    data = ModelCardData(
+        base_model=None if local_base else facts.base_model,
+        base_model_relation=None if local_base else facts.kind,
+        datasets=[facts.dataset.partition(":")[0]] if facts.dataset and not local_data else None,
+        library_name="peft" if facts.kind == "adapter" else "transformers",
+        model_name=facts.name,
+        pipeline_tag=None if facts.is_encoder_decoder else "text-generation",
+        tags=[*dict.fromkeys([*TAGS, *facts.tags])],
+    )
+    sections = [
+        f"# {facts.name}",
+        _introduction(facts, local_base, local_data),
+        _metrics_section(state),
+        "## Use\n\n```python\n" + _usage(facts) + "\n```",
+        _settings_section(args),
+        "## Versions\n\n" + "\n".join(f"- {name} {value}" for name, value in versions().items()),
+        f"## Citation\n\n```bibtex\n{_CITATION}\n```",
+    ]
+    text = "\n\n".join(section for section in sections if section)
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n").save(folder / "README.md")
+
+
+def _introduction(facts: CardFacts, local_base: bool, local_data: bool) -> str:
+    name = Path(facts.base_model).name if local_base else facts.base_model
+    base = f"`{name}`" if local_base else f"[{name}](https://huggingface.co/{name})"
+    revision = f" at revision `{facts.base_revision}`" if facts.base_revision else ""
+    what = "A LoRA adapter for" if facts.kind == "adapter" else "A fine-tuned version of"
+    dataset = ""
+    if facts.dataset and local_data:
+        dataset = f" on the preference pairs of `{Path(facts.dataset).name}`"
+    elif facts.dataset:
+        dataset_name = facts.dataset.partition(":")[0]
+        dataset = f" on [{dataset_name}](https://huggingface.co/datasets/{dataset_name})"
+    return (
+        f"{what} {base}{revision}, trained{dataset} with [ORPO](https://huggingface.co/papers/2403.07691) "
+        "(odds ratio preference optimisation) by orpo_dist."
+    )
+
+
+def _metrics_section(state: TrainerState) -> str:
+    before, after = evaluation_at(state, 0), evaluation_at(state, state.global_step)
+    if after is None:
+        return ""
+    lines = ["## Held-out pairs", "", "| metric | before | after |", "|---|---|---|"]
+    for name in _METRICS:
+        if name in after:
+            earlier = f"{before[name]:.4f}" if before and name in before else ""
+            lines.append(f"| {name} | {earlier} | {after[name]:.4f} |")
+    return "\n".join(lines)
+
+
+def _usage(facts: CardFacts) -> str:
+    target = facts.repo_id or "path/to/this/folder"
+    auto_class = "AutoModelForSeq2SeqLM" if facts.is_encoder_decoder else "AutoModelForCausalLM"
+    if facts.kind == "adapter":
+        auto_class = auto_class.replace("Auto", "AutoPeft", 1)
+    package = "peft" if facts.kind == "adapter" else "transformers"
+    imports = f"from {package} import {auto_class}\nfrom transformers import AutoTokenizer"
+    if package == "transformers":
+        imports = f"from transformers import {auto_class}, AutoTokenizer"
+    return f'{imports}\n\nmodel = {auto_class}.from_pretrained("{target}")\n' + (
+        f'tokenizer = AutoTokenizer.from_pretrained("{target}")'
+    )
+
+
+def _settings_section(args: ORPOConfig) -> str:
+    values = {name: getattr(args, name) for name in _SETTINGS}
+    lines = [f"- {name}: {value}" for name, value in values.items() if value is not None]
+    return "\n".join(["## Training", "", *lines, f"- world_size: {args.world_size}"])

@@ -1,0 +1,32 @@
+"""Before a run that ends on the hub: is there a login, and where is its token kept."""
+
+import os
+
+from httpx import HTTPError
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from transformers import TrainingArguments
+
+from orpo_dist.errors import UserError
+
+
+def move_token_to_environment(args: TrainingArguments) -> None:
+    """Move `hub_token` to HF_TOKEN, where the hub client looks for it.
+
+    The Trainer pickles its arguments into training_args.bin, which would carry the token into every checkpoint.
+    """
+    if args.hub_token is not None:
+        os.environ["HF_TOKEN"], args.hub_token = args.hub_token, None
+
+
+def check_login() -> None:
+    """Raises UserError, before anything is trained, when the hub would refuse the push at the end."""
+    try:
+        HfApi().whoami()
+    except LocalTokenNotFoundError as error:
+        raise UserError("push_to_hub needs a login: `hf auth login`, or set HF_TOKEN.") from error
+    except OfflineModeIsEnabled as error:
+        raise UserError("push_to_hub cannot work offline: unset HF_HUB_OFFLINE, or set push_to_hub=false.") from error
+    except (HfHubHTTPError, HTTPError) as error:
+        reason = str(error).strip().split("\n", maxsplit=1)[0]
+        raise UserError(f"push_to_hub: the hub refused the login or was not reached ({reason}).") from error

@@ -1,0 +1,133 @@
+"""`generate_during_eval`: a few sampled replies at each evaluation, in `<run>/samples.jsonl` and in the trackers."""
+
+import json
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+
+from orpo_dist.config import ORPOConfig
+
+if TYPE_CHECKING:
+    from orpo_dist.trainer import ORPOTrainer
+
+SAMPLES_NAME = "samples.jsonl"
+PROMPTS = 4
+MAX_REPLY_TOKENS = 128
+_COLUMNS = ("step", "prompt", "reply", "chosen")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One reply: what the model answers at `step`, beside the completion that the pair prefers."""
+
+    step: int
+    prompt: str
+    reply: str
+    chosen: str
+
+
+class SampleReplies(TrainerCallback):
+    """Writes sampled replies after each evaluation; the same prompts every time, so that progress can be read.
+
+    Every rank generates, since sharded parameters (ZeRO-3, FSDP2) need all of them; the main process writes.
+
+    Args:
+        rows: tokenised evaluation pairs (`prompt_ids`, `chosen_ids`).
+    """
+
+    def __init__(self, trainer: "ORPOTrainer", rows: Any) -> None:
+        self._trainer = trainer
+        chosen = random.Random(trainer.args.seed).sample(range(len(rows)), k=min(PROMPTS, len(rows)))
+        self._rows = [rows[index] for index in chosen]
+        self._written_step: int | None = None
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._written_step == state.global_step:  # one event for each of several evaluation sets
+            return
+        self._written_step = state.global_step
+        samples = self._generate(state.global_step)
+        if not state.is_world_process_zero:
+            return
+        with (Path(str(args.output_dir)) / SAMPLES_NAME).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples)
+        trackers = args.report_to or []
+        if "wandb" in trackers:
+            _to_wandb(samples)
+        if "trackio" in trackers:
+            _to_trackio(samples)
+        if "comet_ml" in trackers:
+            _to_comet(samples)
+        if "tensorboard" in trackers:
+            _to_tensorboard(self._trainer, samples)
+
+    def _generate(self, step: int) -> list[Sample]:
+        trainer = self._trainer
+        args = cast(ORPOConfig, trainer.args)
+        tokenizer: Any = trainer.processing_class
+        model: Any = trainer.model
+        device = args.device
+        limit = min(MAX_REPLY_TOKENS, args.max_completion_length or MAX_REPLY_TOKENS)
+        prompts = [row["prompt_ids"] for row in self._rows]
+        longest = max(map(len, prompts))
+        pad = tokenizer.pad_token_id
+        input_ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+        was_training = model.training
+        model.eval()
+        # Training must not depend on whether replies are sampled, so its random state is set aside.
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), torch.no_grad(), trainer.compute_loss_context_manager():
+            torch.manual_seed(args.seed + step)
+            output = model.generate(
+                input_ids=input_ids, attention_mask=mask, do_sample=True, max_new_tokens=limit, pad_token_id=pad
+            )
+        model.train(was_training)
+        replies = output if trainer.is_encoder_decoder else output[:, longest:]
+
+        def text(ids: Any) -> str:
+            return tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+        return [
+            Sample(step, text(row["prompt_ids"]), text(reply), text(row["chosen_ids"]))
+            for row, reply in zip(self._rows, replies.tolist(), strict=True)
+        ]
+
+
+def _table(samples: list[Sample]) -> list[list[Any]]:
+    return [[getattr(sample, column) for column in _COLUMNS] for sample in samples]
+
+
+def _to_wandb(samples: list[Sample]) -> None:
+    import wandb
+
+    if wandb.run is not None:
+        wandb.log({"samples": wandb.Table(columns=list(_COLUMNS), data=_table(samples))})
+
+
+def _to_trackio(samples: list[Sample]) -> None:
+    import pandas
+    import trackio
+
+    trackio.log({"samples": trackio.Table(dataframe=pandas.DataFrame(_table(samples), columns=list(_COLUMNS)))})
+
+
+def _to_comet(samples: list[Sample]) -> None:
+    import comet_ml
+
+    experiment = comet_ml.get_running_experiment()
+    if experiment is not None:
+        experiment.log_table(f"samples-{samples[0].step}.csv", tabular_data=_table(samples), headers=list(_COLUMNS))
+
+
+def _to_tensorboard(trainer: "ORPOTrainer", samples: list[Sample]) -> None:
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+            for number, sample in enumerate(samples):
+                text = f"**{sample.prompt}**\n\n{sample.reply}\n\n---\n\nPreferred: {sample.chosen}"
+                callback.tb_writer.add_text(f"samples/{number}", text, sample.step)
+            callback.tb_writer.flush()
