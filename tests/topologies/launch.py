@@ -1,0 +1,57 @@
+"""Start a worker under a launcher and read back what it wrote."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import load_file
+
+HERE = Path(__file__).parent
+REPOSITORY = HERE.parents[1]
+CONFIGS = REPOSITORY / "accelerate_configs"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    log: list[dict]
+    facts: dict
+    weights: dict[str, torch.Tensor]
+    saved: Path
+
+
+def run_worker(settings: dict, out: Path, launcher: str | None = None, processes: int = 2, worker: str = "worker.py"):
+    """launcher: None for one process, "torchrun", or the name of an accelerate config."""
+    out.with_suffix(".json").write_text(json.dumps(settings))
+    script = [str(HERE / worker), str(out.with_suffix(".json")), str(out)]
+    if launcher is None:
+        command = [sys.executable, *script]
+    elif launcher == "torchrun":
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command += script
+    else:
+        config = yaml.safe_load((CONFIGS / f"{launcher}.yaml").read_text())
+        on_cpu = out.with_suffix(".accelerate.yaml")  # the flag --cpu would start one plain process
+        on_cpu.write_text(yaml.safe_dump({**config, "use_cpu": True, "num_processes": processes}))
+        command = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={on_cpu}"]
+        command += ["--main_process_port=0", *script]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TQDM_DISABLE": "1",
+    }
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    saved = Path(f"{out}.saved")
+    weights = {}
+    for file in sorted(saved.glob("*.safetensors")):
+        weights |= load_file(file)
+    written = json.loads(out.read_text())
+    return Outcome(written["log"], written["facts"], weights, saved)
