@@ -140,20 +140,21 @@ class Recipe:
         path, flags = _split_off_recipe(list(argv))
         file = read_recipe_file(path) if path is not None else None
         if file is None:
-            return cls._build({}, flags, lambda name: "the command line")
+            return cls._build({}, flags, lambda name: "the command line", "orpo")
         os.environ.update(file.environment)
-        values = {"output_dir": f"runs/{file.path.stem}", **file.values}
-        recipe = cls._build(values, flags, file.where)
+        recipe = cls._build(file.values, flags, file.where, file.path.stem)
         recipe.environment = file.environment
         return recipe
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> "Recipe":
         """From a flat mapping with the same names as in a file, without `env`. Raises UserError as `parse` does."""
-        return cls._build(mapping, [], lambda name: "the recipe")
+        return cls._build(mapping, [], lambda name: "the recipe", "orpo")
 
     @classmethod
-    def _build(cls, values: Mapping[str, Any], flags: list[str], where: Callable[[str], str]) -> "Recipe":
+    def _build(
+        cls, values: Mapping[str, Any], flags: list[str], where: Callable[[str], str], run_name: str
+    ) -> "Recipe":
         from orpo_dist.config import ORPOConfig
         from orpo_dist.model.load import ModelArguments
 
@@ -167,7 +168,7 @@ class Recipe:
             name: _checked(name, value, hints[name], parser._option_string_actions[f"--{name}"], where(name))
             for name, value in values.items()
         }
-        parser.set_defaults_with_config(**defaults)
+        parser.set_defaults_with_config(**{"output_dir": f"runs/{run_name}", **defaults})
         try:
             data, model, training, rest = parser.parse_args_into_dataclasses(
                 args=flags, return_remaining_strings=True, look_for_args_file=False
@@ -191,18 +192,18 @@ class Recipe:
         training fields, and every other training field that differs from transformers' default. No credentials."""
         from orpo_dist.config import ORPOConfig
 
-        mapping: dict[str, Any] = {}
-        for part in (self.data, self.model):
-            mapping |= {option.name: getattr(part, option.name) for option in fields(part)}
         always = _ALWAYS_SAVED | ORPOConfig.__annotations__.keys()
-        for option in fields(self.training):
-            value = getattr(self.training, option.name)
-            default = option.default_factory() if option.default_factory is not MISSING else option.default
-            changed = _plain(value) != _plain(default)
-            if option.init and option.name not in _NOT_SAVED and (option.name in always or changed):
-                mapping[option.name] = value
-        mapping["report_to"] = self.training.report_to or "none"
-        mapping = {name: _plain(value) for name, value in mapping.items() if value is not None}
+        mapping: dict[str, Any] = {}
+        for part in (self.data, self.model, self.training):
+            for option in fields(part):
+                value = _plain(getattr(part, option.name))
+                default = option.default_factory() if option.default_factory is not MISSING else option.default
+                wanted = part is not self.training or option.name in always
+                if option.name in _NOT_SAVED or not option.init:
+                    continue
+                if value != _plain(default) or (wanted and value is not None):
+                    mapping[option.name] = value
+        mapping["report_to"] = mapping.get("report_to") or "none"
         return without_secrets(mapping)
 
     def save(self, path: str | Path) -> None:

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from orpo_dist.errors import UserError
 from orpo_dist.recipe import DataArguments, Recipe
@@ -176,11 +176,14 @@ def load_splits(data: DataArguments, seed: int) -> tuple[Any, Any]:
 def _prepare(recipe: Recipe, folder: Path) -> "tuple[PreTrainedTokenizerBase, RunPairs]":
     from orpo_dist.data.options import PrepareOptions
     from orpo_dist.data.prepare import prepare_pairs
+    from orpo_dist.data.tokenize import resolve_chat_template
     from orpo_dist.model.load import load_config, load_processing_class
 
     name, args = str(recipe.model.model_name_or_path), recipe.training
     source: dict[str, Any] = {"revision": recipe.model.model_revision, "trust_remote_code": args.trust_remote_code}
     tokenizer = load_processing_class(name, **source)
+    if args.chat_template is not None:  # the one that is trained is saved with the model
+        tokenizer.chat_template = resolve_chat_template(args.chat_template, tokenizer)
     options = PrepareOptions.from_config(args, load_config(name, **source).is_encoder_decoder)
     train_rows, eval_rows = load_splits(recipe.data, args.seed)
 
@@ -198,12 +201,11 @@ def _load_model(arguments: "ModelArguments", args: "ORPOConfig") -> "PreTrainedM
     from orpo_dist.model.adapters import add_adapter
     from orpo_dist.model.load import compute_dtype, load_model, quantization_config, resolve_dtype
 
-    compute = compute_dtype(args.bf16, args.fp16)
     options: dict[str, Any] = {
         "revision": arguments.model_revision,
         "dtype": resolve_dtype(arguments, bf16=args.bf16, fp16=args.fp16),
         "attn_implementation": arguments.attn_implementation,
-        "quantization_config": quantization_config(arguments, compute),
+        "quantization_config": quantization_config(arguments, compute_dtype(args.bf16, args.fp16)),
         "trust_remote_code": args.trust_remote_code,
     }
     # They are used up here; the trainer wants them only beside a model given by name.
@@ -217,7 +219,7 @@ def _load_model(arguments: "ModelArguments", args: "ORPOConfig") -> "PreTrainedM
         model,
         adapter_name_or_path=arguments.adapter_name_or_path,
         gradient_checkpointing=args.gradient_checkpointing,
-        gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
+        gradient_checkpointing_kwargs=cast("dict[str, Any] | None", args.gradient_checkpointing_kwargs),
         zero3=is_deepspeed_zero3_enabled(),
     )
 
