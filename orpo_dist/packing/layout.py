@@ -1,0 +1,183 @@
+"""The packed layout: where the pairs lie in one row of tokens, and every index the model needs to tell them apart.
+
+Shape legend: B pairs, T tokens of the packed row, S = 2B causal sequences, K keys over all sequences, N scored rows,
+L length of the longest sequence.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from orpo_dist.loss import PairScores
+
+
+class PackedLayoutError(RuntimeError):
+    """A part of the model cannot take the packed layout. The message says which part and why."""
+
+
+@dataclass(frozen=True)
+class PairSegment:
+    """One pair of a packed row; all numbers count tokens.
+
+    start: where the pair begins in the row.
+    prompt, chosen, rejected: lengths P, C, R, at least 1 each.
+    prompt_copies: 1 when [P C R] shares the prompt, 2 when the row holds [P C][P R].
+    nll_prompt: scored rows that predict prompt tokens: P - 1, or 0 when the NLL is the completion's alone.
+    """
+
+    start: int
+    prompt: int
+    chosen: int
+    rejected: int
+    prompt_copies: int
+    nll_prompt: int
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt_copies * self.prompt + self.chosen + self.rejected
+
+    @property
+    def scored(self) -> int:
+        """Scored rows of the pair: nll_prompt, then C of the chosen, then R of the rejected completion."""
+        return self.nll_prompt + self.chosen + self.rejected
+
+    @property
+    def rejected_start(self) -> int:
+        """Place in the row of the first token of the rejected completion."""
+        return self.start + self.tokens - self.rejected
+
+
+class PackedLayout:
+    """What the tokens of a packed row mean.
+
+    Neither a dict, a tuple nor a dataclass, on purpose: with bf16, DeepSpeed's and FSDP2's casts of inputs look into
+    those and round `tokens` (12345 becomes 12352). An object they do not know is passed through as it is, and it can
+    carry float32 statistics out of a forward whose outputs are cast.
+
+    A pair is two causal sequences, [P C] and [P R]. With a shared prompt the queries of the second are R alone, so its
+    last query sees its last key ("bottom-right" causal masks) and the keys of P occur twice in `key_index`.
+
+    segments: B pairs, host numbers.
+    shared: whether the prompt is in the row once.
+    rows: (N,) places in the row whose hidden states are scored, pair by pair, see PairSegment.scored. Row P-1 of a
+        shared prompt occurs twice: it predicts the first token of both completions.
+    targets: (N,) the token each scored row predicts.
+    cu_seqlens_q, cu_seqlens_k: (S + 1,) int32, where each sequence's queries and keys begin.
+    max_seqlen_q, max_seqlen_k: the longest of each, host numbers.
+    key_index: (K,) places in the row of the keys of all sequences; None without sharing, where keys are the row itself.
+    unshare_index: (S, L) places in the row of the tokens of each sequence; beyond a sequence's end, of its last token.
+    reshare_index: (T,) where token t of the row is found in the flattened (S * L) unshared rows.
+    weight: (B,) 1 for a pair, 0 for the filler of an empty bin.
+    index: the pairs' places in the dataset, on the host.
+    tokens, pairs: () totals of the whole global batch, written by the trainer once per optimizer step.
+    scores: per-pair results, written by the loss head.
+    visibility: attention masks by (queries, keys, window), filled on first use on the layout's device.
+    """
+
+    def __init__(
+        self,
+        segments: list[PairSegment],
+        input_ids: torch.Tensor,
+        weight: torch.Tensor,
+        index: list[int],
+    ):
+        """input_ids: (T,) the row itself, for the targets."""
+        self.segments, self.weight, self.index = segments, weight, index
+        self.shared = segments[0].prompt_copies == 1
+        self.rows, target_places = _scored_rows(segments)
+        self.targets = input_ids[target_places]
+
+        sequences = [sequence for segment in segments for sequence in _sequences(segment)]
+        query_lengths = [
+            length
+            for s in segments
+            for length in (s.prompt + s.chosen, s.rejected if self.shared else s.prompt + s.rejected)
+        ]
+        key_lengths = [len(sequence) for sequence in sequences]
+        self.cu_seqlens_q, self.cu_seqlens_k = _cumulative(query_lengths), _cumulative(key_lengths)
+        self.max_seqlen_q, self.max_seqlen_k = max(query_lengths), max(key_lengths)
+        self.key_index = torch.cat(sequences) if self.shared else None
+        self.unshare_index, self.reshare_index = _unsharing(sequences, query_lengths)
+
+        self.tokens: torch.Tensor | None = None
+        self.pairs: torch.Tensor | None = None
+        self.scores: PairScores | None = None
+        self.visibility: dict[tuple[int, int, int | None], torch.Tensor] = {}
+
+    @property
+    def length(self) -> int:
+        """T, tokens of the row."""
+        return self.reshare_index.shape[0]
+
+    def counts(self) -> torch.Tensor:
+        """(2,) float64 NLL tokens and pairs of this micro-batch. Called before `to`: no device sync."""
+        tokens = torch.tensor([s.nll_prompt + s.chosen for s in self.segments], dtype=torch.float64)
+        return torch.stack([(tokens * self.weight).sum(), self.weight.sum().double()])
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> "PackedLayout":
+        """Move in place: the object that the trainer holds stays the one that the model writes `scores` to."""
+        return self._replace(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "PackedLayout":
+        """Called by a DataLoader with pin_memory, so that `to` can be asynchronous."""
+        return self._replace(torch.Tensor.pin_memory)
+
+    def _replace(self, change) -> "PackedLayout":
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                setattr(self, name, change(value))
+        self.visibility = {}
+        return self
+
+
+def position_ids(segments: Sequence[PairSegment]) -> torch.Tensor:
+    """(T,) positions of the tokens of a packed row: each sequence counts from 0, so a rejected completion that shares
+    its prompt goes on from P."""
+    parts = []
+    for s in segments:
+        second = s.prompt if s.prompt_copies == 1 else 0
+        parts += [torch.arange(s.prompt + s.chosen), torch.arange(second, s.prompt + s.rejected)]
+    return torch.cat(parts)
+
+
+def _scored_rows(segments: Sequence[PairSegment]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N,) rows and (N,) places of the tokens they predict."""
+    rows, targets = [], []
+    for s in segments:
+        first = s.prompt - 1 - s.nll_prompt
+        chosen = torch.arange(s.start + first, s.start + s.prompt + s.chosen - 1)
+        rejected = torch.arange(s.rejected_start, s.rejected_start + s.rejected)
+        last_of_prompt = s.start + s.prompt - 1 if s.prompt_copies == 1 else s.rejected_start - 1
+        rows += [chosen, torch.tensor([last_of_prompt]), rejected[:-1]]
+        targets += [chosen + 1, rejected]
+    return torch.cat(rows), torch.cat(targets)
+
+
+def _sequences(s: PairSegment) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places in the row of the tokens of [P C] and of [P R]."""
+    prompt = s.start if s.prompt_copies == 1 else s.rejected_start - s.prompt
+    return (
+        torch.arange(s.start, s.start + s.prompt + s.chosen),
+        torch.cat(
+            [
+                torch.arange(prompt, prompt + s.prompt),
+                torch.arange(s.rejected_start, s.rejected_start + s.rejected),
+            ]
+        ),
+    )
+
+
+def _unsharing(sequences: list[torch.Tensor], query_lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    longest = max(map(len, sequences))
+    index = torch.stack([torch.cat([s, s[-1:].expand(longest - len(s))]) for s in sequences])
+    # The queries of a sequence are its last tokens, and in order of sequences they are the row itself.
+    back = [
+        torch.arange(i * longest + len(sequence) - queries, i * longest + len(sequence))
+        for i, (sequence, queries) in enumerate(zip(sequences, query_lengths, strict=True))
+    ]
+    return index, torch.cat(back)
+
+
+def _cumulative(lengths: list[int]) -> torch.Tensor:
+    return torch.nn.functional.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(torch.int32)
