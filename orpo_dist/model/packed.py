@@ -74,17 +74,14 @@ def use_packed_layout(model: nn.Module, *, max_length: int | None) -> PackingVer
     data, None for no bound.
     """
     base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-    config = base.config.get_text_config(decoder=True)
     text_model = base.get_decoder()
     mixers = find_token_mixers(text_model)
-    reason = _obstacle(base, config, mixers, max_length)
+    reason = _obstacle(base, text_model, mixers, max_length)
     if reason:
         return PackingVerdict(ok=False, reason=f"{type(base).__name__}: {reason}")
     fixed_rotary = fix_rotary_frequencies(text_model, max_length)
     before = _implementations(base.config)
     base.set_attn_implementation(_packed_implementations(base.config))
-    if any(mixer.uses_interface for mixer in mixers) and config._attn_implementation != PACKED_ATTENTION:
-        return PackingVerdict(ok=False, reason=f"{type(base).__name__} did not take another attention implementation")
     row = PackedRow(text_model)
     unshared = [mixer for mixer in mixers if not mixer.uses_interface]
     return PackingVerdict(
@@ -99,18 +96,18 @@ def use_packed_layout(model: nn.Module, *, max_length: int | None) -> PackingVer
 
 
 def _obstacle(
-    base: PreTrainedModel, config: PreTrainedConfig, mixers: list[TokenMixer], max_length: int | None
+    base: PreTrainedModel, text_model: PreTrainedModel, mixers: list[TokenMixer], max_length: int | None
 ) -> str | None:
     if base.config.is_encoder_decoder:
         return "an encoder-decoder model shares no row between prompt and completion"
     if not mixers:
         return "no attention or other token mixer was recognised in it"
-    if not base._can_set_attn_implementation():
+    if not text_model._can_set_attn_implementation():
         return "its attention does not go through transformers' attention interface (ALiBi and older models)"
     nested = next((mixer for mixer in mixers if mixer.inner is not None), None)
     if nested is not None:
         return f"{nested.name} chooses its keys in an inner module ({nested.inner}), which is not packed"
-    chunk = config.to_dict().get("attention_chunk_size")
+    chunk = text_model.config.to_dict().get("attention_chunk_size")
     if chunk is not None and (max_length is None or max_length > chunk):
         return f"chunked attention (attention_chunk_size={chunk}) within max_length={max_length} is not packed"
     return None

@@ -1,6 +1,7 @@
 """Index tensors of the packed layout against their definition, for random pairs."""
 
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -65,8 +66,8 @@ def test_scored_rows_precede_their_targets(seed, sharing):
     for row in rows:
         chosen, rejected = _sequences([row])
         first = len(row["prompt_ids"])
-        expected += list(zip(chosen, chosen[1:], strict=False))
-        expected += list(zip(rejected[first - 1 :], rejected[first:], strict=False))
+        expected += list(pairwise(chosen))
+        expected += list(pairwise(rejected[first - 1 :]))
     assert list(zip(ids[layout.rows].tolist(), layout.targets.tolist(), strict=True)) == expected
 
 

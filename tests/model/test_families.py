@@ -1,0 +1,324 @@
+"""Packed and padded layouts give the same loss and gradients, family by family; what cannot be packed is told."""
+
+import pytest
+import torch
+import transformers as t
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from orpo_dist.model import attention
+from orpo_dist.model.attention import PACKED_ATTENTION
+from orpo_dist.model.mixers import find_token_mixers
+from orpo_dist.model.packed import use_packed_layout
+from orpo_dist.model.rotary import fix_rotary_frequencies
+from orpo_dist.model.verify import verify_layout
+from orpo_dist.packing.collate import PackedCollator
+from orpo_dist.packing.layout import PackedLayoutError
+from orpo_dist.packing.padded import PaddedCollator
+from tests.model.packing_reference import assert_equal, packed_result, padded_result, rows
+from tests.model.tiny_models import COMMON, HEADS, tiny_model
+from tests.model.varlen_reference import reference_kernel
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated"),
+    pytest.mark.filterwarnings("ignore:.*falling back to its reference PyTorch implementation"),
+]
+PACKED = ("llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "gemma2", "gemma3", "phi3", "olmo2", "gpt_oss", "cohere2",
+          "qwen3_5", "bamba", "granite_hybrid", "lfm2", "gpt2")  # fmt: skip
+UNSHARED = {"qwen3_5": 3, "bamba": 1, "granite_hybrid": 1, "lfm2": 1}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("family", PACKED)
+def test_packed_equals_padded(family, checkpointing):
+    model = tiny_model(family)
+    expected = padded_result(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    verdict = use_packed_layout(model, max_length=64)
+    assert verdict.ok and len(verdict.unshared) == UNSHARED.get(family, 0)
+    assert_equal(packed_result(model), expected)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gpt_oss", "qwen3_5"])
+def test_packing_without_sharing_equals_padded(family):
+    model = tiny_model(family)
+    expected = padded_result(model, nll_scope="completion")
+    use_packed_layout(model, max_length=64)
+    assert_equal(packed_result(model, prefix_sharing=False, nll_scope="completion"), expected)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "bamba"])
+def test_lora_before_and_after_the_switch(family):
+    for wrap_first in (True, False):
+        model = tiny_model(family)
+        verdict = None if wrap_first else use_packed_layout(model, max_length=64)
+        torch.manual_seed(1)
+        model = get_peft_model(model, LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False))
+        if verdict is None:
+            verdict = use_packed_layout(model, max_length=64)
+        assert verify_layout(model, verdict, prefix_sharing=True).ok
+        ours = packed_result(model)
+        verdict.restore()
+        assert_equal(ours, padded_result(model))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "qwen3_5"])
+@pytest.mark.parametrize("sharing", [True, False])
+def test_the_varlen_path_equals_padded(monkeypatch, family, sharing):
+    monkeypatch.setattr(attention, "varlen_kernel", lambda query, value, dropout: reference_kernel)
+    model = tiny_model(family)
+    expected = padded_result(model)
+    use_packed_layout(model, max_length=64)
+    assert_equal(packed_result(model, prefix_sharing=sharing), expected)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "bamba"])
+def test_reentrant_checkpointing(family):
+    model = tiny_model(family)
+    expected = padded_result(model)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    use_packed_layout(model, max_length=64)
+    assert_equal(packed_result(model), expected)
+
+
+def test_recomputation_uses_the_layout_of_its_own_forward():
+    """Two packed forwards before one backward: the first is recomputed with its own layout."""
+    for family in ("mistral", "bamba"):
+        model = tiny_model(family)
+        use_packed_layout(model, max_length=64)
+        collator = PackedCollator(True, "sequence")
+        batches = [collator(rows()[:2]), collator([rows()[1], rows()[0]])]  # the same number of tokens, laid out anew
+
+        def run(model=model, batches=batches):
+            total = sum(model(**batch, use_cache=False).logits.square().mean() for batch in batches)
+            total.backward()
+            found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+            model.zero_grad()
+            return found
+
+        plain = run()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        for name, gradient in run().items():
+            torch.testing.assert_close(gradient, plain[name], rtol=1e-5, atol=1e-6)
+
+
+# ---------------------------------------------------------------- routers
+
+
+def test_router_loss_per_micro_batch():
+    """The padded layout counts each prompt token twice, so with weight 2 on the prompts both losses are equal."""
+    model = tiny_model("qwen3_moe")
+    config = model.config
+    padded = PaddedCollator(0, "sequence")(rows())
+    del padded["orpo_layout"]
+    outputs = model(**padded, use_cache=False, output_router_logits=True)
+    expected = load_balancing_loss_func(
+        outputs.router_logits, config.num_experts, config.num_experts_per_tok, padded["attention_mask"]
+    )
+    use_packed_layout(model, max_length=64)
+    packed = PackedCollator(True, "sequence")(rows())
+    outputs = model(**packed, use_cache=False, output_router_logits=True)
+    weights = torch.ones_like(packed["input_ids"])
+    for s in packed["orpo_layout"].segments:
+        weights[0, s.start : s.start + s.prompt] = 2
+    ours = load_balancing_loss_func(outputs.router_logits, config.num_experts, config.num_experts_per_tok, weights)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    once = load_balancing_loss_func(outputs.router_logits, config.num_experts, config.num_experts_per_tok)
+    torch.testing.assert_close(outputs.aux_loss, once)  # what a packed forward reports: every token once
+
+
+# ---------------------------------------------------------------- rotary embeddings that look at the batch
+
+
+def _dynamic(kind: str) -> t.PreTrainedModel:
+    torch.manual_seed(0)
+    if kind == "dynamic":
+        parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+        return t.LlamaForCausalLM(t.LlamaConfig(**{**HEADS, "max_position_embeddings": 16}, rope_parameters=parameters))
+    parameters = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0, 1.1, 1.2, 1.3],
+        "long_factor": [2.0, 3.0, 4.0, 5.0],
+        "original_max_position_embeddings": 16,
+    }
+    return t.Phi3ForCausalLM(t.Phi3Config(**COMMON, rope_parameters=parameters))
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_frequencies_are_those_of_max_length(kind):
+    moving, fixed, short = (_dynamic(kind).model.rotary_emb for _ in range(3))
+    assert fix_rotary_frequencies(fixed, max_length=64) == [""]
+    assert fix_rotary_frequencies(fixed, max_length=64) == []  # nothing left to fix
+    fix_rotary_frequencies(short, max_length=16)
+    x, long_positions, positions = torch.zeros(1), torch.arange(64)[None], torch.arange(16)[None]
+    for ours, theirs in zip(fixed(x, long_positions), moving(x, long_positions), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    for ours, expected in zip(fixed(x, positions), fixed(x, long_positions), strict=True):
+        torch.testing.assert_close(ours, expected[:, :16])  # whatever the batch at hand
+    for ours, theirs in zip(short(x, positions), _dynamic(kind).model.rotary_emb(x, positions), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_moving_rotary_families_equal_padded(kind):
+    model = _dynamic(kind)
+    verdict = use_packed_layout(model, max_length=64)
+    assert verdict.fixed_rotary == ["rotary_emb"]
+    ours = packed_result(model)
+    verdict.restore()
+    assert_equal(ours, padded_result(model))
+
+
+# ---------------------------------------------------------------- what is packed, what is not
+
+
+@pytest.mark.parametrize("family", ["bloom", "mpt"])
+def test_alibi_stays_padded(family):
+    model = tiny_model(family)
+    expected = padded_result(model)
+    verdict = use_packed_layout(model, max_length=64)
+    assert not verdict.ok and "attention interface" in verdict.reason
+    verdict.restore()
+    assert_equal(padded_result(model), expected)
+
+
+def test_encoder_decoder_stays_padded():
+    model = t.T5ForConditionalGeneration(
+        t.T5Config(vocab_size=97, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    )
+    assert "encoder-decoder" in use_packed_layout(model, max_length=64).reason
+
+
+def test_chunked_attention_is_packed_within_a_chunk_only():
+    config = t.Llama4TextConfig(**HEADS, attention_chunk_size=32, num_local_experts=2, intermediate_size_mlp=32,
+                                num_experts_per_tok=1)  # fmt: skip
+    model = t.Llama4ForCausalLM(config)
+    for max_length in (None, 64):
+        assert "attention_chunk_size=32" in use_packed_layout(model, max_length=max_length).reason
+    expected = padded_result(model)
+    assert use_packed_layout(model, max_length=32).ok
+    assert_equal(packed_result(model), expected)
+
+
+def test_a_mixer_that_gets_no_layout_is_found_out():
+    model = tiny_model("jamba")
+    verdict = use_packed_layout(model, max_length=64)
+    check = verify_layout(model, verdict, prefix_sharing=True)
+    assert not check.ok and "JambaMambaMixer) receives no layout" in check.reason
+    expected = tiny_model("jamba")
+    verdict.restore()
+    assert_equal(padded_result(model), padded_result(expected))
+
+
+def test_an_indexer_inside_attention_stays_padded():
+    class Indexer(nn.Module):
+        def forward(self, x, past_key_values=None):
+            return x
+
+    model = tiny_model("llama")
+    model.model.layers[1].self_attn.indexer = Indexer()
+    verdict = use_packed_layout(model, max_length=64)
+    assert "layers.1.self_attn chooses its keys in an inner module (layers.1.self_attn.indexer)" in verdict.reason
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_mixers_of_a_hybrid():
+    mixers = find_token_mixers(tiny_model("bamba").model)
+    assert [(mixer.name, mixer.uses_interface) for mixer in mixers] == [
+        ("layers.0.mamba", False),
+        ("layers.1.self_attn", True),
+    ]
+
+
+# ---------------------------------------------------------------- switching back and forth
+
+
+@pytest.mark.parametrize("family", ["gemma2", "qwen3_5"])
+def test_pause_and_restore(family, tmp_path):
+    model = tiny_model(family).eval()
+    ids = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
+    expected = model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
+    before = model.config._attn_implementation
+    verdict = use_packed_layout(model, max_length=64)
+    assert model.config._attn_implementation == PACKED_ATTENTION
+    with pytest.raises(PackedLayoutError, match="received no orpo_layout"):
+        model(input_ids=ids)
+    with verdict.paused():
+        assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False), expected)
+    assert verify_layout(model, verdict, prefix_sharing=True).ok and not model.training
+    model.save_pretrained(tmp_path)
+    assert PACKED_ATTENTION not in (tmp_path / "config.json").read_text()
+    verdict.restore()
+    verdict.restore()
+    assert model.config._attn_implementation == before
+    assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False), expected)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+# ---------------------------------------------------------------- verification
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", PACKED)
+def test_verification_passes(family, dtype):
+    model = tiny_model(family).to(dtype)
+    verdict = use_packed_layout(model, max_length=64)
+    for sharing in (True, False):
+        check = verify_layout(model, verdict, prefix_sharing=sharing)
+        assert check.ok and model.training, check
+    assert model.config._attn_implementation == PACKED_ATTENTION
+
+
+def _no_window(layout, queries, keys, window, device, visible=attention._visible):
+    return visible(layout, queries, keys, None, device)
+
+
+def _window_too_long(layout, queries, keys, window, device, visible=attention._visible):
+    return visible(layout, queries, keys, window and window + 1, device)
+
+
+def _top_left(layout, queries, keys, window, device, visible=attention._visible):
+    return torch.ones(queries, keys, dtype=torch.bool).tril()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fault", [_no_window, _window_too_long, _top_left])
+@pytest.mark.parametrize("family", ["mistral", "gemma3", "gpt_oss"])
+def test_verification_finds_faults(monkeypatch, family, fault, dtype):
+    model = tiny_model(family).to(dtype)
+    model.config.sliding_window = 4096  # as in a real model: far beyond what the check's batch reaches
+    for module in model.modules():
+        if isinstance(vars(module).get("sliding_window"), int):
+            module.sliding_window = 4096
+    verdict = use_packed_layout(model, max_length=8192)
+    assert verify_layout(model, verdict, prefix_sharing=True).ok
+    monkeypatch.setattr(attention, "_visible", fault)
+    check = verify_layout(model, verdict, prefix_sharing=True)
+    assert not check.ok and check.difference > 0.1
+    assert model.config.sliding_window == 4096
+
+
+def test_verification_finds_wrong_positions():
+    model = tiny_model("gpt2")
+    verdict = use_packed_layout(model, max_length=64)
+    wte = model.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "position_ids": None}), with_kwargs=True
+    )
+    assert not verify_layout(model, verdict, prefix_sharing=True).ok
+    wte.remove()
+    assert verify_layout(model, verdict, prefix_sharing=True).ok
+
+
+def test_a_forward_that_takes_no_keyword_is_told():
+    class Plain(t.LlamaForCausalLM):
+        def forward(self, input_ids=None, attention_mask=None, position_ids=None, use_cache=None):
+            return super().forward(input_ids, attention_mask, position_ids, use_cache=use_cache)
+
+    model = Plain(t.LlamaConfig(**HEADS))
+    verdict = use_packed_layout(model, max_length=64)
+    check = verify_layout(model, verdict, prefix_sharing=True)
+    assert not check.ok and "orpo_layout" in check.reason
