@@ -286,9 +286,7 @@ class _ChunkedPass:
             if narrow is error or error.device.type != "cuda":
                 torch.addmm(weight_gradients[0], error.t(), x.to(self.wide), beta=beta, out=weight_gradients[0])
             else:  # half-precision operands, float32 sum: rounding each chunk's product would bias the gradient
-                torch.addmm(
-                    weight_gradients[0], narrow.t(), x, beta=beta, out_dtype=self.wide, out=weight_gradients[0]
-                )
+                torch.addmm(weight_gradients[0], narrow.t(), x, beta=beta, out_dtype=self.wide, out=weight_gradients[0])
 
     def _branch_buffer(self, branch: int) -> list[torch.Tensor | None]:
         if branch not in self.buffers:
@@ -303,9 +301,7 @@ class _ChunkedPass:
             chosen = self._means([(s.chosen, s.rejected) for s in starts]).requires_grad_()
             rejected = self._means([(s.rejected, s.end) for s in starts]).requires_grad_()
             nothing = torch.zeros_like(chosen, requires_grad=False)
-            scores = PairScores(
-                chosen, rejected, nothing, nothing, nothing, nothing, self.pair_weight[first:last]
-            )
+            scores = PairScores(chosen, rejected, nothing, nothing, nothing, nothing, self.pair_weight[first:last])
             loss = self.tokens * orpo_loss(scores, self.job.objective, self.tokens, self.pairs)
             by_chosen, by_rejected = torch.autograd.grad(loss, (chosen, rejected))
         for i, s in enumerate(starts):
@@ -322,7 +318,7 @@ class _ChunkedPass:
         for branch in self.filled:
             factor = self.factor[start.chosen if branch == CHOSEN else start.rejected]
             for gradient, buffer in zip(self.gradients[1::2], self.buffers[branch], strict=True):
-                if gradient is not None:
+                if gradient is not None and buffer is not None:
                     gradient.addcmul_(buffer, factor)
         self.filled.clear()
 

@@ -1,4 +1,4 @@
-"""The fused loss of scored rows against autograd, TRL's chunked log-probabilities, the FLOP counter and the allocator."""
+"""The fused loss of scored rows against autograd, TRL's chunked log-probabilities, FLOP counter and allocator."""
 
 import itertools
 from dataclasses import dataclass
@@ -48,9 +48,7 @@ def problem(pairs=PAIRS, *, bias=False, dtype=torch.float64, hidden=HIDDEN, voca
 
 def fused(p: Problem, objective=None, **options) -> FusedLoss:
     objective = objective or Objective(beta=0.3)
-    return fused_orpo_loss(
-        p.hidden, p.weight, p.targets, p.pairs, p.pair_weight, objective, bias=p.bias, **options
-    )
+    return fused_orpo_loss(p.hidden, p.weight, p.targets, p.pairs, p.pair_weight, objective, bias=p.bias, **options)
 
 
 def plain(p: Problem, objective=None, transform=None, tokens=None, pairs=None, extra=0.0) -> FusedLoss:
@@ -256,7 +254,10 @@ class PeakMemory(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
                 if storage._cdata not in self.live:
-                    self.live[storage._cdata] = torch.multiprocessing.reductions.StorageWeakRef(storage), storage.nbytes()
+                    self.live[storage._cdata] = (
+                        torch.multiprocessing.reductions.StorageWeakRef(storage),
+                        storage.nbytes(),
+                    )
         self.live = {key: entry for key, entry in self.live.items() if not entry[0].expired()}
         self.now = sum(size for _, size in self.live.values())
         self.peak = max(self.peak, self.now)
