@@ -2,12 +2,18 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import TrainerState
+from peft import PeftModel
+from transformers import PreTrainedModel, TrainerState
 
 from orpo_dist.config import ORPOConfig
+from orpo_dist.model.load import base_identity
 from orpo_dist.runtime.report import evaluation_at, versions
+
+if TYPE_CHECKING:
+    from orpo_dist.trainer import ORPOTrainer
 
 TAGS = ("orpo", "orpo_dist", "generated_from_trainer")
 # Leading numbers of a run; the others are in run_summary.json.
@@ -44,13 +50,13 @@ class CardFacts:
     """What a card says.
 
     Attributes:
-        base_model: hub id, or an existing folder; only a hub id becomes metadata.
+        base_model: hub id, or an existing folder; only a hub id becomes metadata. None for a model made in memory.
         dataset: hub id, or an existing path; only a hub id becomes metadata.
         kind: `adapter` or `finetune`, as the hub's `base_model_relation` calls it.
     """
 
     name: str
-    base_model: str
+    base_model: str | None
     base_revision: str | None
     dataset: str | None
     kind: str
@@ -59,9 +65,29 @@ class CardFacts:
     tags: tuple[str, ...]
 
 
-def save_card(folder: Path, facts: CardFacts, args: ORPOConfig, state: TrainerState) -> None:
-    """Write `<folder>/README.md`; in place of the draft that transformers or peft may have left there."""
-    local_base = Path(facts.base_model).exists()
+def write_model_card(
+    trainer: "ORPOTrainer", model_name: str | None, dataset_name: str | None, tags: str | list[str] | None
+) -> None:
+    """Write README.md into the trainer's output folder, in place of the draft that peft may have left there."""
+    args, model = cast(ORPOConfig, trainer.args), cast(PreTrainedModel | PeftModel, trainer.model)
+    folder = Path(str(args.output_dir))
+    base = base_identity(model.get_base_model() if isinstance(model, PeftModel) else model)
+    facts = CardFacts(
+        name=model_name or (args.hub_model_id or folder.resolve().name).split("/")[-1],
+        base_model=base.name or None,
+        base_revision=base.revision,
+        dataset=dataset_name,
+        kind="adapter" if isinstance(model, PeftModel) else "finetune",
+        is_encoder_decoder=trainer.is_encoder_decoder,
+        repo_id=args.hub_model_id,
+        tags=tuple([tags] if isinstance(tags, str) else tags or []),
+    )
+    ModelCard(card_text(facts, args, trainer.state)).save(folder / "README.md")
+
+
+def card_text(facts: CardFacts, args: ORPOConfig, state: TrainerState) -> str:
+    """The card with its YAML header."""
+    local_base = facts.base_model is None or Path(facts.base_model).exists()
     local_data = facts.dataset is not None and Path(facts.dataset).exists()
     data = ModelCardData(
         base_model=None if local_base else facts.base_model,
@@ -81,13 +107,16 @@ def save_card(folder: Path, facts: CardFacts, args: ORPOConfig, state: TrainerSt
         "## Versions\n\n" + "\n".join(f"- {name} {value}" for name, value in versions().items()),
         f"## Citation\n\n```bibtex\n{_CITATION}\n```",
     ]
-    text = "\n\n".join(section for section in sections if section)
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n").save(folder / "README.md")
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(section for section in sections if section) + "\n"
 
 
 def _introduction(facts: CardFacts, local_base: bool, local_data: bool) -> str:
-    name = Path(facts.base_model).name if local_base else facts.base_model
-    base = f"`{name}`" if local_base else f"[{name}](https://huggingface.co/{name})"
+    if facts.base_model is None:
+        base = "a model made in memory"
+    elif local_base:
+        base = f"`{Path(facts.base_model).name}`"
+    else:
+        base = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})"
     revision = f" at revision `{facts.base_revision}`" if facts.base_revision else ""
     what = "A LoRA adapter for" if facts.kind == "adapter" else "A fine-tuned version of"
     dataset = ""
@@ -129,6 +158,6 @@ def _usage(facts: CardFacts) -> str:
 
 
 def _settings_section(args: ORPOConfig) -> str:
-    values = {name: getattr(args, name) for name in _SETTINGS}
-    lines = [f"- {name}: {value}" for name, value in values.items() if value is not None]
+    values = args.to_dict()
+    lines = [f"- {name}: {values[name]}" for name in _SETTINGS if values[name] is not None]
     return "\n".join(["## Training", "", *lines, f"- world_size: {args.world_size}"])

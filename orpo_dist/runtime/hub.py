@@ -2,9 +2,8 @@
 
 import os
 
-from httpx import HTTPError
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 from transformers import TrainingArguments
 
 from orpo_dist.errors import UserError
@@ -27,6 +26,6 @@ def check_login() -> None:
         raise UserError("push_to_hub needs a login: `hf auth login`, or set HF_TOKEN.") from error
     except OfflineModeIsEnabled as error:
         raise UserError("push_to_hub cannot work offline: unset HF_HUB_OFFLINE, or set push_to_hub=false.") from error
-    except (HfHubHTTPError, HTTPError) as error:
+    except Exception as error:  # network errors are those of the client's HTTP library, another one in each version
         reason = str(error).strip().split("\n", maxsplit=1)[0]
         raise UserError(f"push_to_hub: the hub refused the login or was not reached ({reason}).") from error

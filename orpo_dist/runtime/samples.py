@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import TensorBoardCallback
 
 from orpo_dist.config import ORPOConfig
+from orpo_dist.errors import UserError
 
 if TYPE_CHECKING:
     from orpo_dist.trainer import ORPOTrainer
@@ -36,11 +37,16 @@ class SampleReplies(TrainerCallback):
 
     Every rank generates, since sharded parameters (ZeRO-3, FSDP2) need all of them; the main process writes.
 
-    Args:
-        rows: tokenised evaluation pairs (`prompt_ids`, `chosen_ids`).
+    Raises:
+        UserError: the trainer has no evaluation pairs. Of several sets of them the first is sampled from.
     """
 
-    def __init__(self, trainer: "ORPOTrainer", rows: Any) -> None:
+    def __init__(self, trainer: "ORPOTrainer") -> None:
+        rows: Any = trainer.eval_dataset
+        if isinstance(rows, dict):
+            rows = next(iter(rows.values()), None)
+        if rows is None:
+            raise UserError("generate_during_eval needs pairs to evaluate on: pass eval_dataset.")
         self._trainer = trainer
         chosen = random.Random(trainer.args.seed).sample(range(len(rows)), k=min(PROMPTS, len(rows)))
         self._rows = [rows[index] for index in chosen]
@@ -53,8 +59,7 @@ class SampleReplies(TrainerCallback):
         samples = self._generate(state.global_step)
         if not state.is_world_process_zero:
             return
-        with (Path(str(args.output_dir)) / SAMPLES_NAME).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples)
+        _write(Path(str(args.output_dir)) / SAMPLES_NAME, samples)
         trackers = args.report_to or []
         if "wandb" in trackers:
             _to_wandb(samples)
@@ -96,6 +101,15 @@ class SampleReplies(TrainerCallback):
             Sample(step, text(row["prompt_ids"]), text(reply), text(row["chosen_ids"]))
             for row, reply in zip(self._rows, replies.tolist(), strict=True)
         ]
+
+
+def _write(path: Path, samples: list[Sample]) -> None:
+    """Append; lines of the same or a later step are those of a run that was restarted, or of another one."""
+    kept = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    kept = [line for line in kept if json.loads(line)["step"] < samples[0].step]
+    lines = kept + [json.dumps(asdict(sample), ensure_ascii=False) for sample in samples]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 
 def _table(samples: list[Sample]) -> list[list[Any]]:

@@ -1,0 +1,368 @@
+"""`orpo-dist train` from a recipe to a run's folder, in this process."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import HfApi, ModelCard
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainerCallback
+
+from orpo_dist import cli
+from orpo_dist.errors import UserError
+from orpo_dist.recipe import DataArguments, Recipe
+from orpo_dist.train import checkpoint_to_resume, load_splits, train
+
+WORDS = "reset password settings choose security follow link capital France Paris order sorry help check river".split()
+SECRET = "hf_notatokenatall"
+
+
+def write_pairs(path: Path, count: int, seed: int) -> None:
+    chance = random.Random(seed)
+
+    def text(longest: int) -> str:
+        return " ".join(chance.choices(WORDS, k=chance.randint(2, longest)))
+
+    rows = [{"prompt": text(12), "chosen": "yes " + text(9), "rejected": "no " + text(9)} for _ in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> Path:
+    """train.jsonl with 12 pairs and one bad row, test.jsonl with 5 pairs."""
+    folder = tmp_path_factory.mktemp("pairs")
+    write_pairs(folder / "train.jsonl", 12, seed=1)
+    write_pairs(folder / "test.jsonl", 5, seed=2)
+    with (folder / "train.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "help", "chosen": "", "rejected": "no"}) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory, tiny_llama, chat_tokenizer) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_llama(len(chat_tokenizer)).save_pretrained(folder)
+    chat_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def options(pairs, tiny_model):
+    """Fields of a small run, with changes."""
+
+    def build(output: Path, **changes) -> dict:
+        return {
+            "model_name_or_path": str(tiny_model),
+            "dataset_name": str(pairs),
+            "max_bad_rows": 1,
+            "output_dir": str(output),
+            "max_length": 64,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "num_train_epochs": 2,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "gradient_checkpointing": False,
+            "save_strategy": "no",
+            "use_cpu": True,
+            **changes,
+        }
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def lora_run(tmp_path_factory, options):
+    """A run with everything on, through the command line; its folder."""
+    folder = tmp_path_factory.mktemp("runs") / "lora"
+    recipe = options(
+        folder,
+        dataset_test_split="test",
+        use_peft=True,
+        merge_adapter=True,
+        generate_during_eval=True,
+        max_completion_length=12,
+        eval_strategy="steps",
+        eval_steps=2,
+        hub_token=SECRET,
+        env={"WANDB_API_KEY": SECRET},
+    )
+    path = folder.parent / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    assert cli.main(["train", str(path)]) == 0
+    return folder
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def summary_of(folder: Path) -> dict:
+    return json.loads((folder / "run_summary.json").read_text())
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+@pytest.fixture(autouse=True)
+def no_token_left(monkeypatch):
+    """Runs move tokens to the environment; tests must not see each other's."""
+    monkeypatch.setenv("HF_TOKEN", "")
+    monkeypatch.setenv("WANDB_API_KEY", "")
+
+
+# ---------------------------------------------------------------------- the folder of a run
+
+
+def test_summary(lora_run):
+    summary = summary_of(lora_run)
+    assert (summary["pairs"], summary["dropped"], summary["eval_pairs"]) == (12, 1, 5)
+    assert (summary["steps"], summary["epochs"], summary["world_size"], summary["global_batch_size"]) == (6, 2.0, 1, 4)
+    for moment in ("eval_before", "eval_after"):
+        assert {"loss", "nll_loss", "rewards/accuracies", "rewards/margins", "log_odds_ratio"} <= set(summary[moment])
+        assert not any(name.startswith("eval_") or "runtime" in name for name in summary[moment])
+    assert summary["eval_after"]["nll_loss"] < summary["eval_before"]["nll_loss"]
+    assert summary["eval_after"]["rewards/margins"] > summary["eval_before"]["rewards/margins"]
+    assert summary["pairs_per_second"] == pytest.approx(24 / summary["train_seconds"], rel=0.01)
+    assert len(summary["peak_memory_gib"]) == 1 and summary["peak_memory_gib"][0] > 0.1
+    assert summary["versions"]["torch"] == torch.__version__
+    assert 0 < summary["trainable_parameters"] < summary["parameters"] / 2
+
+
+def test_log_has_every_event_once(lora_run):
+    events = lines(lora_run / "log.jsonl")
+    assert [event["step"] for event in events if "loss" in event] == [1, 2, 3, 4, 5, 6]
+    assert [event["step"] for event in events if "eval_loss" in event] == [0, 2, 4, 6]
+
+
+def test_dropped_rows_and_samples(lora_run):
+    assert [row["row"] for row in lines(lora_run / "dropped_rows.jsonl")] == [13]
+    samples = lines(lora_run / "samples.jsonl")
+    assert [sample["step"] for sample in samples] == [0] * 4 + [2] * 4 + [4] * 4 + [6] * 4
+    prompts = [sample["prompt"] for sample in samples]
+    assert prompts[:4] == prompts[4:8]
+    assert len(set(prompts[:4])) == 4
+    assert any(sample["reply"] for sample in samples)
+    assert all(sample["chosen"].startswith("yes ") for sample in samples)
+
+
+def test_adapter_reloads_in_plain_peft_and_merged_in_transformers(lora_run, chat_tokenizer):
+    tokenizer = AutoTokenizer.from_pretrained(lora_run)
+    assert tokenizer.chat_template == chat_tokenizer.chat_template
+    assert GenerationConfig.from_pretrained(lora_run).eos_token_id is not None
+    tokens = tokenizer("how do I reset my password", return_tensors="pt")["input_ids"]
+    adapted = AutoPeftModelForCausalLM.from_pretrained(lora_run).eval()
+    merged = AutoModelForCausalLM.from_pretrained(lora_run / "merged").eval()
+    with torch.no_grad():
+        of_adapter, of_merged = adapted(tokens).logits, merged(tokens).logits
+        with adapted.disable_adapter():
+            of_base = adapted(tokens).logits
+    assert (of_adapter - of_base).abs().max() > 0.1
+    torch.testing.assert_close(of_adapter, of_merged, rtol=1e-4, atol=1e-4)
+
+
+def test_model_card(lora_run):
+    card = ModelCard.load(lora_run / "README.md")
+    assert {"orpo", "generated_from_trainer"} <= set(card.data.tags)
+    assert card.data.library_name == "peft"
+    assert card.data.base_model is None  # a folder is no hub id
+    assert card.data.datasets is None
+    after = summary_of(lora_run)["eval_after"]
+    assert f"{after['rewards/margins']:.4f}" in card.text
+    assert "- learning_rate: 0.01" in card.text
+
+
+def test_recipe_repeats_the_run(lora_run, tmp_path):
+    again = Recipe.parse([str(lora_run / "recipe.yaml"), "--output_dir", str(tmp_path), "--merge_adapter", "false"])
+    summary = train(again)
+    assert summary.eval_after == pytest.approx(summary_of(lora_run)["eval_after"])
+
+
+def test_no_secret_is_written(lora_run):
+    files = [path for path in lora_run.rglob("*") if path.is_file()]
+    assert {"training_args.bin", "recipe.yaml", "run_summary.json", "README.md"} <= {path.name for path in files}
+    for path in files:
+        assert SECRET.encode() not in path.read_bytes(), path
+
+
+def test_full_fine_tuning_without_evaluation(options, tmp_path, tiny_model):
+    summary = train(Recipe.from_mapping(options(tmp_path, max_samples=8, max_steps=2, chat_template="zephyr")))
+    assert (summary.pairs, summary.steps, summary.eval_before, summary.eval_after) == (8, 2, None, None)
+    assert summary.trainable_parameters == summary.parameters
+    assert "<|assistant|>" in AutoTokenizer.from_pretrained(tmp_path).chat_template
+    assert not torch.equal(weights(tmp_path)["lm_head.weight"], weights(tiny_model)["lm_head.weight"])
+
+
+def test_continuing_an_adapter(lora_run, options, tmp_path):
+    summary = train(
+        Recipe.from_mapping(
+            options(
+                tmp_path,
+                dataset_test_split="test",
+                adapter_name_or_path=str(lora_run),
+                max_steps=1,
+                max_completion_length=12,
+            )
+        )
+    )
+    assert summary.eval_before == pytest.approx(summary_of(lora_run)["eval_after"], rel=1e-4, abs=1e-5)
+    assert summary.adapter
+
+
+def test_sampling_replies_does_not_change_training(options, tmp_path):
+    """LoRA dropout draws from the same random state as sampling would."""
+    runs = {}
+    for sampled in (False, True):
+        changes = {"use_peft": True, "lora_dropout": 0.5, "dataset_test_split": "test", "max_steps": 2}
+        folder = tmp_path / str(sampled)
+        changes |= {"generate_during_eval": sampled, "eval_strategy": "steps", "eval_steps": 1}
+        train(Recipe.from_mapping(options(folder, max_completion_length=4, **changes)))
+        runs[sampled] = AutoPeftModelForCausalLM.from_pretrained(folder).state_dict()
+    for name, tensor in runs[False].items():
+        assert torch.equal(tensor, runs[True][name]), name
+
+
+# ---------------------------------------------------------------------- stopping and resuming
+
+
+class StopAt(TrainerCallback):
+    """Ends training early, as a time limit would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_a_stopped_run_resumes_to_the_same_end(options, tmp_path, monkeypatch, capsys):
+    changes = {"dataset_test_split": "test", "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps"}
+    changes |= {"eval_steps": 2}
+    whole = train(Recipe.from_mapping(options(tmp_path / "whole", **changes)))
+
+    with monkeypatch.context() as stopped:
+        from orpo_dist import trainer
+
+        original = trainer.ORPOTrainer.__init__
+
+        def with_stop(self, *args, **kwargs):
+            kwargs["callbacks"] = [*kwargs["callbacks"], StopAt(4)]
+            original(self, *args, **kwargs)
+
+        stopped.setattr(trainer.ORPOTrainer, "__init__", with_stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(Recipe.from_mapping(options(tmp_path / "cut", **changes)))
+    assert not (tmp_path / "cut" / "run_summary.json").exists()
+
+    with pytest.raises(UserError, match="resume_from_checkpoint auto"):
+        train(Recipe.from_mapping(options(tmp_path / "cut", **changes)))
+    capsys.readouterr()
+    resumed = train(Recipe.from_mapping(options(tmp_path / "cut", resume_from_checkpoint=True, **changes)))
+    assert "Resuming from" in capsys.readouterr().out
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(tensor, weights(tmp_path / "cut")[name]), name
+    assert resumed.eval_before == whole.eval_before
+    assert resumed.eval_after == whole.eval_after
+    assert resumed.steps == 6
+    events = lines(tmp_path / "cut" / "log.jsonl")
+    assert [event["step"] for event in events if "loss" in event] == [1, 2, 3, 4, 5, 6]
+    assert [event["step"] for event in events if "eval_loss" in event] == [0, 2, 4, 6]
+
+
+def test_which_checkpoint_is_meant(tmp_path):
+    folder = tmp_path / "run"
+    for asked in (None, "auto", "AUTO", "false"):
+        assert checkpoint_to_resume(asked, folder) is None
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        checkpoint_to_resume("true", folder)
+    for step in (9, 10):
+        (folder / f"checkpoint-{step}").mkdir(parents=True)
+        (folder / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    assert checkpoint_to_resume("auto", folder) == str(folder / "checkpoint-10")
+    assert checkpoint_to_resume("true", folder) == str(folder / "checkpoint-10")
+    assert checkpoint_to_resume(str(folder / "checkpoint-9"), folder) == str(folder / "checkpoint-9")
+    with pytest.raises(UserError, match="is no checkpoint"):
+        checkpoint_to_resume(str(tmp_path), folder)
+    with pytest.raises(UserError, match="holds checkpoint-10 of an earlier run"):
+        checkpoint_to_resume(None, folder)
+
+
+# ---------------------------------------------------------------------- rows
+
+
+def test_held_out_rows_are_no_training_rows(pairs):
+    data = DataArguments(dataset_name=str(pairs / "test.jsonl"), test_split_size=2)
+    rows, held_out = load_splits(data, seed=1)
+    assert (len(rows), len(held_out)) == (3, 2)
+    assert not set(rows["prompt"]) & set(held_out["prompt"])
+    assert load_splits(data, seed=1)[1]["prompt"] == held_out["prompt"]
+    share = DataArguments(dataset_name=str(pairs / "test.jsonl"), test_split_size=0.4)
+    assert [len(part) for part in load_splits(share, seed=1)] == [3, 2]
+    for size in (5, 0.01):
+        with pytest.raises(UserError, match="leaves no row"):
+            load_splits(DataArguments(dataset_name=str(pairs / "test.jsonl"), test_split_size=size), seed=1)
+
+
+# ---------------------------------------------------------------------- refusals, before a model is loaded
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval_strategy": "epoch"}, "eval_strategy needs rows to evaluate on"),
+        ({"generate_during_eval": True}, "generate_during_eval needs rows to evaluate on"),
+        ({"report_to": "wanbd"}, "Did you mean wandb?"),
+        ({"max_bad_rows": 0}, "max_bad_rows"),
+        ({"dataset_name": "no-such-file.jsonl"}, "no-such-file.jsonl"),
+        ({"dataset_train_split": "nope"}, "nope"),
+        ({"push_to_hub": True}, "push_to_hub"),
+        ({"resume_from_checkpoint": "no/such/folder"}, "is no checkpoint"),
+        ({"model_init_kwargs": "text"}, "model_init_kwargs"),
+    ],
+)
+def test_refused_before_training(options, tmp_path, changes, message, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(options(tmp_path / "run", **changes)))
+    assert cli.main(["train", str(path)]) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert "Traceback" not in told
+
+
+def test_missing_hub_model_is_one_line(options, tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(options(tmp_path / "run", model_name_or_path="no-such/model")))
+    assert cli.main(["train", str(path)]) == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("orpo-dist: error")]
+    assert len(told) == 1 and "no-such/model" in told[0]
+
+
+# ---------------------------------------------------------------------- the hub
+
+
+def test_push_sends_the_finished_folder(options, tmp_path, monkeypatch):
+    sent = []
+
+    class Repo:
+        repo_id = "me/tuned"
+
+    def upload(self, *, repo_id, folder_path, **rest):
+        sent.append((repo_id, {path.name for path in Path(folder_path).iterdir()}, rest))
+
+    monkeypatch.setattr(HfApi, "whoami", lambda self, *args, **kwargs: {"name": "me"})
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, *args, **kwargs: Repo())
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    recipe = options(tmp_path, max_steps=1, use_peft=True, push_to_hub=True, hub_model_id="me/tuned", hub_token=SECRET)
+    train(Recipe.from_mapping(recipe))
+    repo_id, files, _ = sent[-1]
+    assert repo_id == "me/tuned"
+    assert {"adapter_model.safetensors", "tokenizer.json", "README.md", "run_summary.json", "recipe.yaml"} <= files
+    card = (tmp_path / "README.md").read_text()
+    assert 'from_pretrained("me/tuned")' in card
+    assert "Odds Ratio" in card or "odds ratio" in card  # ours, not the draft of transformers
+    assert SECRET.encode() not in (tmp_path / "training_args.bin").read_bytes()
