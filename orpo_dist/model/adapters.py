@@ -100,6 +100,8 @@ def add_adapter(
     else:
         _refuse_quantized(model)
         return model
+    if is_quantized(adapted):
+        _keep_weights_unpacked(adapted)
     if zero3:
         # peft creates the adapter of a quantised layer in float32 even with autocast off.
         # https://github.com/huggingface/peft/issues/2889
@@ -158,12 +160,31 @@ def _base_modules(module: nn.Module) -> Iterator[nn.Module]:
             yield from _base_modules(child)
 
 
+def is_quantized(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether transformers loaded the base in 4 or 8 bits; the attribute exists on such models only."""
+    return bool(getattr(model, "is_quantized", False))
+
+
 def _refuse_quantized(model: PreTrainedModel) -> None:
-    if getattr(model, "is_quantized", False):  # set by transformers on quantised models only
+    if is_quantized(model):
         raise UserError(
             "The model is quantised and has no adapter: quantised weights are rounded to a few levels and cannot be "
             "trained. Pass peft_config (QLoRA), or load the model without quantisation."
         )
+
+
+def _keep_weights_unpacked(model: PeftModel) -> None:
+    """Let an evaluation not spoil the training after it.
+
+    On a CPU with AVX512-BF16 the first evaluation of bitsandbytes' 4-bit layer packs its weights for a kernel that has
+    no backward, and training then goes on through that kernel: gradients stop at every frozen layer, with a warning
+    at most. (bitsandbytes 0.50, nn/modules.py, Linear4bit.forward)
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _new_adapter(model: PreTrainedModel, peft_config: PeftConfig, *, autocast: bool) -> PeftModel:

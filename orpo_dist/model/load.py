@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -235,7 +236,7 @@ def load_model(
             model_init_kwargs.setdefault("device_map", {"": int(os.environ.get("LOCAL_RANK", "0"))})
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with hub_errors(name, revision):
-        return auto_class.from_pretrained(
+        model = auto_class.from_pretrained(
             name,
             revision=revision,
             dtype=torch.float32 if dtype is None else dtype,
@@ -244,10 +245,16 @@ def load_model(
             token=token,
             **model_init_kwargs,
         )
+    # transformers 5.17 notes the commit here; later ones do not, and still leave it out of what they save.
+    model.config._commit_hash = _cached_commit(name, revision)
+    return model
 
 
 def base_identity(model: PreTrainedModel) -> BaseIdentity:
-    """Hub id and commit of a loaded model, read out of the cache path where it was loaded from one."""
+    """Hub id and commit of a loaded model, read out of the cache path where it was loaded from one.
+
+    The commit of a model from the hub is known where `load_model` loaded it, or a transformers that notes it.
+    """
     name = str(model.name_or_path)
     snapshot = _SNAPSHOT.search(name)
     if snapshot:
@@ -255,6 +262,14 @@ def base_identity(model: PreTrainedModel) -> BaseIdentity:
     if Path(name).is_dir():
         return BaseIdentity(str(Path(name).resolve()), None)
     return BaseIdentity(name, getattr(model.config, "_commit_hash", None))
+
+
+def _cached_commit(name: str, revision: str | None) -> str | None:
+    if Path(name).exists():
+        return None
+    file = try_to_load_from_cache(name, "config.json", revision=revision)
+    snapshot = _SNAPSHOT.search(file) if isinstance(file, str) else None
+    return snapshot["revision"] if snapshot else None
 
 
 def _check_shardable(name: str, quantization: BitsAndBytesConfig | None, stored: Any) -> None:
