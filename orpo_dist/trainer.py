@@ -9,7 +9,7 @@ DDP, ZeRO and FSDP2 all average gradients over the ranks while the shares of the
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,7 +22,6 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from orpo_dist.config import ORPOConfig
 from orpo_dist.data.options import PrepareOptions
-from orpo_dist.data.prepare import PreparedPairs, prepare_pairs
 from orpo_dist.errors import UserError
 from orpo_dist.loss import Objective, PairScores, orpo_loss, pair_sums
 from orpo_dist.model.adapters import add_adapter, disable_base_dropout
@@ -35,10 +34,14 @@ from orpo_dist.packing.sampler import (
     GlobalBatchSampler,
     PairDataLoader,
     PairDataset,
+    is_tokenised,
     pair_costs,
     pair_lengths,
 )
 from orpo_dist.runtime.metrics import MetricSums
+
+if TYPE_CHECKING:
+    from orpo_dist.data.prepare import PreparedPairs
 
 
 class ORPOTrainer(Trainer):
@@ -131,6 +134,10 @@ class ORPOTrainer(Trainer):
         self.data_collator = self._collator(data_collator)
         self._global_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.model.add_model_tags(self._tag_names)
+        if args.generate_during_eval:
+            from orpo_dist.runtime.samples import SampleReplies
+
+            self.add_callback(SampleReplies(self))
 
     # ------------------------------------------------------------------ model and data
 
@@ -164,6 +171,11 @@ class ORPOTrainer(Trainer):
         return PaddedCollator(pad, self.args.nll_scope)
 
     def _tokenised(self, rows: Any, name: str) -> Any:
+        if is_tokenised(rows):
+            return rows
+        # Imported here: rows that are tokenised already train on a machine without the datasets package.
+        from orpo_dist.data.prepare import prepare_pairs
+
         prepared = prepare_pairs(
             rows,
             self._tokenizer,
@@ -213,7 +225,7 @@ class ORPOTrainer(Trainer):
         return self.get_test_dataloader(rows)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        rows = self._tokenised(test_dataset, "test") if "prompt_ids" not in test_dataset[0] else test_dataset
+        rows = self._tokenised(test_dataset, "test")
         args = self.args
         sampler = EvaluationSampler(
             self._costs(rows), batch_size=args.eval_batch_size, world_size=args.world_size, rank=args.process_index
@@ -304,6 +316,17 @@ class ORPOTrainer(Trainer):
         prefix = f"{metric_key_prefix}_"
         prefixed = {key if key.startswith(prefix) else prefix + key: value for key, value in metrics.items()}
         return EvalLoopOutput(predictions, labels, {**output.metrics, **prefixed}, len(dataloader.dataset))
+
+    # ------------------------------------------------------------------ reports
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """README.md in the output folder; with TRL's arguments, which `push_to_hub` passes on."""
+        if self.is_world_process_zero():
+            from orpo_dist.runtime.card import write_model_card
+
+            write_model_card(self, model_name, dataset_name, tags)
 
     def _refuse_batch_size_search(self) -> None:
         if self.args.auto_find_batch_size and self.args.world_size > 1:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 FILLER = -1  # index of a pair of weight zero: keeps a rank without pairs in step with the collectives of the others
 
 
@@ -114,15 +115,20 @@ class EvaluationSampler(Sampler[list[int]]):
             yield order[start : start + per_step][self.rank :: self.world_size] or [FILLER]
 
 
+def is_tokenised(rows: Any) -> bool:
+    """Whether `rows` hold token ids already: a non-empty list of dicts or a datasets.Dataset with those columns."""
+    columns = rows[0].keys() if isinstance(rows, list) and rows else getattr(rows, "column_names", None) or ()
+    return set(TOKEN_COLUMNS) <= set(columns)
+
+
 def pair_lengths(rows: Any) -> tuple[list[int], list[int], list[int]]:
     """Token counts (P, C, R) of every row, read from Arrow's offsets where `rows` is a datasets.Dataset."""
-    columns = ("prompt_ids", "chosen_ids", "rejected_ids")
     if isinstance(rows, list):
-        prompt, chosen, rejected = ([len(row[column]) for row in rows] for column in columns)
+        prompt, chosen, rejected = ([len(row[column]) for row in rows] for column in TOKEN_COLUMNS)
         return prompt, chosen, rejected
     lengths: list[list[int]] = [[], [], []]
-    for batch in rows.select_columns(list(columns)).with_format("arrow").iter(10_000):
-        for i, column in enumerate(columns):
+    for batch in rows.select_columns(list(TOKEN_COLUMNS)).with_format("arrow").iter(10_000):
+        for i, column in enumerate(TOKEN_COLUMNS):
             lengths[i] += batch[column].combine_chunks().value_lengths().to_pylist()
     prompt, chosen, rejected = lengths
     return prompt, chosen, rejected

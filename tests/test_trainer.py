@@ -1,0 +1,472 @@
+import random
+import warnings
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    TrainerCallback,
+)
+from trl.experimental.utils import DPODataCollatorWithPadding
+
+from orpo_dist import ORPOConfig, ORPOTrainer
+from orpo_dist.errors import UserError
+
+TEXT_ROWS = [
+    {"prompt": f"Question {i}: how do I reset number {i}?", "chosen": " Open the settings." * (1 + i % 3), "rejected": no}
+    for i, no in enumerate([" No.", " I do not know, ask somebody else.", " Why?", " Later.", " Never ever.", " Hm."] * 2)
+]
+
+
+def pairs(n, vocab, seed=0, longest=40):
+    """Tokenised pairs of very unequal length."""
+    rng = random.Random(seed)
+
+    def ids(low, high):
+        return [rng.randrange(4, vocab) for _ in range(rng.randint(low, high))]
+
+    return [
+        {"prompt_ids": ids(1, longest), "chosen_ids": ids(1, longest), "rejected_ids": ids(1, longest)}
+        for _ in range(n)
+    ]
+
+
+def config(folder, **more):
+    defaults = dict(
+        output_dir=str(folder),
+        per_device_train_batch_size=4,
+        max_steps=3,
+        learning_rate=0.1,
+        optim="sgd",
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        gradient_checkpointing=False,
+    )
+    return ORPOConfig(**{**defaults, **more})
+
+
+@pytest.fixture
+def trained(tmp_path, chat_tokenizer, tiny_llama):
+    """`trained(rows, **config)`: a trainer after its run."""
+
+    def train(rows, model=None, peft_config=None, **more):
+        trainer = ORPOTrainer(
+            model or tiny_llama(len(chat_tokenizer)),
+            config(tmp_path / "run", **more),
+            train_dataset=rows,
+            processing_class=chat_tokenizer,
+            peft_config=peft_config,
+        )
+        trainer.train()
+        return trainer
+
+    return train
+
+
+def weights(trainer):
+    return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+
+
+def assert_same_weights(ours, theirs, tolerance=1e-5):
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        assert (ours[name] - weight).abs().max() <= tolerance * weight.abs().max() + 1e-8, name
+
+
+def largest_difference(ours, theirs):
+    return max((ours[name] - weight).abs().max().item() for name, weight in theirs.items())
+
+
+# ---------------------------------------------------------------- invariance
+
+
+@pytest.mark.parametrize("nll_scope", ["sequence", "completion"])
+def test_the_cut_into_micro_batches_changes_nothing(trained, chat_tokenizer, nll_scope):
+    rows = pairs(20, len(chat_tokenizer))  # 8 + 8 + 4: the last global batch is smaller
+    options = dict(nll_scope=nll_scope, label_smoothing=0.1)
+    whole = trained(rows, per_device_train_batch_size=8, gradient_accumulation_steps=1, **options)
+    for per_device, accumulation in ((1, 8), (2, 4)):
+        cut = trained(
+            rows, per_device_train_batch_size=per_device, gradient_accumulation_steps=accumulation, **options
+        )
+        assert_same_weights(weights(cut), weights(whole))
+        for row, expected in zip(cut.state.log_history[:3], whole.state.log_history[:3], strict=True):
+            for key in ("loss", "grad_norm", "nll_loss", "rewards/margins", "log_odds_ratio", "logits/chosen"):
+                assert row[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-6), key
+
+
+def test_the_mean_over_micro_batches_would_not_be_invariant(trained, chat_tokenizer, monkeypatch):
+    """What TRL does: each micro-batch normalised by itself. The invariance test must be able to see it."""
+    rows = pairs(8, len(chat_tokenizer))
+    whole = trained(rows, per_device_train_batch_size=8, max_steps=1)
+
+    def own_totals(self, epoch_iterator, num_batches, device):
+        batches, _ = super(ORPOTrainer, self).get_batch_samples(epoch_iterator, num_batches, device)
+        for batch in batches:
+            tokens, count = batch["orpo_layout"].counts().unbind()
+            batch["orpo_layout"].tokens, batch["orpo_layout"].pairs = tokens * len(batches), count * len(batches)
+        return batches, None
+
+    monkeypatch.setattr(ORPOTrainer, "get_batch_samples", own_totals)
+    cut = trained(rows, per_device_train_batch_size=1, gradient_accumulation_steps=8, max_steps=1)
+    assert largest_difference(weights(cut), weights(whole)) > 1e-3
+
+
+def test_options_of_the_loss_change_the_result(trained, chat_tokenizer):
+    rows = pairs(8, len(chat_tokenizer))
+    plain = weights(trained(rows))
+    for option in (dict(nll_scope="completion"), dict(label_smoothing=0.3), dict(beta=1.0)):
+        assert largest_difference(weights(trained(rows, **option)), plain) > 1e-5, option
+
+
+# ---------------------------------------------------------------- drop-in for TRL
+
+
+def test_trls_usage_runs_after_changing_the_import(tmp_path, chat_tokenizer, tiny_llama):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        args = ORPOConfig(
+            output_dir=str(tmp_path),
+            beta=0.2,
+            max_length=64,
+            max_completion_length=16,
+            disable_dropout=True,
+            gradient_checkpointing=True,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+            eval_strategy="steps",
+            eval_steps=2,
+            max_steps=2,
+            logging_steps=1,
+            report_to="none",
+            save_strategy="no",
+        )
+    trainer = ORPOTrainer(
+        model=tiny_llama(len(chat_tokenizer)),
+        args=args,
+        train_dataset=datasets.Dataset.from_list(TEXT_ROWS),
+        eval_dataset=datasets.Dataset.from_list(TEXT_ROWS[:4]),
+        processing_class=chat_tokenizer,
+        peft_config=LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", target_modules="all-linear"),
+    )
+    trainer.train()
+    log = trainer.state.log_history
+    names = {"rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen"}
+    names |= {"logps/rejected", "logits/chosen", "logits/rejected", "nll_loss", "log_odds_ratio", "log_odds_chosen"}
+    assert names <= log[0].keys()
+    evaluation = next(row for row in log if "eval_loss" in row)
+    assert {f"eval_{name}" for name in names} <= evaluation.keys()
+
+
+def test_the_data_is_audited_before_the_model_is_loaded(tmp_path, chat_tokenizer, tiny_llama, monkeypatch):
+    tiny_llama(len(chat_tokenizer)).save_pretrained(tmp_path / "model")
+    chat_tokenizer.save_pretrained(tmp_path / "model")
+    loaded = []
+    monkeypatch.setattr("orpo_dist.trainer.load_model", lambda *a, **k: loaded.append(a))
+    rows = datasets.Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "b"}] * 3)
+    with pytest.raises(UserError):
+        ORPOTrainer(str(tmp_path / "model"), config(tmp_path / "run"), train_dataset=rows)
+    assert not loaded
+
+
+def test_a_model_given_by_name_with_its_own_tokenizer(tmp_path, chat_tokenizer, tiny_llama):
+    tiny_llama(len(chat_tokenizer)).save_pretrained(tmp_path / "model")
+    chat_tokenizer.save_pretrained(tmp_path / "model")
+    args = config(tmp_path / "run", model_init_kwargs={"dtype": "float32", "attn_implementation": "eager"})
+    trainer = ORPOTrainer(str(tmp_path / "model"), args, train_dataset=datasets.Dataset.from_list(TEXT_ROWS))
+    assert trainer.model.config._attn_implementation == "eager"
+    trainer.train()
+    trainer.save_model()
+    ids = torch.arange(4, 30)[None]
+    trainer.model.eval()
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    torch.testing.assert_close(reloaded(ids).logits, trainer.model(ids).logits)
+
+
+def test_model_init_gives_a_fresh_model_at_each_train(tmp_path, chat_tokenizer, tiny_llama):
+    trainer = ORPOTrainer(
+        model_init=lambda: tiny_llama(len(chat_tokenizer)),
+        args=config(tmp_path, is_encoder_decoder=False),
+        train_dataset=pairs(8, len(chat_tokenizer)),
+        processing_class=chat_tokenizer,
+        peft_config=LoraConfig(r=4, target_modules="all-linear"),
+    )
+    trainer.train()
+    first = weights(trainer)
+    trainer.train()
+    assert_same_weights(weights(trainer), first, tolerance=0)
+
+
+def test_a_collator_written_for_trl_trains_to_the_same_weights(tmp_path, trained, chat_tokenizer, tiny_llama):
+    rows = pairs(8, len(chat_tokenizer))
+    ours = weights(trained(rows))
+    trainer = ORPOTrainer(
+        tiny_llama(len(chat_tokenizer)),
+        config(tmp_path / "foreign"),
+        data_collator=DPODataCollatorWithPadding(pad_token_id=chat_tokenizer.pad_token_id),
+        train_dataset=rows,
+        processing_class=chat_tokenizer,
+    )
+    trainer.train()
+    assert_same_weights(weights(trainer), ours, tolerance=0)
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (dict(preprocess_logits_for_metrics=lambda logits, labels: logits), "preprocess_logits_for_metrics"),
+        (dict(args=dict(include_for_metrics=["inputs"])), "include_for_metrics"),
+        (dict(args=dict(batch_eval_metrics=True)), "batch_eval_metrics"),
+        (dict(args=dict(label_smoothing_factor=0.1)), "label_smoothing"),
+        (dict(args=dict(router_aux_loss_coef=0.1)), "router_aux_loss_coef"),
+        (dict(args=dict(model_init_kwargs={"dtype": "auto"})), "model_init_kwargs"),
+        (dict(train_dataset=None), "train_dataset"),
+        (dict(model=None), "model_init"),
+    ],
+)
+def test_what_cannot_apply_is_an_error_that_names_it(tmp_path, chat_tokenizer, tiny_llama, arguments, named):
+    options = dict(
+        model=tiny_llama(len(chat_tokenizer)),
+        train_dataset=pairs(4, len(chat_tokenizer)),
+        processing_class=chat_tokenizer,
+    )
+    args = config(tmp_path, **arguments.pop("args", {}))
+    with pytest.raises(UserError, match=named):
+        ORPOTrainer(args=args, **{**options, **arguments})
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def evaluation_of(tmp_path, chat_tokenizer, tiny_llama, rows, compute_metrics=None, **more):
+    return ORPOTrainer(
+        tiny_llama(len(chat_tokenizer)),
+        config(tmp_path, **more),
+        train_dataset=rows if not isinstance(rows, dict) else pairs(4, len(chat_tokenizer)),
+        eval_dataset=rows,
+        processing_class=chat_tokenizer,
+        compute_metrics=compute_metrics,
+    )
+
+
+def test_evaluation_does_not_depend_on_the_batch_size(tmp_path, chat_tokenizer, tiny_llama):
+    rows = pairs(11, len(chat_tokenizer), seed=5)
+    results = [
+        evaluation_of(tmp_path, chat_tokenizer, tiny_llama, rows, per_device_eval_batch_size=size).evaluate()
+        for size in (1, 4, 11)
+    ]
+    for result in results[1:]:
+        for key, value in results[0].items():
+            if "runtime" not in key and "per_second" not in key and "time" not in key:
+                assert result[key] == pytest.approx(value, rel=1e-5, abs=1e-7), key
+
+
+def test_evaluation_is_the_training_loss_of_the_same_pairs(tmp_path, chat_tokenizer, tiny_llama, trained):
+    rows = pairs(8, len(chat_tokenizer), seed=5)
+    first_step = trained(rows, per_device_train_batch_size=8, max_steps=1).state.log_history[0]
+    result = evaluation_of(tmp_path, chat_tokenizer, tiny_llama, rows, per_device_eval_batch_size=3).evaluate()
+    for key in ("loss", "nll_loss", "rewards/margins", "rewards/accuracies", "logits/rejected"):
+        assert result[f"eval_{key}"] == pytest.approx(first_step[key], rel=1e-5, abs=1e-6), key
+
+
+def test_compute_metrics_gets_log_probabilities_in_the_order_of_the_rows(tmp_path, chat_tokenizer, tiny_llama):
+    rows = pairs(7, len(chat_tokenizer), seed=6)
+    seen = []
+
+    def metric(prediction):
+        seen.append(prediction.predictions)
+        return {"wins": float((prediction.predictions[0] > prediction.predictions[1]).mean())}
+
+    trainer = evaluation_of(tmp_path, chat_tokenizer, tiny_llama, rows, metric, per_device_eval_batch_size=2)
+    result = trainer.evaluate()
+    assert result["eval_wins"] == pytest.approx(result["eval_rewards/accuracies"])
+    one_by_one = [trainer.evaluate([row])["eval_logps/chosen"] for row in rows]
+    np.testing.assert_allclose(seen[0][0], one_by_one, rtol=1e-4)
+
+
+def test_evaluation_sets_by_name(tmp_path, chat_tokenizer, tiny_llama):
+    sets = {"short": pairs(3, len(chat_tokenizer), longest=5), "long": pairs(3, len(chat_tokenizer))}
+    result = evaluation_of(tmp_path, chat_tokenizer, tiny_llama, sets).evaluate()
+    assert {"eval_short_loss", "eval_long_rewards/margins"} <= result.keys()
+    text = datasets.DatasetDict({"a": datasets.Dataset.from_list(TEXT_ROWS[:3])})
+    assert "eval_a_loss" in evaluation_of(tmp_path, chat_tokenizer, tiny_llama, text).evaluate()
+
+
+def test_predict_returns_a_row_per_pair(tmp_path, chat_tokenizer, tiny_llama):
+    rows = datasets.Dataset.from_list(TEXT_ROWS[:5])
+    output = evaluation_of(tmp_path, chat_tokenizer, tiny_llama, rows).predict(rows)
+    assert [len(side) for side in output.predictions] == [5, 5]
+    assert "test_loss" in output.metrics
+
+
+# ---------------------------------------------------------------- runs
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_a_resumed_run_is_the_uninterrupted_run(tmp_path, chat_tokenizer, tiny_llama, peft):
+    rows = pairs(22, len(chat_tokenizer))  # 3 steps per epoch, the last one smaller
+
+    def trainer(folder, callbacks=()):
+        return ORPOTrainer(
+            tiny_llama(len(chat_tokenizer)),
+            config(
+                tmp_path / folder,
+                max_steps=7,
+                optim="adamw_torch",
+                learning_rate=1e-3,
+                save_strategy="steps",
+                save_steps=1,
+                per_device_train_batch_size=4,
+                gradient_accumulation_steps=2,
+            ),
+            train_dataset=rows,
+            processing_class=chat_tokenizer,
+            callbacks=list(callbacks),
+            peft_config=LoraConfig(r=4, lora_dropout=0.3, target_modules="all-linear") if peft else None,
+        )
+
+    whole = trainer("whole")
+    whole.train()
+    stopped = trainer("stopped", [StopAt(5)])  # in the middle of the second epoch
+    stopped.train()
+    assert stopped.state.global_step == 5
+    resumed = trainer("stopped")
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 7
+    assert_same_weights(weights(resumed), weights(whole), tolerance=0)
+
+
+def test_lora_dropout_stays_live_and_the_bases_does_not(trained, chat_tokenizer):
+    trainer = trained(
+        pairs(4, len(chat_tokenizer)), peft_config=LoraConfig(r=4, lora_dropout=0.25, target_modules="all-linear")
+    )
+    probabilities = {module.p for module in trainer.model.modules() if isinstance(module, torch.nn.Dropout)}
+    assert probabilities == {0.25}
+
+
+def test_a_smaller_batch_that_fits_keeps_the_global_batch(tmp_path, chat_tokenizer, tiny_llama, monkeypatch):
+    rows = pairs(16, len(chat_tokenizer))
+    limit = 3
+    step = ORPOTrainer.training_step
+
+    def runs_out_of_memory(self, model, inputs, *args):
+        if len(inputs["orpo_layout"].index) > limit:
+            raise RuntimeError("CUDA out of memory.")
+        return step(self, model, inputs, *args)
+
+    monkeypatch.setattr(ORPOTrainer, "training_step", runs_out_of_memory)
+    trainer = ORPOTrainer(
+        tiny_llama(len(chat_tokenizer)),
+        config(tmp_path, per_device_train_batch_size=8, auto_find_batch_size=True, max_steps=2),
+        train_dataset=rows,
+        processing_class=chat_tokenizer,
+    )
+    trainer.train()
+    limit = 8
+    whole = ORPOTrainer(
+        tiny_llama(len(chat_tokenizer)),
+        config(tmp_path, per_device_train_batch_size=8, max_steps=2),
+        train_dataset=rows,
+        processing_class=chat_tokenizer,
+    )
+    whole.train()
+    assert trainer.args.gradient_accumulation_steps > 1
+    assert trainer.state.global_step == 2
+    assert_same_weights(weights(trainer), weights(whole))
+
+
+# ---------------------------------------------------------------- other families
+
+
+def test_encoder_decoder(tmp_path, chat_tokenizer):
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=len(chat_tokenizer),
+            d_model=32,
+            d_kv=8,
+            d_ff=64,
+            num_layers=2,
+            num_heads=4,
+            decoder_start_token_id=0,
+            pad_token_id=0,
+        )
+    )
+    trainer = ORPOTrainer(
+        model,
+        config(tmp_path, max_steps=30, learning_rate=3e-3, optim="adamw_torch"),
+        train_dataset=datasets.Dataset.from_list(TEXT_ROWS),
+        eval_dataset=datasets.Dataset.from_list(TEXT_ROWS),
+        processing_class=chat_tokenizer,
+    )
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_nll_loss"] < before["eval_nll_loss"] - 0.1
+    assert after["eval_rewards/margins"] > before["eval_rewards/margins"]
+
+
+def moe(vocab):
+    torch.manual_seed(0)
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=vocab,
+            hidden_size=32,
+            intermediate_size=48,
+            moe_intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            num_experts=4,
+            num_experts_per_tok=2,
+            router_aux_loss_coef=0.05,
+        )
+    )
+
+
+def test_router_aux_loss_by_its_definition(tmp_path, chat_tokenizer):
+    """Per micro-batch, weighted by its share of the global batch's tokens; unset, with the model's own coefficient."""
+    rows = pairs(4, len(chat_tokenizer))
+    trainer = ORPOTrainer(
+        moe(len(chat_tokenizer)), config(tmp_path), train_dataset=rows, processing_class=chat_tokenizer
+    )
+    plain = ORPOTrainer(
+        moe(len(chat_tokenizer)),
+        config(tmp_path, router_aux_loss_coef=0.0),
+        train_dataset=rows,
+        processing_class=chat_tokenizer,
+    )
+    micro = trainer.data_collator([{**row, "weight": 1.0, "index": i} for i, row in enumerate(rows)])
+    tokens, count = micro["orpo_layout"].counts().unbind()
+    micro["orpo_layout"].tokens, micro["orpo_layout"].pairs = tokens * 4, count * 4  # a quarter of its global batch
+    trainer.model.eval()
+    plain.model.eval()
+    with torch.no_grad():
+        difference = trainer.compute_loss(trainer.model, micro) - plain.compute_loss(plain.model, micro)
+        inputs = {key: micro[key] for key in ("input_ids", "attention_mask")}
+        aux_loss = trainer.model(**inputs, output_router_logits=True).aux_loss
+    assert difference.item() == pytest.approx(0.05 * aux_loss.item() / 4, rel=1e-4)
+
+
+def test_router_loss_trains(tmp_path, chat_tokenizer, trained):
+    trainer = trained(pairs(8, len(chat_tokenizer)), model=moe(len(chat_tokenizer)))
+    assert np.isfinite(trainer.state.log_history[0]["loss"])
