@@ -22,7 +22,7 @@ ADVICE = {
     "wrong type": "Store text, or a list of messages with `role` and `content`.",
     "bad message": "Correct the message list.",
     "bad tools": "Store the tools as a list of JSON schemas, or as its JSON text.",
-    "system without template": "Set apply_chat_template=true, or ignore the column with system_column=''.",
+    "needs a template": "Set apply_chat_template=true, or ignore the column with system_column='' or tools_column=''.",
     "rendered already": "Leave apply_chat_template unset: text that went through a chat template is used as it is.",
     "chat template": "Correct the row, or use another chat_template.",
 }
@@ -54,13 +54,13 @@ class DroppedRow:
 
     def describe(self) -> str:
         column = f", column `{self.column}`" if self.column else ""
-        return f"{self.source}, row {self.row}{column}: {self.kind}: {self.reason}"
+        return f"{self.source}, row {self.row}{column}: {self.reason}"
 
 
 def stop_at(dropped: DroppedRow) -> UserError:
     """The error of `on_bad_row="error"`."""
     return UserError(
-        f"{dropped.describe()}\n{ADVICE[dropped.kind]} With on_bad_row=drop such rows are left out and reported."
+        f"{dropped.describe()} ({dropped.kind}).\n{ADVICE[dropped.kind]} With on_bad_row=drop such rows are left out and reported."
     )
 
 

@@ -1,6 +1,5 @@
 """Rows of any supported format -> canonical pair (prompt, chosen, rejected)."""
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,7 +56,9 @@ class PairFormat:
         Raises:
             BadRow: anything about the row that makes it unfit for training and needs no tokenizer to see.
         """
-        prompt = None if self.prompt is None else read_content(decode(row[self.prompt]), self.prompt)
+        prompt: str | list[Message] | None = None
+        if self.prompt is not None:
+            prompt = read_content(decode(row[self.prompt]), self.prompt)
         chosen = read_content(decode(row[self.chosen]), self.chosen)
         rejected = read_content(decode(row[self.rejected]), self.rejected)
         if isinstance(chosen, str) != isinstance(rejected, str):
@@ -72,7 +73,7 @@ class PairFormat:
         if isinstance(chosen, str) and isinstance(rejected, str):
             if not isinstance(prompt, list):
                 return self._text_pair(prompt, chosen, rejected, system, tools)
-            chosen, rejected = _assistant(chosen), _assistant(rejected)
+            return self._message_pair(prompt, _assistant(chosen), _assistant(rejected), system, tools)
         assert isinstance(chosen, list) and isinstance(rejected, list)
         return self._message_pair(prompt, chosen, rejected, system, tools)
 
@@ -113,10 +114,10 @@ class PairFormat:
         if self.apply_chat_template:
             messages = _with_system([{"role": "user", "content": prompt}], system, self.system)
             return Pair(messages, _assistant(chosen), _assistant(rejected), tools)
-        for column, given in ((self.system, system), (self.tools, tools)):
+        for unused, given in ((self.system, system), (self.tools, tools)):
             if given is not None:
                 raise BadRow(
-                    "system without template", column, "only a chat template can render it, and text is used as it is"
+                    "needs a template", unused, "only a chat template can render it, and text is used as it is"
                 )
         return Pair(prompt, chosen, rejected)
 
@@ -133,7 +134,7 @@ class PairFormat:
             replies_alone = all(side and side[0]["role"] == "assistant" for side in (chosen, rejected))
             prompt = [{"role": "user", "content": prompt}] if replies_alone else None
         if prompt is None:
-            shared = _common_messages(chosen, rejected)
+            shared = chosen[: common_length(chosen, rejected)]
             if not shared and chosen and rejected:
                 raise BadRow(
                     "no common prompt",
@@ -215,10 +216,20 @@ def detect_format(columns: Sequence[str], sample: Sequence[dict[str, Any]], opti
     return PairFormat(", ".join(parts), prompt, chosen, rejected, system, tools, repeats, options.apply_chat_template)
 
 
+def common_length(*sequences: Sequence[Any]) -> int:
+    """How many items (characters, messages, tokens) the sequences have in common at their start."""
+    length = 0
+    for items in zip(*sequences, strict=False):
+        if any(item != items[0] for item in items[1:]):
+            break
+        length += 1
+    return length
+
+
 def common_text_prompt(chosen: str, rejected: str) -> str:
     """The prompt of two whole dialogues as text: their common beginning, up to and with the last reply marker, else
     back to the last white space (a word that both replies begin with half of is not part of the prompt)."""
-    shared = os.path.commonprefix([chosen, rejected])
+    shared = chosen[: common_length(chosen, rejected)]
     ends = [shared.rfind(marker) + len(marker) for marker in LAST_REPLY_MARKERS if marker in shared]
     if ends:
         return shared[: max(ends)]
@@ -275,13 +286,6 @@ def _repeats_prompt(sample: Sequence[dict[str, Any]], prompt: str, chosen: str, 
 
 def _assistant(text: str) -> list[Message]:
     return [{"role": "assistant", "content": text}]
-
-
-def _common_messages(chosen: list[Message], rejected: list[Message]) -> list[Message]:
-    count = 0
-    while count < min(len(chosen), len(rejected)) and chosen[count] == rejected[count]:
-        count += 1
-    return chosen[:count]
 
 
 def _without_prompt(prompt: list[Message], completion: list[Message]) -> list[Message]:

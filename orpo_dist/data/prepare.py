@@ -5,15 +5,17 @@ This is what a trainer calls before it loads a model. The result has the list co
 """
 
 import json
+import os
 import shutil
 import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from datasets import Dataset, DatasetDict, Features, IterableDataset, Sequence as ListOf, Value
+from datasets import Dataset, DatasetDict, Features, IterableDataset, Value
+from datasets import Sequence as ListOf
 from transformers import PreTrainedTokenizerBase
 
 from orpo_dist import __version__
@@ -32,7 +34,7 @@ BATCH = 256
 # Options that decide what happens to bad rows or how fast the work goes, not what the token ids are.
 NOT_CONTENT = ("on_bad_row", "max_bad_rows", "num_proc", "chat_template")
 
-Rows = Dataset | IterableDataset | Sequence[dict[str, Any]]
+Rows: TypeAlias = Dataset | IterableDataset | Sequence[dict[str, Any]]
 
 _FEATURES = Features(
     {
@@ -122,7 +124,7 @@ def as_dataset(rows: Rows, name: str) -> Dataset:
         file = materialise(rows, temporary)
         with file.open("rb") as stream:
             content = digest(iter(lambda: stream.read(1 << 20), b""))
-        folder = built_once(f"rows-{content}", lambda folder: shutil.move(file, folder / file.name))
+        folder = built_once(f"rows-{content}", lambda folder: os.rename(file, folder / file.name))
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Dataset.from_file(str(folder / file.name))

@@ -18,7 +18,7 @@ from orpo_dist.data.audit import BadRow
 from orpo_dist.data.cache import digest
 from orpo_dist.data.messages import Message
 from orpo_dist.data.options import PrepareOptions
-from orpo_dist.data.pairs import Pair, PairFormat
+from orpo_dist.data.pairs import Pair, PairFormat, common_length
 from orpo_dist.errors import UserError
 
 CHAT_TEMPLATES = {
@@ -157,9 +157,9 @@ class PairTokenizer:
         with_rejected = self._apply(pair.prompt + pair.rejected, pair)
         # Some templates write more after the generation prompt than an answer has there (DeepSeek-R1's <think>), so
         # the prompt is what all three share: TRL's apply_chat_template does the same.
-        shared = os.path.commonprefix([prompt, with_chosen, with_rejected])
+        shared = prompt[: common_length(prompt, with_chosen, with_rejected)]
         # Common with the prompt, not equal to its start: Phi's templates end a conversation without header with EOS.
-        header = len(os.path.commonprefix([prompt, self._apply(pair.prompt, pair)]))
+        header = common_length(prompt, self._apply(pair.prompt, pair))
         if len(shared) < header:
             raise BadRow(
                 "chat template",
@@ -170,7 +170,7 @@ class PairTokenizer:
 
     def _apply(self, messages: list[Message], pair: Pair, add_generation_prompt: bool = False) -> str:
         try:
-            return self.tokenizer.apply_chat_template(
+            text = self.tokenizer.apply_chat_template(
                 messages,
                 tools=pair.tools,
                 chat_template=self.chat_template,
@@ -179,6 +179,8 @@ class PairTokenizer:
             )
         except (TemplateError, TypeError, KeyError, ValueError) as error:
             raise BadRow("chat template", self.format.prompt, f"the chat template refuses it: {error}") from None
+        assert isinstance(text, str)
+        return text
 
     def _refuse_rendered_text(self, prompt: list[Message]) -> None:
         for message in prompt:
@@ -215,7 +217,7 @@ class PairTokenizer:
         if options.is_encoder_decoder:
             chosen, rejected = with_chosen, with_rejected
         else:
-            length = _common_length(prompt, with_chosen, with_rejected)
+            length = common_length(prompt, with_chosen, with_rejected)
             prompt, chosen, rejected = with_chosen[:length], with_chosen[length:], with_rejected[length:]
             prompt = self._with_bos(prompt)
         for column, ids in ((self.format.chosen, chosen), (self.format.rejected, rejected)):
@@ -253,10 +255,13 @@ class PairTokenizer:
         if eos is None:
             return completion
         end = len(completion)
-        while end > 0 and completion[end - 1] != eos and not self.tokenizer.decode(completion[end - 1]).strip():
+        while end > 0 and completion[end - 1] != eos and self._is_white_space(completion[end - 1]):
             end -= 1
         # chatml ends a turn with EOS and a line break: a second EOS would teach the model to wait for one.
         return completion if end > 0 and completion[end - 1] == eos else [*completion, eos]
+
+    def _is_white_space(self, token: int) -> bool:
+        return not str(self.tokenizer.decode([token])).strip()
 
     def _cut_prompt(self, prompt: list[int], generation_prompt: str, limit: int) -> list[int]:
         if self.options.truncation_side == "left":
@@ -293,12 +298,3 @@ class PairTokenizer:
         if self.options.is_encoder_decoder and completion[-1] == self.tokenizer.eos_token_id:
             return [*completion[: room - 1], completion[-1]]  # as the tokenizer's own truncation, which TRL uses
         return completion[:room]
-
-
-def _common_length(*sequences: list[int]) -> int:
-    length = 0
-    for tokens in zip(*sequences, strict=False):
-        if any(token != tokens[0] for token in tokens):
-            break
-        length += 1
-    return length

@@ -1,0 +1,193 @@
+"""Data files -> rows, with errors that name the file and the line.
+
+Every reader yields `(number, row)`: the line of a JSONL file, the number of the record (from 1) elsewhere.
+"""
+
+import csv
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow.parquet
+
+from orpo_dist.errors import UserError
+
+Numbered = Iterator[tuple[int, dict[str, Any]]]
+FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
+SPLIT_ALIASES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "eval"),
+    "test": ("test", "testing"),
+}
+csv.field_size_limit(1 << 30)  # Python's default of 128 KiB is less than one long conversation
+
+
+def file_format(path: Path) -> str | None:
+    """The format that a file's name announces, with or without `.gz`; None where it announces none."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] == ".gz":
+        suffixes.pop()
+    return FORMATS.get(suffixes[-1]) if suffixes else None
+
+
+def read_file(path: Path, split: str) -> Numbered:
+    """The rows of one file. `split` matters for a JSON file that holds several.
+
+    Raises:
+        UserError: not readable as what its name says, with the line.
+    """
+    kind = file_format(path)
+    if kind is None:
+        raise UserError(f"{path}: not one of the file types {', '.join(FORMATS)} (or one of these with .gz).")
+    try:
+        if kind == "parquet":
+            yield from _read_parquet(path)
+        elif kind in ("csv", "tsv"):
+            yield from _read_csv(path, "\t" if kind == "tsv" else ",")
+        elif kind == "jsonl":
+            yield from _read_jsonl(path)
+        else:
+            yield from _read_json(path, split)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}). Convert it to UTF-8."
+        ) from None
+    except (OSError, EOFError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+
+
+def split_files(folder: Path, split: str) -> list[Path]:
+    """The data files of a split, sorted: those named after it (train.jsonl, train-00000-of-00002.parquet, train/x.csv),
+    or, for `train`, all of them where no file is named after any split.
+
+    Raises:
+        UserError: none.
+    """
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and file_format(path) and not any(p.startswith(".") for p in path.relative_to(folder).parts)
+    )
+    if not files:
+        raise UserError(f"{folder}: no data files in it. Looked for {', '.join(FORMATS)}.")
+    by_split: dict[str | None, list[Path]] = {}
+    for path in files:
+        by_split.setdefault(_split_of(path.relative_to(folder), split), []).append(path)
+    if split in by_split:
+        return by_split[split]
+    if split == "train" and set(by_split) == {None}:
+        return files
+    found = ", ".join(sorted(name for name in by_split if name)) or "none"
+    raise UserError(f"{folder}: no files of split `{split}`. Splits found: {found}.")
+
+
+def _split_of(path: Path, wanted: str) -> str | None:
+    """The split a file is named after: its name's first word, or one of its folders."""
+    words = [path.name.replace("-", ".").replace("_", ".").split(".")[0], *path.parts[:-1]]
+    aliases = {alias: name for name, others in SPLIT_ALIASES.items() for alias in others} | {wanted: wanted}
+    return next((aliases[word.lower()] for word in words if word.lower() in aliases), None)
+
+
+def _open(path: Path) -> IO[str]:
+    # utf-8-sig: a byte order mark would become part of the first column's name
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+    return open(path, encoding="utf-8-sig", newline="")
+
+
+def _read_jsonl(path: Path) -> Numbered:
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(
+                    f"{path}, line {number}: not valid JSON: {error.msg} at column {error.colno}. Each line must hold "
+                    "one JSON object."
+                ) from None
+            yield number, _object(row, path, f"line {number}")
+
+
+def _read_json(path: Path, split: str) -> Numbered:
+    with _open(path) as file:
+        text = file.read()
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        if _is_object(text.lstrip().split("\n", 1)[0]):  # JSON lines under the name .json
+            yield from _read_jsonl(path)
+            return
+        raise UserError(f"{path}, line {error.lineno}: not valid JSON: {error.msg} at column {error.colno}.") from None
+    if isinstance(content, dict):
+        content = _records(content, path, split)
+    if not isinstance(content, list):
+        raise UserError(f"{path}: holds one {type(content).__name__}, not a list of rows.")
+    for number, row in enumerate(content, 1):
+        yield number, _object(row, path, f"row {number}")
+
+
+def _records(content: dict[str, Any], path: Path, split: str) -> Any:
+    """The rows in a JSON object: rows by split, columns, `{"data": rows}`, or one row."""
+    if isinstance(content.get(split), list):
+        return content[split]
+    lists = {key: value for key, value in content.items() if isinstance(value, list)}
+    if len(lists) == 1 and all(isinstance(row, dict) for row in next(iter(lists.values()))):
+        return next(iter(lists.values()))
+    if lists and len(lists) == len(content):
+        if len({len(value) for value in lists.values()}) > 1:
+            lengths = ", ".join(f"`{key}` {len(value)}" for key, value in lists.items())
+            raise UserError(f"{path}: its columns have different lengths: {lengths}.")
+        return [dict(zip(content, values, strict=True)) for values in zip(*content.values(), strict=True)]
+    return [content]
+
+
+def _read_csv(path: Path, delimiter: str) -> Numbered:
+    """Every cell is text: an answer `42` or `NA` stays what it is, and an empty cell is empty text."""
+    with _open(path) as file:
+        reader = csv.reader(file, delimiter=delimiter)
+        try:
+            header = next(reader, None)
+            if header is None:
+                raise UserError(f"{path}: the file is empty.")
+            number = 0
+            for cells in reader:
+                if not cells:
+                    continue
+                number += 1
+                if len(cells) != len(header):
+                    raise UserError(
+                        f"{path}, line {reader.line_num}: {len(cells)} cells, but the header has {len(header)}. Quote "
+                        "cells that contain the separator or a line break."
+                    )
+                yield number, dict(zip(header, cells, strict=True))
+        except csv.Error as error:
+            raise UserError(f"{path}, line {reader.line_num}: not valid CSV: {error}.") from None
+
+
+def _read_parquet(path: Path) -> Numbered:
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1000):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
+        raise UserError(f"{path}: not a readable Parquet file: {error}") from None
+
+
+def _object(row: Any, path: Path, where: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise UserError(f"{path}, {where}: {str(row)[:60]!r} is not a JSON object with named columns.")
+    return row
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except json.JSONDecodeError:
+        return False

@@ -1,0 +1,197 @@
+"""Where rows come from: files, folders, `save_to_disk` folders and the hub."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from datasets import (
+    Dataset,
+    DatasetDict,
+    IterableDataset,
+    ReadInstruction,
+    get_dataset_config_names,
+    load_dataset,
+    load_from_disk,
+)
+from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+from orpo_dist.data.cache import built_once, digest, on_first_rank
+from orpo_dist.data.files import file_format, read_file, split_files
+from orpo_dist.data.rows import ROW_COLUMN, SOURCE_COLUMN, dataset_from_rows
+from orpo_dist.errors import UserError
+
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+SLICE = re.compile(r"(?P<name>[^\[]+)(?P<slice>\[.*\])?")
+
+
+def load_rows(
+    path_or_name: str,
+    *,
+    split: str = "train",
+    config: str | None = None,
+    streaming: bool = False,
+    max_samples: int | None = None,
+    token: str | None = None,
+    trust_remote_code: bool = False,
+) -> Dataset | IterableDataset:
+    """The rows of a file, a folder, a `save_to_disk` folder or a hub data set.
+
+    Rows from files carry `_source` and `_row`, so that messages can name the file and the row. All cells of a CSV file
+    are text.
+
+    Args:
+        path_or_name: a path, or a hub name, as `name` or `name:config`.
+        split: a split, `config:split`, or a slice of it as in `datasets` (`train[:10%]`).
+        config: configuration of the hub data set; a configuration in the name or the split says the same.
+        streaming: read row by row; `prepare_pairs` then writes the rows to the cache.
+        max_samples: the first so many rows.
+        trust_remote_code: only for the message: `datasets` no longer runs the code of a data set.
+
+    Raises:
+        UserError: nothing there, or not readable.
+    """
+    path = Path(path_or_name).expanduser()
+    if path.exists():
+        if config is not None:
+            raise UserError(f"{path} is on this disk: config={config} is for data sets of the hub.")
+        rows = _local(path, split, streaming)
+    else:
+        rows = _hub(path_or_name, split, config, streaming, token, trust_remote_code)
+    if max_samples is None:
+        return rows
+    if max_samples < 1:
+        raise UserError(f"max_samples={max_samples} leaves no rows.")
+    if isinstance(rows, IterableDataset):
+        return rows.take(max_samples)
+    return rows.select(range(min(max_samples, len(rows))))
+
+
+# -- this disk --
+
+
+def _local(path: Path, split: str, streaming: bool) -> Dataset | IterableDataset:
+    match = SLICE.fullmatch(split)
+    if match is None:
+        raise UserError(f"split={split}: not a split.")
+    name = match["name"]
+    if path.is_dir() and (path / "dataset_dict.json").exists():
+        splits = load_from_disk(str(path))
+        assert isinstance(splits, DatasetDict)
+        if name not in splits:
+            raise UserError(f"{path}: no split `{name}`. Splits found: {', '.join(splits)}.")
+        rows = splits[name]
+    elif path.is_dir() and (path / "state.json").exists():
+        rows = load_from_disk(str(path))
+    else:
+        files = split_files(path, name) if path.is_dir() else [path]
+        if streaming and match["slice"] is None:
+            return IterableDataset.from_generator(_rows, gen_kwargs={"files": files, "split": name})
+        # Once per run, into a memory-mapped file: eight ranks would hold the rows eight times otherwise.
+        folder = on_first_rank(lambda: _read_into_cache(files, name))
+        rows = Dataset.load_from_disk(str(folder))
+    assert isinstance(rows, Dataset)
+    return _slice(rows, name, match["slice"])
+
+
+def _read_into_cache(files: list[Path], split: str) -> Path:
+    for file in files:
+        if file_format(file) is None:
+            next(read_file(file, split))  # says which types there are
+    contents = [part for file in files for part in (str(file).encode(), file.read_bytes())]
+    name = f"files-{digest([split.encode(), *contents])}"
+    return built_once(name, lambda folder: dataset_from_rows(list(_rows(files, split))).save_to_disk(str(folder)))
+
+
+def _rows(files: list[Path], split: str) -> Iterator[dict[str, Any]]:
+    for file in files:
+        for number, row in read_file(file, split):
+            yield {**row, SOURCE_COLUMN: str(file), ROW_COLUMN: number}
+
+
+def _slice(rows: Dataset, name: str, part: str | None) -> Dataset:
+    if part is None:
+        return rows
+    try:
+        (bounds,) = ReadInstruction.from_spec(f"{name}{part}").to_absolute({name: len(rows)})
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"split={name}{part}: not a slice of {len(rows)} rows: {error}") from None
+    return rows.select(range(bounds.from_, bounds.to))
+
+
+# -- the hub --
+
+
+def _hub(
+    name: str, split: str, config: str | None, streaming: bool, token: str | None, trust_remote_code: bool
+) -> Dataset | IterableDataset:
+    if file_format(Path(name)) or not HUB_NAME.fullmatch(name):
+        raise UserError(f"{name}: no such file or folder, and not the name of a data set on the hub.")
+    name, _, config_in_name = name.partition(":")
+    before, colon, after = split.partition(":")
+    config_in_split = before if colon and "[" not in before else ""
+    split = after if config_in_split else split
+    configs = {given for given in (config, config_in_name, config_in_split) if given}
+    if len(configs) > 1:
+        raise UserError(f"{name}: several configurations named at once: {', '.join(sorted(configs))}.")
+    chosen = configs.pop() if configs else None
+
+    def load() -> Dataset | IterableDataset:
+        return _load_from_hub(name, chosen, split, streaming, token, trust_remote_code)
+
+    loaded = []
+
+    def load_first() -> Path:
+        loaded.append(load())
+        return Path.cwd()  # every rank reads the hub's own cache; here it only learns that it is filled
+
+    if not streaming:
+        on_first_rank(load_first)
+    return loaded[0] if loaded else load()
+
+
+def _load_from_hub(
+    name: str, config: str | None, split: str, streaming: bool, token: str | None, trust_remote_code: bool
+) -> Dataset | IterableDataset:
+    try:
+        return load_dataset(name, config, split=split, streaming=streaming, token=token)
+    except (GatedRepoError, DatasetNotFoundError, RepositoryNotFoundError) as error:
+        if isinstance(error, GatedRepoError) or "gated" in str(error):
+            raise UserError(
+                f"{name}: a gated data set. Accept its terms on https://huggingface.co/datasets/{name} and log in "
+                "with `hf auth login`."
+            ) from None
+        raise UserError(
+            f"{name}: no such file or folder here, and no data set of that name on the hub (or a private one: "
+            "`hf auth login`)."
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{name}: {_first_line(error)} {_configs(name, token)}".rstrip()) from None
+    except RuntimeError as error:
+        if "scripts are no longer supported" not in str(error):
+            raise
+        asked = "trust_remote_code does not change that. " if trust_remote_code else ""
+        raise UserError(
+            f"{name}: a data set that comes as Python code, which `datasets` no longer runs. {asked}Convert it to "
+            "Parquet, or look for its `refs/convert/parquet` revision."
+        ) from None
+    except OSError as error:  # ConnectionError, OfflineModeIsEnabled and the HTTP errors are among them
+        raise UserError(
+            f"{name}: the hub cannot be reached and its cache does not have this data set: {_first_line(error)} "
+            "Check the network; without one, load it elsewhere once, copy HF_HOME and set HF_HUB_OFFLINE=1."
+        ) from None
+
+
+def _configs(name: str, token: str | None) -> str:
+    """What may have been meant, when the configuration was wrong or missing."""
+    try:
+        names = get_dataset_config_names(name, token=token)
+    except Exception:  # the list is help with another error: failing to get it must not hide that one
+        return ""
+    return f"Configurations: {', '.join(names)} (name one as {name}:CONFIG)."
+
+
+def _first_line(error: Exception) -> str:
+    line = str(error).strip().split("\n", 1)[0]
+    return line if line.endswith(".") else line + "."
