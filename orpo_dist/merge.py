@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 from transformers.integrations import deepspeed as deepspeed_integration
 
 from orpo_dist.errors import UserError
-from orpo_dist.model.adapters import quiet_peft
+from orpo_dist.model.adapters import is_quantized, quiet_peft
 from orpo_dist.model.hub import hub_errors
-from orpo_dist.model.load import base_identity, load_config, load_model, parse_dtype
+from orpo_dist.model.load import base_identity, load_model, parse_dtype
 
 REPORT_NAME = "merge_report.json"
 # Of float32 logits, relative to the largest: the order of additions differs, nothing else may.
@@ -134,10 +134,13 @@ def _merge(
     trust_remote_code: bool,
 ) -> MergeReport:
     base_name = str(settings.base_model_name_or_path)
-    base = _load_base(base_name, settings.revision, dtype, trust_remote_code)
+    wanted = None if dtype is None else parse_dtype(dtype)
+    base = _load_base(base_name, settings.revision, trust_remote_code)
     identity = base_identity(base)
-    stored = {name: tensor.dtype for name, tensor in _tensors(base)}
-    dtype_name = str(base.dtype).removeprefix("torch.")
+    final = base.dtype if wanted is None else wanted
+    # Not every tensor has the dtype of the model: rotary frequencies and router biases stay as they are.
+    dtypes = {name: final if t.dtype == base.dtype else t.dtype for name, t in _tensors(base) if t.is_floating_point()}
+    final_name = str(final).removeprefix("torch.")
     if verify:
         base.float()
     try:
@@ -153,10 +156,10 @@ def _merge(
     merged = adapted.merge_and_unload(safe_merge=True)
     if verify:
         _require_equal(of_adapter, _logits(merged, probe), f"merged weights and {base_name} + {run_folder}")
-    _cast(merged, stored)
+    _cast(merged, dtypes)
     _write(merged, run_folder, settings, partial, trust_remote_code)
     if not verify:
-        return MergeReport(str(output), identity.name, identity.revision, dtype_name, False, None, None)
+        return MergeReport(str(output), identity.name, identity.revision, final_name, False, None, None)
     of_rounded = _logits(merged.float(), probe)
     del base, adapted, merged
     gc.collect()  # modules and their hooks form cycles; two models must not be in memory at once
@@ -166,7 +169,7 @@ def _merge(
         path=str(output),
         base=identity.name,
         base_revision=identity.revision,
-        dtype=dtype_name,
+        dtype=final_name,
         verified=True,
         max_logit_difference=(of_written - of_adapter).abs().max().item(),
         adapter_effect=(of_adapter - of_base).abs().max().item(),
@@ -195,13 +198,11 @@ def _check_output(run_folder: Path, output: Path) -> None:
         raise UserError(f"{output} exists and is not an earlier merge: remove it, or choose another --output.")
 
 
-def _load_base(name: str, revision: str | None, dtype: str | None, trust_remote_code: bool) -> PreTrainedModel:
-    wanted = "auto" if dtype is None else parse_dtype(dtype)
-    config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
-    base = load_model(name, revision=revision, dtype=wanted, trust_remote_code=trust_remote_code)
-    if getattr(config, "quantization_config", None) is not None:
+def _load_base(name: str, revision: str | None, trust_remote_code: bool) -> PreTrainedModel:
+    base = load_model(name, revision=revision, dtype="auto", trust_remote_code=trust_remote_code)
+    if is_quantized(base):
         # The base exists in quantised form alone: its own values, written out in full, are what was trained on.
-        base = base.dequantize(dtype=torch.bfloat16 if dtype is None else parse_dtype(dtype))
+        base = base.dequantize()
         base._weight_conversions = None  # those of the quantised format; transformers cannot reverse them to save
     return base.eval()
 
@@ -211,11 +212,10 @@ def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_buffers()
 
 
-def _cast(model: PreTrainedModel, stored: dict[str, torch.dtype]) -> None:
-    """Give each tensor the dtype it was loaded with: not all have the model's (rotary frequencies, router biases)."""
+def _cast(model: PreTrainedModel, dtypes: dict[str, torch.dtype]) -> None:
     for name, tensor in _tensors(model):
-        if name in stored:
-            tensor.data = tensor.data.to(stored[name])
+        if name in dtypes:
+            tensor.data = tensor.data.to(dtypes[name])
 
 
 def _write(
