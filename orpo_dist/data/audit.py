@@ -60,7 +60,8 @@ class DroppedRow:
 def stop_at(dropped: DroppedRow) -> UserError:
     """The error of `on_bad_row="error"`."""
     return UserError(
-        f"{dropped.describe()} ({dropped.kind}).\n{ADVICE[dropped.kind]} With on_bad_row=drop such rows are left out and reported."
+        f"{dropped.describe()} ({dropped.kind}).\n"
+        f"{ADVICE[dropped.kind]} With on_bad_row=drop such rows are left out and reported."
     )
 
 

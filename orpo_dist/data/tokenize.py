@@ -31,6 +31,8 @@ CHAT_TEMPLATES = {
         "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
     ),
 }
+# What a saved tokenizer says of where it was loaded from, and of what its last call padded or truncated to.
+TRANSIENT_SETTINGS = ("name_or_path", "is_local", "local_files_only", "padding", "truncation")
 
 
 @dataclass(frozen=True)
@@ -86,10 +88,8 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
             content = file.read_bytes()
             if file.name in ("tokenizer.json", "tokenizer_config.json"):
                 settings = json.loads(content)
-                # Where it was loaded from, and what the last call happened to pad or truncate to.
-                for transient in ("name_or_path", "padding", "truncation"):
-                    settings.pop(transient, None)
-                content = json.dumps(settings, sort_keys=True).encode()
+                kept = {key: value for key, value in settings.items() if key not in TRANSIENT_SETTINGS}
+                content = json.dumps(kept, sort_keys=True).encode()
             parts += [file.name.encode(), content]
     return digest(parts)
 
