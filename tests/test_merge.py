@@ -212,10 +212,9 @@ def test_damaged_file_is_refused(base, tmp_path, monkeypatch):
 
 
 def test_rounding_that_hides_the_training_is_reported(base, tmp_path):
-    run = _train(base, tmp_path / "run", size=1e-3)
-    lines = merge_run(run, dtype="bfloat16").lines()
-    assert any("rounding to bfloat16 hides much of what the adapter learned" in line for line in lines)
-    assert not any("hides" in line for line in merge_run(run, dtype="float32").lines())
+    run = _train(base, tmp_path / "run", size=1e-4)
+    assert merge_run(run, dtype="bfloat16").lines()[-1].startswith("Warning: rounding to bfloat16 hides much")
+    assert merge_run(run, dtype="float32").lines()[-1].startswith("Verified")
 
 
 def test_output_is_replaced_only_if_it_is_a_merge(base, tmp_path):
