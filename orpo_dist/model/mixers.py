@@ -59,8 +59,9 @@ def _uses_interface(module: nn.Module) -> bool:
 class Unsharing:
     """Hooks that run one mixer on unshared rows while its model is given a packed layout; without one they do nothing.
 
-    They are the mixer's own hooks, so they run again when gradient checkpointing recomputes the layer, and the layout
-    comes with the keywords of that very call.
+    No mask is needed: what fills a row beyond its sequence's end comes after all that is read. They are the mixer's own
+    hooks, so they run again when gradient checkpointing recomputes the layer, and the layout comes with the keywords of
+    that very call.
     """
 
     def __init__(self, mixer: TokenMixer, row: "PackedRow"):
@@ -77,8 +78,6 @@ class Unsharing:
             if self.row.packed:
                 raise PackedLayoutError(f"{self.name} receives no layout: its decoder layer passes no keywords on.")
             return args, kwargs
-        # Recurrent mixers read the mask for padding alone, and the copies beyond a sequence's end come after it.
-        kwargs["attention_mask"] = None
         return _map(args, layout, _unshare), _map(kwargs, layout, _unshare)
 
     def _after(self, module: nn.Module, args: tuple, output: Any) -> Any:

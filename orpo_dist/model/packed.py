@@ -106,7 +106,7 @@ def _obstacle(
         return "its attention does not go through transformers' attention interface (ALiBi and older models)"
     nested = next((mixer for mixer in mixers if mixer.inner is not None), None)
     if nested is not None:
-        return f"{nested.name} chooses its keys in an inner module ({nested.inner}), which is not packed"
+        return f"{nested.name} holds another token mixer ({nested.inner}), which is not packed"
     chunk = text_model.config.to_dict().get("attention_chunk_size")
     if chunk is not None and (max_length is None or max_length > chunk):
         return f"chunked attention (attention_chunk_size={chunk}) within max_length={max_length} is not packed"

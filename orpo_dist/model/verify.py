@@ -23,9 +23,10 @@ _WINDOW = 6  # stands in for the model's own window, which a tiny batch would no
 @dataclass(frozen=True)
 class LayoutCheck:
     """difference: root mean square over all tokens of |packed - padded| / |padded|, norms of the last hidden states;
-    infinite when the model cannot run the packed row, and `reason` then says why. Not the largest, because in half
-    precision rounding alone may send a token of a mixture of experts to another expert.
-    tolerance: what rounding explains in the precision of the computation."""
+    infinite when the model cannot run the packed row. Not the largest, because in half precision rounding alone may
+    send a token of a mixture of experts to another expert.
+    tolerance: what rounding explains in the precision of the computation.
+    reason: what is wrong, for the log; empty when nothing is."""
 
     difference: float
     tolerance: float
@@ -68,7 +69,12 @@ def verify_layout(
     finally:
         model.train(was_training)
     tolerance = max(TOLERANCES[compute_dtype], TOLERANCES[padded_states.dtype])
-    return LayoutCheck(_difference(packed_states.double(), padded_states.double(), layout), tolerance)
+    difference = _difference(packed_states.double(), padded_states.double(), layout)
+    check = LayoutCheck(difference, tolerance)
+    if check.ok:
+        return check
+    reason = f"its packed and padded hidden states differ by {difference:.2g} (rounding explains {tolerance:.2g})"
+    return LayoutCheck(difference, tolerance, reason)
 
 
 def _rows(base: PreTrainedModel) -> list[dict[str, Any]]:

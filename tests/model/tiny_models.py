@@ -75,13 +75,37 @@ def _configs() -> dict[str, tuple[type, t.PreTrainedConfig]]:
     }  # fmt: skip
 
 
+def _vision_configs() -> dict[str, tuple[type, t.PreTrainedConfig]]:
+    text = {**COMMON, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+    return {
+        "qwen2_5_vl": (
+            t.Qwen2_5_VLForConditionalGeneration,
+            t.Qwen2_5_VLConfig(
+                text_config=text,
+                vision_config={"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2,
+                               "out_hidden_size": 32, "patch_size": 4, "fullatt_block_indexes": [0]},
+                image_token_id=90, video_token_id=91, vision_start_token_id=92, vision_end_token_id=93,
+            ),
+        ),
+        "llava": (
+            t.LlavaForConditionalGeneration,
+            t.LlavaConfig(
+                text_config=t.MistralConfig(**HEADS, sliding_window=6),
+                vision_config=t.CLIPVisionConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+                                                 num_attention_heads=2, image_size=8, patch_size=4),
+                image_token_index=90,
+            ),
+        ),
+    }  # fmt: skip
+
+
 def tiny_model(name: str) -> t.PreTrainedModel:
     """In float32 and training mode, with weights large enough for attention to prefer some tokens over others.
 
     Not so for qwen3_5, whose decay rates have gradients of cancelling terms: with larger weights their rounding alone
     passes the tolerance (in float64 both layouts agree to 1e-13).
     """
-    model_class, config = _configs()[name]
+    model_class, config = (_configs() | _vision_configs())[name]
     torch.manual_seed(0)
     model = model_class(config)
     with torch.no_grad():
