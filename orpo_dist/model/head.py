@@ -75,7 +75,7 @@ def install_head(
         if router_aux_loss_coef and tokens is not None:
             kwargs["output_router_logits"] = True
         with _stand_in(place, probe_size=self.config.get_text_config().vocab_size) as stand_in:
-            outputs = model_forward(*args, orpo_layout=orpo_layout, use_cache=False, **kwargs)
+            outputs = model_forward(*args, orpo_layout=orpo_layout, **{**kwargs, "use_cache": False})
         if transform is None:
             transform = measure_transform(stand_in.probe, outputs.logits)
         options = _Options(objective, transform, chunk_rows)
