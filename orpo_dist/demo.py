@@ -6,17 +6,30 @@ import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from orpo_dist.demo_data import HELD_OUT_PAIRS, TRAINING_PAIRS, make_support_set, write_support_set
 from orpo_dist.demo_model import find_model
 
 if TYPE_CHECKING:
     from orpo_dist.recipe import Recipe
+    from orpo_dist.runtime.report import RunSummary
 
 OUTPUT_DIR = "runs/demo"
 REPLIES = 2
 REPLY_TOKENS = 72
+METRICS = (
+    ("rewards/accuracies", "preference accuracy"),
+    ("rewards/margins", "reward margin"),
+    ("nll_loss", "NLL per token"),
+)
+WRITTEN = (
+    ("adapter_model.safetensors", "the trained LoRA adapter; `orpo-dist merge` joins it with its base"),
+    ("run_summary.json", "the figures above and more"),
+    ("log.jsonl", "every logging event"),
+    ("recipe.yaml", "the settings; `orpo-dist train` with this file repeats the run"),
+    ("data/", "the pairs"),
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -53,23 +66,19 @@ def main(argv: Sequence[str]) -> int:
         print()
         for speaker, text in (("customer", prompt[-1]["content"]), ("before", first), ("after", second)):
             print(textwrap.fill(f"{speaker + ':':<10}{text}", 110, subsequent_indent=" " * 10))
-    print(f"\nHeld-out pairs ({summary.eval_pairs}), before and after training on {summary.pairs}:\n")
-    for name, title in (
-        ("rewards/accuracies", "preference accuracy"),
-        ("rewards/margins", "reward margin"),
-        ("nll_loss", "NLL per token"),
-    ):
-        print(f"  {title:<22}{summary.eval_before[name]:>9.4f}  ->{summary.eval_after[name]:>9.4f}")
-    print(f"\nTook {(time.perf_counter() - started) / 60:.1f} minutes on {summary.device}. Everything is in {folder}/:")
-    for name, what in (
-        ("adapter_model.safetensors", "the trained LoRA adapter; `orpo-dist merge` joins it with its base"),
-        ("run_summary.json", "the figures above and more"),
-        ("log.jsonl", "every logging event"),
-        ("recipe.yaml", "the settings; `orpo-dist train` with this file repeats the run"),
-        ("data/", "the pairs"),
-    ):
+    print(f"\n{_comparison(summary)}\n")
+    minutes = (time.perf_counter() - started) / 60
+    print(f"Took {minutes:.1f} minutes on {summary.device}. Everything is in {folder}/:")
+    for name, what in WRITTEN:
         print(f"  {name:<28}{what}")
     return 0
+
+
+def _comparison(summary: "RunSummary") -> str:
+    before, after = summary.eval_before or {}, summary.eval_after or {}
+    lines = [f"{summary.eval_pairs} held-out pairs, before and after training on {summary.pairs}:"]
+    lines += [f"  {title:<22}{before[name]:>9.4f}  ->{after[name]:>9.4f}" for name, title in METRICS]
+    return "\n".join(lines)
 
 
 def demo_recipe(model: str, folder: Path) -> "Recipe":
@@ -97,9 +106,20 @@ def demo_recipe(model: str, folder: Path) -> "Recipe":
             "logging_steps": 5,
             "save_strategy": "no",
             "report_to": "none",
+            "disable_tqdm": False,  # off by default with a quiet transformers
             "use_cpu": not torch.cuda.is_available(),
+            **({"bf16": True} if fast_bfloat16() else {}),
         }
     )
+
+
+def fast_bfloat16() -> bool:
+    """Whether bfloat16 is faster than float32 here: on every recent GPU, and on a CPU with matrix units for it."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 def replies(model: str, prompts: list[list[dict[str, str]]], adapter: Path | None = None) -> list[str]:
@@ -110,19 +130,17 @@ def replies(model: str, prompts: list[list[dict[str, str]]], adapter: Path | Non
     from orpo_dist.model.load import load_model, load_processing_class
 
     tokenizer = load_processing_class(model)
-    network = load_model(model)
+    tokenizer.padding_side = "left"
+    rendered = [tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False) for prompt in prompts]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    inputs = tokenizer(rendered, add_special_tokens=False, padding=True, return_tensors="pt").to(device)
+    network: Any = load_model(model, dtype=torch.bfloat16 if fast_bfloat16() else torch.float32)
     if adapter is not None:
         network = PeftModel.from_pretrained(network, str(adapter))
-    network.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    texts = []
-    for prompt in prompts:
-        rendered = tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    network.to(device).eval()
+    with torch.no_grad():
+        output = network.generate(
+            **inputs, max_new_tokens=REPLY_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id
         )
-        inputs = rendered.to(network.device)
-        with torch.no_grad():
-            output = network.generate(
-                **inputs, max_new_tokens=REPLY_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id
-            )
-        texts.append(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
-    return texts
+    completions = output[:, inputs["input_ids"].shape[1] :].tolist()
+    return [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in completions]
