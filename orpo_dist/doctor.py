@@ -85,7 +85,7 @@ def main(argv: list[str]) -> int:
 
 
 def tested_versions() -> dict[str, str]:
-    """Versions this release was tested with: constraints.txt, inside an installed package or beside it in a checkout."""
+    """Versions this release was tested with: constraints.txt, in an installed package or beside it in a checkout."""
     package = Path(__file__).parent
     file = next(f for f in (package / "constraints.txt", package.parent / "constraints.txt") if f.is_file())
     pins = (line.split("==") for line in file.read_text().splitlines() if "==" in line and not line.startswith("#"))
