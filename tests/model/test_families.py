@@ -7,8 +7,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+from orpo_dist.loss import Objective
 from orpo_dist.model import attention
 from orpo_dist.model.attention import PACKED_ATTENTION
+from orpo_dist.model.head import install_head
 from orpo_dist.model.mixers import find_token_mixers
 from orpo_dist.model.packed import use_packed_layout
 from orpo_dist.model.rotary import fix_rotary_frequencies
@@ -285,6 +287,13 @@ def test_verification_passes(family, dtype):
         check = verify_layout(model, verdict, prefix_sharing=sharing)
         assert check.ok and model.training, check
     assert model.config._attn_implementation == PACKED_ATTENTION
+
+
+def test_verification_with_the_loss_head_inside_the_forward():
+    model = tiny_model("gemma2")
+    install_head(model, Objective())
+    verdict = use_packed_layout(model, max_length=64)
+    assert verify_layout(model, verdict, prefix_sharing=True).ok
 
 
 def _no_window(layout, queries, keys, window, device, visible=attention._visible):
