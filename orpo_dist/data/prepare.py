@@ -23,7 +23,7 @@ from orpo_dist.data.audit import BadRow, DroppedRow, check_bad_rows, count_kinds
 from orpo_dist.data.cache import built_once, cache_root, digest, is_first_rank, on_first_rank
 from orpo_dist.data.options import PrepareOptions
 from orpo_dist.data.pairs import SAMPLE, Pair, PairFormat, detect_format
-from orpo_dist.data.rows import ROW_COLUMN, SOURCE_COLUMN, content_digest, dataset_from_rows, materialise
+from orpo_dist.data.rows import ROW_COLUMN, SOURCE_COLUMN, content_digest, dataset_from_rows, materialise, save
 from orpo_dist.data.tokenize import PairTokenizer, TokenizedPair, resolve_chat_template, tokenizer_digest
 from orpo_dist.errors import UserError
 
@@ -190,7 +190,8 @@ def _build(folder: Path, rows: Dataset, step: "_Step", options: PrepareOptions, 
     good = [index for index, kind in enumerate(kinds) if kind is None]
     bad = audited.select([index for index, kind in enumerate(kinds) if kind is not None])
     kept = audited.select(good)
-    kept.select_columns([*TOKEN_COLUMNS, "row"]).save_to_disk(str(folder / "pairs"))
+    if good:  # `datasets` cannot read back a data set of no rows
+        save(kept.select_columns([*TOKEN_COLUMNS, "row"]), folder / "pairs")
     report = {
         "format": step.format.description,
         "rows": len(rows),
@@ -206,8 +207,10 @@ def _build(folder: Path, rows: Dataset, step: "_Step", options: PrepareOptions, 
 def _read(folder: Path, name: str) -> PreparedPairs:
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     dropped = [DroppedRow(**row) for row in report["dropped"]]
+    pairs = folder / "pairs"
+    none = {column: [] for column in [*TOKEN_COLUMNS, "row"]}
     return PreparedPairs(
-        dataset=Dataset.load_from_disk(str(folder / "pairs")),
+        dataset=Dataset.load_from_disk(str(pairs)) if pairs.is_dir() else Dataset.from_dict(none),
         dropped=[replace(row, source=row.source or name) for row in dropped],
         format=report["format"],
         rows=report["rows"],

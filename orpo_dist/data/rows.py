@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
-from datasets import Dataset, Features, IterableDataset, Value
+from datasets import (
+    Dataset,
+    Features,
+    IterableDataset,
+    Value,
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 from datasets.arrow_writer import ArrowWriter
 
 from orpo_dist.data.cache import digest
@@ -58,6 +66,17 @@ def materialise(stream: IterableDataset, folder: Path) -> Path:
         writer.finalize()
     spool.unlink()
     return target
+
+
+def save(dataset: Dataset, folder: Path) -> None:
+    """`save_to_disk` without its progress bar, which says nothing to somebody who waits for a tokenisation."""
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        dataset.save_to_disk(str(folder))
+    finally:
+        if shown:
+            enable_progress_bars()
 
 
 def content_digest(dataset: Dataset) -> str:

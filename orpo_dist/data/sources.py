@@ -19,7 +19,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from orpo_dist.data.cache import built_once, digest, on_first_rank
 from orpo_dist.data.files import file_format, read_file, split_files
-from orpo_dist.data.rows import ROW_COLUMN, SOURCE_COLUMN, dataset_from_rows
+from orpo_dist.data.rows import ROW_COLUMN, SOURCE_COLUMN, dataset_from_rows, save
 from orpo_dist.errors import UserError
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
@@ -101,7 +101,14 @@ def _read_into_cache(files: list[Path], split: str) -> Path:
             next(read_file(file, split))  # says which types there are
     contents = [part for file in files for part in (str(file).encode(), file.read_bytes())]
     name = f"files-{digest([split.encode(), *contents])}"
-    return built_once(name, lambda folder: dataset_from_rows(list(_rows(files, split))).save_to_disk(str(folder)))
+
+    def build(folder: Path) -> None:
+        rows = list(_rows(files, split))
+        if not rows:
+            raise UserError(f"{', '.join(map(str, files))}: no rows in it.")
+        save(dataset_from_rows(rows), folder)
+
+    return built_once(name, build)
 
 
 def _rows(files: list[Path], split: str) -> Iterator[dict[str, Any]]:

@@ -107,7 +107,8 @@ class PairTokenizer:
         self.format = pair_format
         self.options = options
         self.chat_template = resolve_chat_template(options.chat_template, tokenizer)
-        self.special_tokens = [token for token in tokenizer.all_special_tokens if len(token) > 1]
+        template = self.chat_template or ""
+        self.turn_tokens = [token for token in tokenizer.all_special_tokens if token in template]
 
     def __call__(self, pairs: Sequence[Pair]) -> list[TokenizedPair | BadRow]:
         """Tokenises the pairs in one call of the tokenizer; a pair that proves unfit comes back as its BadRow."""
@@ -184,7 +185,7 @@ class PairTokenizer:
 
     def _refuse_rendered_text(self, prompt: list[Message]) -> None:
         for message in prompt:
-            for token in self.special_tokens:
+            for token in self.turn_tokens:
                 if token in message["content"]:
                     raise BadRow(
                         "rendered already",

@@ -1,0 +1,137 @@
+"""The table of docs/data.md: each bad input and the message it gets."""
+
+import copy
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orpo_dist.data.options import PrepareOptions
+from orpo_dist.data.prepare import prepare_pairs
+from orpo_dist.data.sources import load_rows
+from orpo_dist.errors import UserError
+
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "data.md"
+USER = {"role": "user", "content": "Hi"}
+HELLO = {"role": "assistant", "content": "Hello"}
+GO = {"role": "assistant", "content": "Go"}
+TEXT = {"prompt": "2+2=", "chosen": "4", "rejected": "5"}
+CHAT = {"prompt": [USER], "chosen": [HELLO], "rejected": [GO]}
+SHAREGPT = {
+    "conversations": [{"from": "human", "value": "Hi"}],
+    "chosen": {"from": "gpt", "value": "Hello"},
+    "rejected": {"from": "gpt", "value": "Go"},
+}
+DIALOGUE = {"chosen": "Q: 2+2?\nA: 4", "rejected": "Q: 2+2?\nA: 5"}
+CONVERSATION = {"chosen": [USER, HELLO], "rejected": [USER, GO]}
+
+
+@dataclass
+class Input:
+    """Rows as JSON lines, or the bytes of a file."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
+    tokenizer: str = "chat"
+    content: bytes | None = None
+    name: str = "pairs.jsonl"
+    split: str = "train"
+    policy: str = "error"
+
+
+def second(good: dict[str, Any], tokenizer: str = "chat", options: dict[str, Any] | None = None, **bad: Any) -> Input:
+    """A good row, and one with the values `bad`."""
+    return Input([good, {**good, **bad}], options or {}, tokenizer)
+
+
+TEMPLATED = {"apply_chat_template": True}
+REFUSING = (
+    "{% for m in messages %}{% if m['content'] == 'No' %}{{ raise_exception('roles') }}{% endif %}"
+    "{{ m['content'] }}{% endfor %}"
+)
+INPUTS = {
+    "a completion that is empty text": second(TEXT, chosen=""),
+    "a completion of white space": second(TEXT, rejected=" \n"),
+    "an assistant's message without text": second(CHAT, chosen=[{"role": "assistant", "content": ""}]),
+    "null instead of an answer": second(TEXT, chosen=None),
+    "NaN instead of an answer": second(TEXT, rejected=float("nan")),
+    "a fraction instead of an answer": second(TEXT, chosen=4.5),
+    "text against messages": second(TEXT, rejected=[GO]),
+    "an image in a message": second(CHAT, prompt=[{"role": "user", "content": [{"type": "image"}]}]),
+    "chosen and rejected the same": second(TEXT, chosen="5"),
+    "the same up to where they are cut": second(
+        {**TEXT, "chosen": "one two three", "rejected": "four five six"},
+        options={"max_completion_length": 3},
+        chosen="one two three four",
+        rejected="one two three five",
+    ),
+    "a prompt that leaves no room": second(TEXT, options={"max_length": 16}, prompt="one two three " * 9),
+    "an empty prompt, no BOS token": second(TEXT, "no bos", prompt=""),
+    "whole dialogues without a common beginning": second(DIALOGUE, chosen="4"),
+    "whole conversations without a common beginning": second(CONVERSATION, chosen=[HELLO]),
+    "a message without role": second(CHAT, prompt=[{"content": "Hi"}]),
+    "a ShareGPT speaker nobody knows": second(SHAREGPT, conversations=[{"from": "alien", "value": "Hi"}]),
+    "a completion by the user": second(CHAT, chosen=[{"role": "user", "content": "Hm"}]),
+    "a prompt that ends with an answer": second(CHAT, prompt=[USER, HELLO]),
+    "two system messages that differ": second(
+        {**CHAT, "system": "A"}, prompt=[{"role": "system", "content": "B"}, USER]
+    ),
+    "tools that are no JSON": second({**CHAT, "tools": "[]"}, tools="[{"),
+    "a system column beside plain text": second({**TEXT, "system": ""}, system="Be brief."),
+    "text that is rendered already": second(TEXT, options=TEMPLATED, prompt="<|im_start|>user\nHi<|im_end|>\n"),
+    "a row the template refuses": second(
+        CHAT, options={"chat_template": REFUSING}, prompt=[{"role": "user", "content": "No"}]
+    ),
+    "a column that is missing": Input([{"prompt": "p", "chosen": "a"}]),
+    "a mapped column that is missing": Input([TEXT], {"chosen_column": "good"}),
+    "a prompt under another name": Input([{"question": "2+2=", "chosen": "4", "rejected": "5"}]),
+    "messages, and a tokenizer without template": Input([CHAT], tokenizer="plain"),
+    "messages, and apply_chat_template=false": Input([CHAT], {"apply_chat_template": False}),
+    "a chat template that does not exist": Input([CHAT], {"chat_template": "chatlm"}),
+    "a file without rows": Input(content=b"\n"),
+    "no row left": Input([{**TEXT, "chosen": "5"}] * 2, policy="drop"),
+    "more bad rows than allowed": Input([TEXT, TEXT, TEXT, {**TEXT, "chosen": ""}], policy="drop"),
+    "a broken JSON line": Input(content=b'{"prompt": "a"}\n{"prompt": "b", \n'),
+    "a JSON line that is no object": Input(content=b'{"prompt": "a"}\n["b"]\n'),
+    "a CSV line with a cell too many": Input(content=b"prompt,chosen,rejected\na,b,c\na,b,c,d\n", name="pairs.csv"),
+    "a file that is not UTF-8": Input(content=b'{"prompt": "\xe4"}\n'),
+    "a file that does not exist": Input(name="missing.jsonl"),
+    "a split that does not exist": Input([TEXT], name="folder/train.jsonl", split="test"),
+}
+
+
+def table() -> dict[str, str]:
+    """Input and message of each line of the table in docs/data.md."""
+    section = DOCS.read_text(encoding="utf-8").split("## Bad input and its message")[1].split("\n## ")[0]
+    lines = re.findall(r"^\| (.+?) \| ``(.+)`` \|$", section, flags=re.MULTILINE)
+    return {what: message.replace("\\|", "|") for what, message in lines}
+
+
+def test_every_documented_input_is_tested():
+    assert list(table()) == list(INPUTS)
+    assert len(INPUTS) >= 15
+
+
+@pytest.mark.parametrize("what", INPUTS)
+def test_message(what, chat_tokenizer, plain_tokenizer, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    case = INPUTS[what]
+    path = Path(case.name)
+    path.parent.mkdir(exist_ok=True)
+    if case.content is not None:
+        path.write_bytes(case.content)
+    elif case.rows:
+        path.write_text("".join(json.dumps(row) + "\n" for row in case.rows))
+    tokenizer = {"chat": chat_tokenizer, "plain": plain_tokenizer}.get(case.tokenizer)
+    if tokenizer is None:
+        tokenizer = copy.deepcopy(plain_tokenizer)
+        tokenizer.bos_token = None
+
+    with pytest.raises(UserError) as caught:
+        rows = load_rows(str(path.parent if path.parent.name else path), split=case.split)
+        prepare_pairs(rows, tokenizer, PrepareOptions(on_bad_row=case.policy, **case.options))
+    expected = ".*".join(re.escape(part) for part in table()[what].split("..."))
+    assert re.search(expected, " ".join(str(caught.value).split())), str(caught.value)

@@ -1,0 +1,122 @@
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from orpo_dist.data.files import file_format, read_file, split_files
+from orpo_dist.errors import UserError
+
+ROWS = [{"prompt": "p1", "chosen": "42", "rejected": "b"}, {"prompt": "p2", "chosen": "NA", "rejected": "c\nd"}]
+
+
+def write(path, text: str):
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_json_lines(tmp_path):
+    path = write(tmp_path / "a.jsonl", json.dumps(ROWS[0]) + "\n\n" + json.dumps(ROWS[1]) + "\n")
+    assert list(read_file(path, "train")) == [(1, ROWS[0]), (3, ROWS[1])]
+
+
+def test_json_lines_compressed(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(json.dumps(ROWS[0]).encode()))
+    assert list(read_file(path, "train")) == [(1, ROWS[0])]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        ROWS,
+        {"train": ROWS, "test": []},
+        {"data": ROWS},
+        {name: [row[name] for row in ROWS] for name in ROWS[0]},
+    ],
+    ids=["list", "splits", "data", "columns"],
+)
+def test_json_layouts(tmp_path, content):
+    path = write(tmp_path / "a.json", json.dumps(content, indent=1))
+    assert list(read_file(path, "train")) == [(1, ROWS[0]), (2, ROWS[1])]
+
+
+def test_json_lines_named_json(tmp_path):
+    path = write(tmp_path / "a.json", "".join(json.dumps(row) + "\n" for row in ROWS))
+    assert [row for _, row in read_file(path, "train")] == ROWS
+
+
+@pytest.mark.parametrize("name, separator", [("a.csv", ","), ("a.tsv", "\t")])
+def test_csv_cells_are_text(tmp_path, name, separator):
+    text = separator.join(["\ufeffprompt", "chosen", "rejected"]) + "\r\n"
+    text += separator.join(["p1", "42", "b"]) + "\r\n" + separator.join(["p2", "NA", '"c\nd"']) + "\r\n"
+    assert list(read_file(write(tmp_path / name, text), "train")) == [(1, ROWS[0]), (2, ROWS[1])]
+
+
+def test_parquet(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    assert list(read_file(tmp_path / "a.parquet", "train")) == [(1, ROWS[0]), (2, ROWS[1])]
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.jsonl", b'{"a": 1}\n{"a": \n', "a.jsonl, line 2: not valid JSON"),
+        ("a.jsonl", b'{"a": 1}\n["b"]\n', "a.jsonl, line 2: .* is not a JSON object"),
+        ("a.json", b'[\n{"a": 1},\n{"a" 2}\n]', "a.json, line 3: not valid JSON"),
+        ("a.json", b"3", "holds one int"),
+        ("a.json", b'{"a": [1], "b": [1, 2]}', "different lengths: `a` 1, `b` 2"),
+        ("a.csv", b"a,b\n1,2\n1,2,3\n", "a.csv, line 3: 3 cells, but the header has 2"),
+        ("a.csv", b"", "the file is empty"),
+        ("a.jsonl", b'{"a": "\xff"}', "not UTF-8 text"),
+        ("a.parquet", b"nonsense", "not a readable Parquet file"),
+        ("a.jsonl.gz", b"nonsense", "cannot be read"),
+        ("a.txt", b"text", "not one of the file types"),
+    ],
+)
+def test_broken_files(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        list(read_file(tmp_path / name, "train"))
+
+
+def test_file_format():
+    assert file_format(Path("a.b.JSONL.gz")) == "jsonl"
+    assert file_format(Path("README")) is None
+
+
+def names(folder, split):
+    return [path.relative_to(folder).as_posix() for path in split_files(folder, split)]
+
+
+def test_files_of_a_split(tmp_path):
+    for name in (
+        "train-00001-of-00002.parquet",
+        "train-00000-of-00002.parquet",
+        "valid.jsonl",
+        "test/a.csv",
+        ".x.json",
+    ):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    assert names(tmp_path, "train") == ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"]
+    assert names(tmp_path, "validation") == ["valid.jsonl"]
+    assert names(tmp_path, "test") == ["test/a.csv"]
+    with pytest.raises(UserError, match=r"no files of split `other`\. Splits found: test, train, validation"):
+        split_files(tmp_path, "other")
+
+
+def test_files_without_split_are_for_training(tmp_path):
+    for name in ("b.jsonl", "a.json", "notes.md"):
+        (tmp_path / name).touch()
+    assert names(tmp_path, "train") == ["a.json", "b.jsonl"]
+    with pytest.raises(UserError, match="no files of split `test`"):
+        split_files(tmp_path, "test")
+
+
+def test_an_empty_folder(tmp_path):
+    with pytest.raises(UserError, match="no data files in it"):
+        split_files(tmp_path, "train")
