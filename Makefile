@@ -7,6 +7,9 @@ VENV ?= .venv
 VENV_OLDEST ?= .venv-oldest
 WORKERS ?= 2
 PYTEST_ARGS ?=
+# What `make test-oldest` runs: the way from rows to a merged model, in one process.
+SMOKE_TESTS ?= tests/test_loss.py tests/test_recipe.py tests/test_cli.py tests/test_trainer.py tests/test_train.py \
+	tests/test_merge.py tests/test_demo.py tests/data tests/packing tests/model
 
 BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
@@ -58,7 +61,7 @@ test-topologies: setup
 
 test-oldest: BIN := $(VENV_OLDEST)/bin
 test-oldest: $(VENV_OLDEST)/.installed
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m smoke $(PYTEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not topology and not slow" $(SMOKE_TESTS) $(PYTEST_ARGS)
 
 lint: setup
 	$(BIN)/ruff format --check .
