@@ -108,6 +108,18 @@ class ORPOConfig(TrainingArguments):
         None, "Weight of a mixture-of-experts model's load-balancing loss. Unset: the model config's; 0 switches it off."
     )
 
+    # -- this project's fields: speed and memory --
+    padding_free: bool = _option(True, "One packed row without padding per micro-batch; off: TRL's padded layout.")
+    prefix_sharing: bool = _option(
+        True, "Compute each pair's prompt once (packed layout). Off by itself where it would gain under 5%%."
+    )
+    loss_chunk_size: int | None = _option(
+        None, "Rows whose logits exist at once in the loss head. Unset: 256 on CPU, 512 MiB of logits elsewhere."
+    )
+    verify_layout: bool = _option(
+        True, "Compare the packed with the padded layout on a tiny batch at start-up, and fall back if they differ."
+    )
+
     def __post_init__(self):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bf16_is_supported(self.use_cpu)
@@ -137,6 +149,8 @@ class ORPOConfig(TrainingArguments):
             raise UserError(f"beta={self.beta} is negative: that would prefer the rejected completions.")
         if self.max_bad_rows < 0:
             raise UserError(f"max_bad_rows={self.max_bad_rows} is negative; 0 allows no bad row.")
+        if self.loss_chunk_size is not None and self.loss_chunk_size < 1:
+            raise UserError(f"loss_chunk_size={self.loss_chunk_size} must be at least 1, or None for the default.")
         for name in ("max_length", "max_prompt_length", "max_completion_length"):
             value = getattr(self, name)
             if value is not None and value < 1:

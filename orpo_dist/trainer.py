@@ -5,6 +5,7 @@
          -> compute_loss: this micro-batch's share of the global loss, times the data-parallel size
 
 DDP, ZeRO and FSDP2 all average gradients over the ranks while the shares of the loss add up: hence the last factor.
+Between two log lines nothing is read on the host: metrics are one small vector on the device.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import DataLoader
@@ -20,14 +22,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
+from orpo_dist import checks
 from orpo_dist.config import ORPOConfig
 from orpo_dist.data.options import PrepareOptions
-from orpo_dist.errors import UserError
-from orpo_dist.loss import Objective, PairScores, orpo_loss, pair_sums
+from orpo_dist.loss import Objective, pair_sums
 from orpo_dist.model.adapters import add_adapter, disable_base_dropout
-from orpo_dist.model.load import load_config, load_model, load_processing_class
-from orpo_dist.packing.foreign import ForeignCollator
-from orpo_dist.packing.padded import EncoderDecoderCollator, PaddedCollator, PaddedLayout, score_padded
+from orpo_dist.model.forward import ForwardOptions, PairForward
+from orpo_dist.model.load import compute_dtype, load_model
 from orpo_dist.packing.sampler import (
     FILLER,
     EvaluationSampler,
@@ -37,8 +38,13 @@ from orpo_dist.packing.sampler import (
     is_tokenised,
     pair_costs,
     pair_lengths,
+    sharing_gain,
 )
 from orpo_dist.runtime.metrics import MetricSums
+from orpo_dist.runtime.throughput import ModelFlops, PairLengths, Throughput
+
+LEAST_SHARING_GAIN = 1.05
+logger = get_logger(__name__)
 
 if TYPE_CHECKING:
     from orpo_dist.data.prepare import PreparedPairs
@@ -84,62 +90,79 @@ class ORPOTrainer(Trainer):
         compute_metrics: Callable[[EvalPrediction], dict] | None = None,
     ):
         args = ORPOConfig("trainer_output") if args is None else args
-        _refuse_what_needs_logits(args, preprocess_logits_for_metrics)
-        _refuse_unsupported_parallelism(args)
-        if train_dataset is None and eval_dataset is None:
-            raise UserError("train_dataset is missing: pass rows of preference pairs.")
-        if (model is None) == (model_init is None):
-            raise UserError("Pass either model or model_init, and not both.")
-        if not isinstance(model, str) and args.model_init_kwargs:
-            raise UserError("model_init_kwargs needs the model given by name or path; this one is instantiated already.")
+        checks.refuse_what_needs_logits(args, preprocess_logits_for_metrics)
+        checks.refuse_unsupported_parallelism(args)
+        has_rows = train_dataset is not None or eval_dataset is not None
+        checks.refuse_contradictions(args, model, model_init, has_rows)
 
         self.objective = Objective(beta=args.beta, label_smoothing=args.label_smoothing)
         self._peft_config = peft_config
-        self.is_encoder_decoder = _is_encoder_decoder(model, args)
-        tokenizer = processing_class or _tokenizer_of(model, args)
+        self.is_encoder_decoder = checks.is_encoder_decoder(model, args)
+        self._tokenizer = processing_class or checks.tokenizer_of(model, args)
         self._prepare_options = PrepareOptions.from_config(args, self.is_encoder_decoder)
-        self._tokenizer = tokenizer
         self.prepared: dict[str, PreparedPairs] = {}
-        self._run_folder = Path(args.output_dir)
+        self._run_folder = Path(str(args.output_dir))
         if train_dataset is not None:
             train_dataset = self._tokenised(train_dataset, "train")
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: self._tokenised(rows, f"eval_{name}") for name, rows in eval_dataset.items()}
         elif eval_dataset is not None:
             eval_dataset = self._tokenised(eval_dataset, "eval")
+        self._lengths = pair_lengths(train_dataset) if train_dataset is not None else []
+        self.forward = PairForward(self._forward_options(args, data_collator))
 
         set_seed(args.seed)  # a new adapter is initialised at random
         if isinstance(model, str):
-            model = load_model(model, trust_remote_code=args.trust_remote_code, **_model_init_kwargs(args))
+            model = load_model(model, trust_remote_code=args.trust_remote_code, **checks.model_init_kwargs(args))
         if model is not None:
             model = self._adapt(model, args)
-        self.data_collator_is_foreign = data_collator is not None
         self._train_sums, self._eval_sums = MetricSums(), MetricSums()
         self._eval_rows: list[tuple[int, float, float]] | None = None
 
         super().__init__(
             model=model,
             args=args,
+            data_collator=self.forward,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=tokenizer,
+            processing_class=self._tokenizer,
             model_init=model_init,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if self.args.n_gpu > 1:
-            self.args._n_gpu = 1  # DataParallel would split the padded batch between chosen and rejected
-        self._refuse_batch_size_search()
-        self.data_collator = self._collator(data_collator)
+        self.args._n_gpu = min(self.args.n_gpu, 1)  # DataParallel would tear pairs apart; accelerate launch shares them
         self._global_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.model.add_model_tags(self._tag_names)
+        self.add_callback(_VerifyLayout(self))
         if args.generate_during_eval:
             from orpo_dist.runtime.samples import SampleReplies
 
             self.add_callback(SampleReplies(self))
 
     # ------------------------------------------------------------------ model and data
+
+    def _forward_options(self, args: ORPOConfig, foreign: Callable | None) -> ForwardOptions:
+        longest = max((pair.prompt + max(pair.chosen, pair.rejected) for pair in self._lengths), default=None)
+        pad_token_id = args.padding_value if args.padding_value is not None else self._tokenizer.pad_token_id
+        return ForwardOptions(
+            objective=self.objective,
+            padding_free=args.padding_free,
+            prefix_sharing=args.prefix_sharing and self._sharing_pays(args),
+            verify_layout=args.verify_layout,
+            loss_chunk_size=args.loss_chunk_size,
+            nll_scope=args.nll_scope,
+            pad_token_id=pad_token_id,
+            max_length=args.max_length or longest,
+            compute_dtype=compute_dtype(args.bf16, args.fp16),
+            foreign=foreign,
+        )
+
+    def _sharing_pays(self, args: ORPOConfig) -> bool:
+        gain = sharing_gain(self._lengths)
+        if self._lengths and gain < LEAST_SHARING_GAIN:
+            logger.info(f"prefix_sharing is off: it would save a factor of {gain:.3f} in tokens, under 1.05.")
+        return not self._lengths or gain >= LEAST_SHARING_GAIN
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         return self._adapt(super().call_model_init(trial), self.args)
@@ -148,27 +171,16 @@ class ORPOTrainer(Trainer):
         if args.disable_dropout:
             disable_base_dropout(model)
         model = add_adapter(
-            model,
+            model,  # type: ignore[arg-type]
             self._peft_config,
             gradient_checkpointing=args.gradient_checkpointing,
             gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
             zero3=is_deepspeed_zero3_enabled(),
         )
-        self._router_aux_loss_coef = _router_aux_loss_coef(model.config, args.router_aux_loss_coef)
+        coefficient = checks.router_aux_loss_coef(model.config, args.router_aux_loss_coef)
+        self.forward.adapt(model, router_aux_loss_coef=coefficient)
+        self._throughput = Throughput(ModelFlops.of(model), args.nll_scope)
         return model
-
-    def _collator(self, foreign: Callable | None) -> Callable[[list[dict]], dict[str, Any]]:
-        pad = self.args.padding_value if self.args.padding_value is not None else self._tokenizer.pad_token_id
-        if self.is_encoder_decoder:
-            if foreign is not None:
-                raise UserError("data_collator cannot be replaced for encoder-decoder models: leave it unset.")
-            start = self.model.config.decoder_start_token_id
-            if start is None:
-                raise UserError("The model's config has no decoder_start_token_id; set it (for T5 it is the pad token).")
-            return EncoderDecoderCollator(pad, start)
-        if foreign is not None:
-            return ForeignCollator(foreign, pad, self.args.nll_scope)
-        return PaddedCollator(pad, self.args.nll_scope)
 
     def _tokenised(self, rows: Any, name: str) -> Any:
         if is_tokenised(rows):
@@ -176,12 +188,9 @@ class ORPOTrainer(Trainer):
         # Imported here: rows that are tokenised already train on a machine without the datasets package.
         from orpo_dist.data.prepare import prepare_pairs
 
+        dropped_rows = self._run_folder / "dropped_rows.jsonl"
         prepared = prepare_pairs(
-            rows,
-            self._tokenizer,
-            self._prepare_options,
-            name=name,
-            dropped_rows_path=self._run_folder / "dropped_rows.jsonl",
+            rows, self._tokenizer, self._prepare_options, name=name, dropped_rows_path=dropped_rows
         )
         self.prepared[name] = prepared
         return prepared.dataset
@@ -191,22 +200,21 @@ class ORPOTrainer(Trainer):
         return PairDataLoader(
             PairDataset(rows, filler_id=self._tokenizer.pad_token_id or 0),
             batch_sampler=sampler,
-            collate_fn=self.data_collator,
+            collate_fn=self.forward,
             num_workers=workers,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
             persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
             prefetch_factor=self.args.dataloader_prefetch_factor,
         )
 
-    def _costs(self, rows: Any) -> list[float]:
-        prompt, chosen, rejected = pair_lengths(rows)
-        return pair_costs(prompt, chosen, rejected, self.model.config.get_text_config().hidden_size)
+    def _costs(self, lengths: list[PairLengths]) -> list[float]:
+        return pair_costs(lengths, self.model.config.get_text_config().hidden_size)
 
     def get_train_dataloader(self) -> DataLoader:
         args = self.args
         per_micro_step = self._train_batch_size * args.world_size
         sampler = GlobalBatchSampler(
-            self._costs(self.train_dataset),
+            self._costs(self._lengths),
             global_batch=self._global_batch,
             accumulation=-(-self._global_batch // per_micro_step),
             world_size=args.world_size,
@@ -221,14 +229,16 @@ class ORPOTrainer(Trainer):
         if isinstance(rows, str):
             rows = self.eval_dataset[rows]
         if rows is None:
-            raise UserError("Evaluation needs rows: pass eval_dataset to the trainer or to evaluate().")
+            raise checks.no_evaluation_rows()
         return self.get_test_dataloader(rows)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        rows = self._tokenised(test_dataset, "test")
-        args = self.args
+        if not (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
+            self.forward.verify(self.model)
+        args, rows = self.args, self._tokenised(test_dataset, "test")
+        costs = self._costs(pair_lengths(rows))
         sampler = EvaluationSampler(
-            self._costs(rows), batch_size=args.eval_batch_size, world_size=args.world_size, rank=args.process_index
+            costs, batch_size=args.eval_batch_size, world_size=args.world_size, rank=args.process_index
         )
         return self._loader(rows, sampler)
 
@@ -244,48 +254,57 @@ class ORPOTrainer(Trainer):
         One all-reduce per step; they travel inside the layouts, where nobody casts them to bf16."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
-            counts = torch.stack([batch["orpo_layout"].counts() for batch in batches]).sum(0)
+            layouts = [batch["orpo_layout"] for batch in batches]
+            counts = torch.stack([layout.counts() for layout in layouts]).sum(0)
             tokens, pairs = self.accelerator.reduce(counts.to(device), reduction="sum").unbind()
-            for batch in batches:
-                batch["orpo_layout"].tokens, batch["orpo_layout"].pairs = tokens, pairs
+            for layout in layouts:
+                layout.tokens, layout.pairs = tokens, pairs
+                self._throughput.add(self._lengths[i] for i in layout.index if i != FILLER)
         return batches, None
-
-    def _scores(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[PairScores, torch.Tensor | None]:
-        """Scores of a micro-batch's pairs, and the router's load-balancing loss where there is one."""
-        layout: PaddedLayout = inputs["orpo_layout"].to(self.args.device)
-        tensors = {name: value for name, value in inputs.items() if name != "orpo_layout"}
-        if self._router_aux_loss_coef:
-            tensors["output_router_logits"] = True
-        outputs = model(**tensors, use_cache=False)
-        return score_padded(outputs.logits, layout), outputs.aux_loss if self._router_aux_loss_coef else None
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        layout = inputs["orpo_layout"]
-        scores, aux_loss = self._scores(model, inputs)
-        loss = orpo_loss(scores, self.objective, layout.tokens, layout.pairs)
-        if aux_loss is not None:
-            share = (scores.weight * scores.nll_tokens).sum() / layout.tokens
-            loss = loss + self._router_aux_loss_coef * share * aux_loss
-        self._train_sums.add(pair_sums(scores, self.objective))
-        loss = loss * self.accelerator.num_processes
-        return (loss, scores) if return_outputs else loss
+        result = self.forward.run(model, inputs, self.args.device)
+        self._train_sums.add(pair_sums(result.scores, self.objective))
+        loss = result.loss * self.accelerator.num_processes
+        return (loss, result.scores) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # a training event: the Trainer's own loss is exact, the metrics join it
             metrics = self._train_sums.drain(self.accelerator, self.objective)
             logs |= {name: value for name, value in metrics.items() if name != "loss"}
+            logs |= self._throughput.drain(self.accelerator)
         super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+        """Model FLOPs of a micro-batch, by the formula of runtime/throughput.py."""
+        return self._throughput.flops_of(self._lengths[i] for i in inputs["orpo_layout"].index if i != FILLER)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with self._throughput.paused():
+            super()._save_checkpoint(model, trial)
+
+    # ------------------------------------------------------------------ reports
+
+    def create_model_card(  # type: ignore[override]
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """README.md in the output folder; TRL's arguments, which `push_to_hub` passes on."""
+        if self.is_world_process_zero():
+            from orpo_dist.runtime.card import write_model_card
+
+            write_model_card(self, model_name, dataset_name, tags)
 
     # ------------------------------------------------------------------ evaluation
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[None, None, None]:
+        self.forward.verify(model, may_fall_back=False)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            scores, _ = self._scores(model, inputs)
+            scores = self.forward.run(model, inputs, self.args.device).scores
         self._eval_sums.add(pair_sums(scores, self.objective))
         if self._eval_rows is not None:
             chosen, rejected = scores.chosen_logps.tolist(), scores.rejected_logps.tolist()
@@ -304,7 +323,8 @@ class ORPOTrainer(Trainer):
         any batch size (the Trainer's own average weights by batches)."""
         wants_rows = self.compute_metrics is not None or description == "Prediction"
         self._eval_sums, self._eval_rows = MetricSums(), [] if wants_rows else None
-        output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+        with self._throughput.paused():
+            output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         metrics = self._eval_sums.drain(self.accelerator, self.objective)
         predictions = labels = None
         if self._eval_rows is not None:
@@ -317,82 +337,12 @@ class ORPOTrainer(Trainer):
         prefixed = {key if key.startswith(prefix) else prefix + key: value for key, value in metrics.items()}
         return EvalLoopOutput(predictions, labels, {**output.metrics, **prefixed}, len(dataloader.dataset))
 
-    # ------------------------------------------------------------------ reports
 
-    def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
-        """README.md in the output folder; with TRL's arguments, which `push_to_hub` passes on."""
-        if self.is_world_process_zero():
-            from orpo_dist.runtime.card import write_model_card
+class _VerifyLayout(TrainerCallback):
+    """Asks once, with the model wrapped as it will run, whether the packed layout is right for it."""
 
-            write_model_card(self, model_name, dataset_name, tags)
+    def __init__(self, trainer: ORPOTrainer):
+        self._trainer = trainer
 
-    def _refuse_batch_size_search(self) -> None:
-        if self.args.auto_find_batch_size and self.args.world_size > 1:
-            raise UserError(
-                "auto_find_batch_size works in one process only: with ZeRO-3, FSDP2 or several ranks, one rank that "
-                "runs out of memory leaves the others waiting in a collective. Set per_device_train_batch_size and "
-                "gradient_accumulation_steps instead."
-            )
-
-
-def _is_encoder_decoder(model: Any, args: ORPOConfig) -> bool:
-    if isinstance(model, str):
-        revision = _model_init_kwargs(args).get("revision")
-        return load_config(model, revision=revision, trust_remote_code=args.trust_remote_code).is_encoder_decoder
-    if model is not None:
-        return model.config.is_encoder_decoder
-    if args.is_encoder_decoder is None:
-        raise UserError("With model_init, say which kind of model it returns: is_encoder_decoder=False (or True).")
-    return args.is_encoder_decoder
-
-
-def _tokenizer_of(model: Any, args: ORPOConfig) -> PreTrainedTokenizerBase:
-    if model is None:
-        raise UserError("With model_init, pass the tokenizer as processing_class.")
-    name = model if isinstance(model, str) else model.config._name_or_path
-    if not name:
-        raise UserError("The model does not say where it came from: pass its tokenizer as processing_class.")
-    revision = _model_init_kwargs(args).get("revision")
-    return load_processing_class(name, revision=revision, trust_remote_code=args.trust_remote_code)
-
-
-def _model_init_kwargs(args: ORPOConfig) -> dict[str, Any]:
-    kwargs = args.model_init_kwargs
-    if isinstance(kwargs, str):
-        raise UserError(f"model_init_kwargs is not a JSON object: {kwargs!r}.")
-    return dict(kwargs or {})
-
-
-def _router_aux_loss_coef(config: Any, asked: float | None) -> float:
-    """Weight of the load-balancing loss: as asked, else the model's own; 0 for a model without routers."""
-    declared = config.get_text_config().to_dict().get("router_aux_loss_coef")
-    if declared is None:
-        if asked:
-            raise UserError(
-                f"router_aux_loss_coef={asked} needs a mixture-of-experts model; {config.model_type} has no routers."
-            )
-        return 0.0
-    return declared if asked is None else asked
-
-
-def _refuse_what_needs_logits(args: ORPOConfig, preprocess_logits_for_metrics: Any) -> None:
-    reason = "compute_metrics receives per-pair log-probabilities; logits are never gathered"
-    if preprocess_logits_for_metrics is not None:
-        raise UserError(f"preprocess_logits_for_metrics cannot be used: {reason}.")
-    if args.batch_eval_metrics:
-        raise UserError(f"batch_eval_metrics cannot be used: {reason}, and they are computed over the whole set.")
-    if args.include_for_metrics:
-        raise UserError(f"include_for_metrics={args.include_for_metrics} cannot be used: {reason}.")
-    if args.label_smoothing_factor:
-        raise UserError("label_smoothing_factor smooths token labels, not preferences: use label_smoothing.")
-
-
-def _refuse_unsupported_parallelism(args: ORPOConfig) -> None:
-    parallelism = args.parallelism_config
-    if parallelism is not None and parallelism.non_data_parallel_size > 1:
-        raise UserError(
-            "Tensor, context and sequence parallelism are not supported: torch's context parallelism strips attention "
-            "masks. Use data parallelism (DDP, ZeRO, FSDP2)."
-        )
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.forward.verify(self._trainer.model_wrapped)

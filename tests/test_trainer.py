@@ -5,6 +5,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import transformers
 from peft import LoraConfig
 from transformers import (
     AutoModelForCausalLM,
@@ -20,8 +21,14 @@ from orpo_dist import ORPOConfig, ORPOTrainer
 from orpo_dist.errors import UserError
 
 TEXT_ROWS = [
-    {"prompt": f"Question {i}: how do I reset number {i}?", "chosen": " Open the settings." * (1 + i % 3), "rejected": no}
-    for i, no in enumerate([" No.", " I do not know, ask somebody else.", " Why?", " Later.", " Never ever.", " Hm."] * 2)
+    {
+        "prompt": f"Question {i}: how do I reset number {i}?",
+        "chosen": " Open the settings." * (1 + i % 3),
+        "rejected": no,
+    }
+    for i, no in enumerate(
+        [" No.", " I do not know, ask somebody else.", " Why?", " Later.", " Never ever.", " Hm."] * 2
+    )
 ]
 
 
@@ -91,15 +98,21 @@ def largest_difference(ours, theirs):
 # ---------------------------------------------------------------- invariance
 
 
+LAYOUTS = {
+    "packed": dict(),
+    "unshared": dict(prefix_sharing=False),
+    "padded": dict(padding_free=False),
+}
+
+
 @pytest.mark.parametrize("nll_scope", ["sequence", "completion"])
-def test_the_cut_into_micro_batches_changes_nothing(trained, chat_tokenizer, nll_scope):
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_the_cut_into_micro_batches_changes_nothing(trained, chat_tokenizer, nll_scope, layout):
     rows = pairs(20, len(chat_tokenizer))  # 8 + 8 + 4: the last global batch is smaller
-    options = dict(nll_scope=nll_scope, label_smoothing=0.1)
+    options = dict(nll_scope=nll_scope, label_smoothing=0.1, **LAYOUTS[layout])
     whole = trained(rows, per_device_train_batch_size=8, gradient_accumulation_steps=1, **options)
     for per_device, accumulation in ((1, 8), (2, 4)):
-        cut = trained(
-            rows, per_device_train_batch_size=per_device, gradient_accumulation_steps=accumulation, **options
-        )
+        cut = trained(rows, per_device_train_batch_size=per_device, gradient_accumulation_steps=accumulation, **options)
         assert_same_weights(weights(cut), weights(whole))
         for row, expected in zip(cut.state.log_history[:3], whole.state.log_history[:3], strict=True):
             for key in ("loss", "grad_norm", "nll_loss", "rewards/margins", "log_odds_ratio", "logits/chosen"):
@@ -121,6 +134,57 @@ def test_the_mean_over_micro_batches_would_not_be_invariant(trained, chat_tokeni
     monkeypatch.setattr(ORPOTrainer, "get_batch_samples", own_totals)
     cut = trained(rows, per_device_train_batch_size=1, gradient_accumulation_steps=8, max_steps=1)
     assert largest_difference(weights(cut), weights(whole)) > 1e-3
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("lora", [False, True])
+def test_every_layout_gives_the_same_training(trained, chat_tokenizer, checkpointing, lora):
+    rows = pairs(16, len(chat_tokenizer))
+    runs = {}
+    for name, options in LAYOUTS.items():
+        trainer = trained(
+            rows,
+            peft_config=LoraConfig(r=4, target_modules="all-linear") if lora else None,
+            gradient_checkpointing=checkpointing,
+            label_smoothing=0.1,
+            **options,
+        )
+        assert trainer.forward.is_packed == (name != "padded")
+        assert trainer.forward.prefix_sharing == (name == "packed")
+        runs[name] = trainer
+    for name in ("packed", "unshared"):
+        assert_same_weights(weights(runs[name]), weights(runs["padded"]))
+        for row, expected in zip(runs[name].state.log_history, runs["padded"].state.log_history, strict=True):
+            for key in {"loss", "grad_norm", "rewards/margins", "logits/chosen", "logps/rejected"} & row.keys():
+                assert row[key] == pytest.approx(expected[key], rel=1e-4, abs=2e-6), key
+
+
+def test_sharing_is_off_where_it_gains_nothing(tmp_path, chat_tokenizer, tiny_llama):
+    rows = [{"prompt_ids": [5], "chosen_ids": [6] * 40, "rejected_ids": [7] * 30}] * 4
+    trainer = ORPOTrainer(
+        tiny_llama(len(chat_tokenizer)), config(tmp_path), train_dataset=rows, processing_class=chat_tokenizer
+    )
+    assert trainer.forward.is_packed and not trainer.forward.prefix_sharing
+
+
+def test_a_wrong_packed_layout_is_seen_and_falls_back(tmp_path, trained, chat_tokenizer, monkeypatch, caplog):
+    from orpo_dist.model import attention
+
+    rows = pairs(8, len(chat_tokenizer))
+    padded = weights(trained(rows, padding_free=False))
+    attend = attention.packed_attention
+
+    def sees_too_little(module, query, key, value, *args, **kwargs):
+        return attend(module, query, key, value.flip(2), *args, **kwargs)
+
+    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, "orpo_packed", sees_too_little)
+    trainer = trained(rows)
+    assert not trainer.forward.is_packed
+    assert "hidden states differ by" in caplog.text
+    assert_same_weights(weights(trainer), padded)
+    unverified = trained(rows, verify_layout=False)
+    assert unverified.forward.is_packed
+    assert largest_difference(weights(unverified), padded) > 1e-4
 
 
 def test_options_of_the_loss_change_the_result(trained, chat_tokenizer):
@@ -166,6 +230,8 @@ def test_trls_usage_runs_after_changing_the_import(tmp_path, chat_tokenizer, tin
     assert names <= log[0].keys()
     evaluation = next(row for row in log if "eval_loss" in row)
     assert {f"eval_{name}" for name in names} <= evaluation.keys()
+    speed = {"pairs_per_second", "tokens_per_second", "padded_tokens_ratio", "tflops_per_second", "peak_memory_gib"}
+    assert speed <= log[0].keys() and "mfu" not in log[0]  # a CPU has no peak to compare with
 
 
 def test_the_data_is_audited_before_the_model_is_loaded(tmp_path, chat_tokenizer, tiny_llama, monkeypatch):
@@ -184,13 +250,16 @@ def test_a_model_given_by_name_with_its_own_tokenizer(tmp_path, chat_tokenizer, 
     chat_tokenizer.save_pretrained(tmp_path / "model")
     args = config(tmp_path / "run", model_init_kwargs={"dtype": "float32", "attn_implementation": "eager"})
     trainer = ORPOTrainer(str(tmp_path / "model"), args, train_dataset=datasets.Dataset.from_list(TEXT_ROWS))
-    assert trainer.model.config._attn_implementation == "eager"
+    with trainer.forward.paused():
+        assert trainer.model.config._attn_implementation == "eager"
     trainer.train()
     trainer.save_model()
     ids = torch.arange(4, 30)[None]
     trainer.model.eval()
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
-    torch.testing.assert_close(reloaded(ids).logits, trainer.model(ids).logits)
+    assert reloaded.config._attn_implementation == "sdpa"
+    with trainer.forward.paused():
+        torch.testing.assert_close(reloaded(ids).logits, trainer.model(ids).logits)
 
 
 def test_model_init_gives_a_fresh_model_at_each_train(tmp_path, chat_tokenizer, tiny_llama):
@@ -447,11 +516,11 @@ def test_router_aux_loss_by_its_definition(tmp_path, chat_tokenizer):
     """Per micro-batch, weighted by its share of the global batch's tokens; unset, with the model's own coefficient."""
     rows = pairs(4, len(chat_tokenizer))
     trainer = ORPOTrainer(
-        moe(len(chat_tokenizer)), config(tmp_path), train_dataset=rows, processing_class=chat_tokenizer
+        moe(len(chat_tokenizer)), config(tmp_path, padding_free=False), train_dataset=rows, processing_class=chat_tokenizer
     )
     plain = ORPOTrainer(
         moe(len(chat_tokenizer)),
-        config(tmp_path, router_aux_loss_coef=0.0),
+        config(tmp_path, router_aux_loss_coef=0.0, padding_free=False),
         train_dataset=rows,
         processing_class=chat_tokenizer,
     )

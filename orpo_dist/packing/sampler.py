@@ -7,6 +7,7 @@ cost share one, and every rank has the same number of them.
 
 import heapq
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,17 +17,38 @@ TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 FILLER = -1  # index of a pair of weight zero: keeps a rank without pairs in step with the collectives of the others
 
 
-def pair_costs(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int], hidden_size: int) -> list[float]:
+@dataclass(frozen=True)
+class PairLengths:
+    """Tokens of one pair: prompt P, chosen C, rejected R."""
+
+    prompt: int
+    chosen: int
+    rejected: int
+
+    @property
+    def shared_tokens(self) -> int:
+        return self.prompt + self.chosen + self.rejected
+
+    @property
+    def query_keys(self) -> float:
+        """Causal query-key pairs with the prompt shared."""
+        branch = self.rejected * self.prompt + self.rejected * (self.rejected + 1) / 2
+        return (self.prompt + self.chosen) * (self.prompt + self.chosen + 1) / 2 + branch
+
+
+def pair_costs(lengths: Sequence[PairLengths], hidden_size: int) -> list[float]:
     """Work of each pair in units of one token through the linear layers.
 
     A block does about 24 H^2 FLOPs per token in its linear layers and 4 H per (query, key) in attention, so a
-    query-key pair counts 1 / (6 H) tokens. Shared prompt: P + C + R tokens, (P+C)^2 / 2 + R (2P + R) / 2 query-keys.
+    query-key pair counts 1 / (6 H) tokens.
     """
-    costs = []
-    for P, C, R in zip(prompt, chosen, rejected, strict=True):
-        query_keys = ((P + C) ** 2 + R * (2 * P + R)) / 2
-        costs.append(P + C + R + query_keys / (6 * hidden_size))
-    return costs
+    return [pair.shared_tokens + pair.query_keys / (6 * hidden_size) for pair in lengths]
+
+
+def sharing_gain(lengths: Sequence[PairLengths]) -> float:
+    """(2P + C + R) / (P + C + R) over all pairs: what computing each prompt once saves in tokens. 2 at most."""
+    shared = sum(pair.shared_tokens for pair in lengths)
+    return 1 + sum(pair.prompt for pair in lengths) / shared if shared else 1.0
 
 
 def balanced_bins(batch: Sequence[int], costs: Sequence[float], bins: int) -> list[list[int]]:
@@ -121,17 +143,15 @@ def is_tokenised(rows: Any) -> bool:
     return set(TOKEN_COLUMNS) <= set(columns)
 
 
-def pair_lengths(rows: Any) -> tuple[list[int], list[int], list[int]]:
-    """Token counts (P, C, R) of every row, read from Arrow's offsets where `rows` is a datasets.Dataset."""
+def pair_lengths(rows: Any) -> list[PairLengths]:
+    """Token counts of every row, read from Arrow's offsets where `rows` is a datasets.Dataset."""
     if isinstance(rows, list):
-        prompt, chosen, rejected = ([len(row[column]) for row in rows] for column in TOKEN_COLUMNS)
-        return prompt, chosen, rejected
-    lengths: list[list[int]] = [[], [], []]
+        return [PairLengths(*(len(row[column]) for column in TOKEN_COLUMNS)) for row in rows]
+    lengths: list[PairLengths] = []
     for batch in rows.select_columns(list(TOKEN_COLUMNS)).with_format("arrow").iter(10_000):
-        for i, column in enumerate(TOKEN_COLUMNS):
-            lengths[i] += batch[column].combine_chunks().value_lengths().to_pylist()
-    prompt, chosen, rejected = lengths
-    return prompt, chosen, rejected
+        columns = [batch[column].combine_chunks().value_lengths().to_pylist() for column in TOKEN_COLUMNS]
+        lengths += [PairLengths(*row) for row in zip(*columns, strict=True)]
+    return lengths
 
 
 class PairDataset(Dataset[dict]):

@@ -86,7 +86,8 @@ class SampleReplies(TrainerCallback):
         model.eval()
         # Training must not depend on whether replies are sampled, so its random state is set aside.
         devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), torch.no_grad(), trainer.compute_loss_context_manager():
+        own_attention, autocast = trainer.forward.paused(), trainer.compute_loss_context_manager()
+        with torch.random.fork_rng(devices=devices), torch.no_grad(), own_attention, autocast:
             torch.manual_seed(args.seed + step)
             output = model.generate(
                 input_ids=input_ids, attention_mask=mask, do_sample=True, max_new_tokens=limit, pad_token_id=pad

@@ -1,6 +1,6 @@
 """One rank of a topology test: trains from a JSON file of settings and writes down what happened.
 
-    [torchrun ... | accelerate launch ...] worker.py SETTINGS.json OUT
+[torchrun ... | accelerate launch ...] worker.py SETTINGS.json OUT
 """
 
 import json

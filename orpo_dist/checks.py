@@ -1,0 +1,111 @@
+"""What ORPOTrainer refuses, and what it works out from its arguments before any model is loaded."""
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from orpo_dist.config import ORPOConfig
+from orpo_dist.errors import UserError
+from orpo_dist.model.load import load_config, load_processing_class
+
+
+def refuse_contradictions(args: ORPOConfig, model: Any, model_init: Any, has_rows: bool) -> None:
+    """Raises UserError for arguments of the trainer that exclude each other."""
+    if not has_rows:
+        raise UserError("train_dataset is missing: pass rows of preference pairs.")
+    if (model is None) == (model_init is None):
+        raise UserError("Pass either model or model_init, and not both.")
+    if not isinstance(model, str) and args.model_init_kwargs:
+        raise UserError("model_init_kwargs needs the model given by name or path; this one is instantiated already.")
+
+
+def refuse_what_needs_logits(args: ORPOConfig, preprocess_logits_for_metrics: Any) -> None:
+    """Raises UserError for options that would gather logits or mean something else here."""
+    reason = "compute_metrics receives per-pair log-probabilities; logits are never gathered"
+    if preprocess_logits_for_metrics is not None:
+        raise UserError(f"preprocess_logits_for_metrics cannot be used: {reason}.")
+    if args.batch_eval_metrics:
+        raise UserError(f"batch_eval_metrics cannot be used: {reason}, and they are computed over the whole set.")
+    if args.include_for_metrics:
+        raise UserError(f"include_for_metrics={args.include_for_metrics} cannot be used: {reason}.")
+    if args.label_smoothing_factor:
+        raise UserError("label_smoothing_factor smooths token labels, not preferences: use label_smoothing.")
+
+
+def refuse_unsupported_parallelism(args: ORPOConfig) -> None:
+    """Raises UserError for parallelism other than data parallelism, and for a batch size search on several ranks."""
+    parallelism = args.parallelism_config
+    if parallelism is not None and parallelism.non_data_parallel_size > 1:
+        raise UserError(
+            "Tensor, context and sequence parallelism are not supported: torch's context parallelism strips attention "
+            "masks. Use data parallelism (DDP, ZeRO, FSDP2)."
+        )
+    if args.auto_find_batch_size and args.world_size > 1:
+        raise UserError(
+            "auto_find_batch_size works in one process only: with ZeRO-3, FSDP2 or several ranks, one rank that runs "
+            "out of memory leaves the others waiting in a collective. Set per_device_train_batch_size and "
+            "gradient_accumulation_steps instead."
+        )
+
+
+def no_evaluation_rows() -> UserError:
+    return UserError("Evaluation needs rows: pass eval_dataset to the trainer or to evaluate().")
+
+
+def model_init_kwargs(args: ORPOConfig) -> dict[str, Any]:
+    """The keyword arguments for from_pretrained.
+
+    Raises:
+        UserError: they are a string that is no JSON object.
+    """
+    kwargs = args.model_init_kwargs
+    if isinstance(kwargs, str):
+        raise UserError(f"model_init_kwargs is not a JSON object: {kwargs!r}.")
+    return dict(kwargs or {})
+
+
+def is_encoder_decoder(model: Any, args: ORPOConfig) -> bool:
+    """Which kind of model it is, from the model, its config by name, or `args` with model_init.
+
+    Raises:
+        UserError: model_init without is_encoder_decoder, or a model that is not there.
+    """
+    if isinstance(model, str):
+        revision = model_init_kwargs(args).get("revision")
+        return load_config(model, revision=revision, trust_remote_code=args.trust_remote_code).is_encoder_decoder
+    if model is not None:
+        return model.config.is_encoder_decoder
+    if args.is_encoder_decoder is None:
+        raise UserError("With model_init, say which kind of model it returns: is_encoder_decoder=False (or True).")
+    return args.is_encoder_decoder
+
+
+def tokenizer_of(model: Any, args: ORPOConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to the model.
+
+    Raises:
+        UserError: nothing says where the model came from, or there is no tokenizer.
+    """
+    if model is None:
+        raise UserError("With model_init, pass the tokenizer as processing_class.")
+    name = model if isinstance(model, str) else model.config._name_or_path
+    if not name:
+        raise UserError("The model does not say where it came from: pass its tokenizer as processing_class.")
+    revision = model_init_kwargs(args).get("revision")
+    return load_processing_class(name, revision=revision, trust_remote_code=args.trust_remote_code)
+
+
+def router_aux_loss_coef(config: Any, asked: float | None) -> float:
+    """Weight of the load-balancing loss: as asked, else the model's own; 0 for a model without routers.
+
+    Raises:
+        UserError: one is asked for and the model has no routers.
+    """
+    declared = config.get_text_config().to_dict().get("router_aux_loss_coef")
+    if declared is None:
+        if asked:
+            raise UserError(
+                f"router_aux_loss_coef={asked} needs a mixture-of-experts model; {config.model_type} has no routers."
+            )
+        return 0.0
+    return declared if asked is None else asked

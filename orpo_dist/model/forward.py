@@ -1,0 +1,185 @@
+"""The forward of a micro-batch of pairs, in the layout that fits the model: packed, else padded.
+
+    collator -> tensors and layout -> model -> loss and scores
+
+The packed layout computes the prompt once, pads nothing and forms no logits beyond a chunk. The padded one is TRL's
+concatenated forward; it is the oracle, and the fallback where a model cannot take the other.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from orpo_dist.errors import UserError
+from orpo_dist.loss import Objective, PairScores, orpo_loss
+from orpo_dist.model.head import install_head
+from orpo_dist.model.packed import PackingVerdict, use_packed_layout
+from orpo_dist.model.verify import verify_layout
+from orpo_dist.packing.collate import PackedCollator
+from orpo_dist.packing.foreign import ForeignCollator
+from orpo_dist.packing.layout import PackedLayout
+from orpo_dist.packing.padded import EncoderDecoderCollator, PaddedCollator, PaddedLayout, score_padded
+
+logger = logging.getLogger(__name__)
+
+Rows = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class ForwardOptions:
+    """What of the config and the model the forward depends on.
+
+    foreign: a data collator that the user brought, which means the padded layout.
+    max_length: bound of P + C and P + R, None for none.
+    """
+
+    objective: Objective
+    padding_free: bool
+    prefix_sharing: bool
+    verify_layout: bool
+    loss_chunk_size: int | None
+    nll_scope: str
+    pad_token_id: int
+    max_length: int | None
+    compute_dtype: torch.dtype
+    foreign: Callable[[list[dict]], dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class PairResult:
+    """loss: () share of the global batch's loss, None where only scores were asked for. scores: per pair."""
+
+    loss: torch.Tensor | None
+    scores: PairScores
+
+
+class PairForward:
+    """Collator and forward of one layout, decided when the model is known and confirmed when it is ready to run.
+
+    As a collator it is given to data loaders, whose workers start after the decision.
+    """
+
+    def __init__(self, options: ForwardOptions):
+        self.options = options
+        self._verdict: PackingVerdict | None = None
+        self._collator: Callable[[Rows], dict[str, Any]] | None = None
+        self._router_aux_loss_coef = 0.0
+        self._verified = False
+
+    @property
+    def is_packed(self) -> bool:
+        return isinstance(self._collator, PackedCollator)
+
+    @property
+    def prefix_sharing(self) -> bool:
+        return isinstance(self._collator, PackedCollator) and self._collator.prefix_sharing
+
+    def __call__(self, rows: Rows) -> dict[str, Any]:
+        assert self._collator is not None, "adapt() comes first"
+        return self._collator(rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_collator": self._collator}  # a loader's worker needs no model
+
+    def adapt(self, model: nn.Module, *, router_aux_loss_coef: float) -> None:
+        """Decide the layout for `model` and switch it. With one log line when it cannot be the one asked for."""
+        options = self.options
+        self._router_aux_loss_coef = router_aux_loss_coef
+        self._verified = not options.verify_layout
+        self._collator, self._verdict = self._padded_collator(model), None
+        if options.foreign is not None:
+            logger.info("A data_collator was given: padded layout.")
+        elif options.padding_free:
+            verdict = use_packed_layout(model, max_length=options.max_length)
+            if not verdict.ok:
+                logger.warning("Padded layout: %s.", verdict.reason)
+                return
+            if verdict.unshared:
+                kinds = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in verdict.unshared}))
+                logger.info("%d modules (%s) run on unshared rows.", len(verdict.unshared), kinds)
+            install_head(
+                model,  # type: ignore[arg-type]
+                options.objective,
+                chunk_rows=options.loss_chunk_size,
+                router_aux_loss_coef=router_aux_loss_coef,
+            )
+            self._verdict = verdict
+            self._collator = PackedCollator(options.prefix_sharing, options.nll_scope)
+
+    def verify(self, model: nn.Module, *, may_fall_back: bool = True) -> None:
+        """Compare both layouts on a tiny batch; every rank calls it, once, with the model as it will run.
+
+        Raises:
+            UserError: they differ and the micro-batches in flight are packed already (`may_fall_back=False`).
+        """
+        if self._verified:
+            return
+        self._verified = True
+        if self._verdict is None:
+            return
+        check = verify_layout(
+            model,
+            self._verdict,
+            prefix_sharing=self.prefix_sharing,
+            compute_dtype=self.options.compute_dtype,
+        )
+        if check.ok:
+            return
+        if not may_fall_back:
+            raise UserError(f"The packed layout is wrong for this model: {check.reason}. Set padding_free=false.")
+        logger.warning("Padded layout: %s.", check.reason)
+        self._verdict.restore()
+        self._verdict = None
+        self._collator = self._padded_collator(model)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The model with its own attention, for generate()."""
+        if self._verdict is None:
+            yield
+        else:
+            with self._verdict.paused():
+                yield
+
+    def run(self, model: nn.Module, batch: dict[str, Any], device: torch.device) -> PairResult:
+        """Forward of one micro-batch. The layout's `tokens` and `pairs` normalise the loss; without them the packed
+        layout's loss is of the micro-batch alone and the padded one's is None."""
+        layout = batch["orpo_layout"].to(device)
+        tensors = {name: value for name, value in batch.items() if name != "orpo_layout"}
+        if isinstance(layout, PackedLayout):
+            loss = model(**tensors, orpo_layout=layout, use_cache=False)
+            assert layout.scores is not None
+            return PairResult(loss, layout.scores)
+        return self._run_padded(model, tensors, layout)
+
+    def _run_padded(self, model: nn.Module, tensors: dict[str, Any], layout: PaddedLayout) -> PairResult:
+        balances_routers = bool(self._router_aux_loss_coef) and layout.tokens is not None
+        if balances_routers:
+            tensors["output_router_logits"] = True
+        outputs = model(**tensors, use_cache=False)
+        scores = score_padded(outputs.logits, layout)
+        if layout.tokens is None or layout.pairs is None:
+            return PairResult(None, scores)
+        loss = orpo_loss(scores, self.options.objective, layout.tokens, layout.pairs)
+        if balances_routers:
+            share = (scores.weight * scores.nll_tokens).sum() / layout.tokens
+            loss = loss + self._router_aux_loss_coef * share * outputs.aux_loss
+        return PairResult(loss, scores)
+
+    def _padded_collator(self, model: Any) -> Callable[[Rows], dict[str, Any]]:
+        options = self.options
+        if model.config.is_encoder_decoder:
+            if options.foreign is not None:
+                raise UserError("data_collator cannot be replaced for encoder-decoder models: leave it unset.")
+            start = model.config.decoder_start_token_id
+            if start is None:
+                raise UserError("The model's config has no decoder_start_token_id; set it (for T5 it is the pad token).")
+            return EncoderDecoderCollator(options.pad_token_id, start)
+        if options.foreign is not None:
+            return ForeignCollator(options.foreign, options.pad_token_id, options.nll_scope)
+        return PaddedCollator(options.pad_token_id, options.nll_scope)
