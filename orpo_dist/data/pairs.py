@@ -216,14 +216,17 @@ def detect_format(columns: Sequence[str], sample: Sequence[dict[str, Any]], opti
     return PairFormat(", ".join(parts), prompt, chosen, rejected, system, tools, repeats, options.apply_chat_template)
 
 
-def common_length(*sequences: Sequence[Any]) -> int:
+def common_length(first: Sequence[Any], *others: Sequence[Any]) -> int:
     """How many items (characters, messages, tokens) the sequences have in common at their start."""
-    length = 0
-    for items in zip(*sequences, strict=False):
-        if any(item != items[0] for item in items[1:]):
-            break
-        length += 1
-    return length
+    low, high = 0, min(len(first), *map(len, others))
+    while low < high:  # halves compared as slices: texts have thousands of characters
+        middle = (low + high + 1) // 2
+        part = first[low:middle]
+        if all(other[low:middle] == part for other in others):
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def common_text_prompt(chosen: str, rejected: str) -> str:

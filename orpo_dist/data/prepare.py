@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from orpo_dist import __version__
 from orpo_dist.data.audit import BadRow, DroppedRow, check_bad_rows, count_kinds, stop_at, write_dropped_rows
 from orpo_dist.data.cache import built_once, cache_root, digest, is_first_rank, on_first_rank
+from orpo_dist.data.messages import decode
 from orpo_dist.data.options import PrepareOptions
 from orpo_dist.data.pairs import SAMPLE, Pair, PairFormat, detect_format
 from orpo_dist.data.rows import ROW_COLUMN, SOURCE_COLUMN, content_digest, dataset_from_rows, materialise, save
@@ -148,7 +149,11 @@ def read_pair(pair_format: PairFormat, row: dict[str, Any], index: int) -> Pair 
 
 
 def _dropped(bad: BadRow, row: dict[str, Any], index: int) -> DroppedRow:
-    return DroppedRow(row.get(SOURCE_COLUMN) or "", row.get(ROW_COLUMN, index), bad.column, bad.kind, bad.reason)
+    return DroppedRow(decode(row.get(SOURCE_COLUMN)) or "", _number(row, index), bad.column, bad.kind, bad.reason)
+
+
+def _number(row: dict[str, Any], index: int) -> int:
+    return decode(row[ROW_COLUMN]) if ROW_COLUMN in row else index
 
 
 def _prepared_folder(dataset: Rows, tokenizer: PreTrainedTokenizerBase, options: PrepareOptions, name: str) -> Path:
@@ -208,7 +213,7 @@ def _read(folder: Path, name: str) -> PreparedPairs:
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     dropped = [DroppedRow(**row) for row in report["dropped"]]
     pairs = folder / "pairs"
-    none = {column: [] for column in [*TOKEN_COLUMNS, "row"]}
+    none: dict[str, list[int]] = {column: [] for column in [*TOKEN_COLUMNS, "row"]}
     return PreparedPairs(
         dataset=Dataset.load_from_disk(str(pairs)) if pairs.is_dir() else Dataset.from_dict(none),
         dropped=[replace(row, source=row.source or name) for row in dropped],
@@ -245,5 +250,5 @@ class _Step:
 
     def _record(self, outcome: TokenizedPair | DroppedRow, row: dict[str, Any], index: int) -> dict[str, Any]:
         record = dict.fromkeys(_FEATURES)
-        record["row"] = row.get(ROW_COLUMN, index)
-        return {**record, **asdict(outcome)}
+        record["row"] = _number(row, index)
+        return record | vars(outcome)

@@ -23,6 +23,7 @@ from datasets.arrow_writer import ArrowWriter
 
 from orpo_dist.data.cache import digest
 from orpo_dist.data.messages import JSON_KEY
+from orpo_dist.errors import UserError
 
 SOURCE_COLUMN = "_source"  # the file a row came from
 ROW_COLUMN = "_row"  # its number there
@@ -50,6 +51,9 @@ def materialise(stream: IterableDataset, folder: Path) -> Path:
     """Writes a stream to `folder`/rows.arrow in constant memory; returns that file.
 
     Two passes: which columns there are is known only at the end of the stream.
+
+    Raises:
+        UserError: there are no rows.
     """
     spool = folder / "rows.jsonl"
     columns: dict[str, None] = {}
@@ -57,6 +61,8 @@ def materialise(stream: IterableDataset, folder: Path) -> Path:
         for row in stream:
             columns.update(dict.fromkeys(row))
             file.write(_dumps(row) + "\n")
+    if not columns:
+        raise UserError("The streaming data set has no rows.")
     features = Features({name: {JSON_KEY: Value("large_string")} for name in columns})
     target = folder / "rows.arrow"
     with ArrowWriter(features=features, path=str(target)) as writer, spool.open(encoding="utf-8") as file:

@@ -267,7 +267,8 @@ class PairTokenizer:
     def _cut_prompt(self, prompt: list[int], generation_prompt: str, limit: int) -> list[int]:
         if self.options.truncation_side == "left":
             head = prompt[:1] if prompt[0] == self.tokenizer.bos_token_id else []
-            return head + prompt[len(prompt) - (limit - len(head)) :] if limit > len(head) else head
+            tail = prompt[len(prompt) - (limit - len(head)) :]
+            return tail if tail[:1] == head else head + tail  # BOS may be what starts a turn, as SmolLM2's
         # A right cut would take away the header of the assistant's turn, and with it what makes the reply a reply.
         tail_length = len(self._ids([generation_prompt])[0]) if generation_prompt else 0
         if self.options.is_encoder_decoder:

@@ -44,7 +44,7 @@ def test_nothing_left_is_an_error_whatever_is_allowed():
 
 
 def test_error_policy_stops_at_the_first():
-    with pytest.raises(UserError, match="a.jsonl, row 3, column `chosen`: no text") as caught:
+    with pytest.raises(UserError, match=r"a\.jsonl, row 3, column `chosen`: no text") as caught:
         check_bad_rows(BAD, 100, PrepareOptions(on_bad_row="error", max_bad_rows=10), "train")
     assert ADVICE["empty completion"] in str(caught.value)
 

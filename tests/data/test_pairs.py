@@ -2,7 +2,7 @@ import pytest
 
 from orpo_dist.data.audit import BadRow
 from orpo_dist.data.options import PrepareOptions
-from orpo_dist.data.pairs import Pair, common_text_prompt, detect_format
+from orpo_dist.data.pairs import Pair, common_length, common_text_prompt, detect_format
 from orpo_dist.errors import UserError
 
 USER = {"role": "user", "content": "Two and two?"}
@@ -167,3 +167,17 @@ def test_the_format_is_detected_behind_unreadable_rows():
         {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
     ]
     assert "messages" in detect_format(list(rows[0]), rows, PrepareOptions()).description
+
+
+@pytest.mark.parametrize(
+    "sequences, length",
+    [
+        (("", "abc"), 0),
+        (("abc", "abc"), 3),
+        (("abc", "abd", "ab"), 2),
+        (("xbc", "abc"), 0),
+        (([1, 2, 3], [1, 2, 4]), 2),
+    ],
+)
+def test_common_length(sequences, length):
+    assert common_length(*sequences) == length
