@@ -98,7 +98,7 @@ def demo_recipe(model: str, folder: Path) -> "Recipe":
             "num_train_epochs": 1,
             "per_device_train_batch_size": 8,
             "per_device_eval_batch_size": 8,
-            "learning_rate": 5e-4,
+            "learning_rate": 8e-4,
             "lr_scheduler_type": "cosine",
             "warmup_steps": 4,
             "beta": 0.5,
