@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from orpo_dist.autotrain_foreign import FOREIGN
 from orpo_dist.autotrain_params import LLMTrainingParams, explain_unknown, is_flag
+from orpo_dist.cli import BAD_INPUT, FAILED
 from orpo_dist.errors import UserError
 
 __all__ = ["AutoTrainProject", "LLMTrainingParams", "main"]
@@ -51,10 +52,12 @@ class AutoTrainProject:
             TrainingFailed: one of several training processes failed, and has printed why.
         """
         # torch and transformers take seconds to import, which `orpo-dist llm --help` should not have to wait for.
-        from orpo_dist.autotrain_launch import print_note, run
+        from orpo_dist.autotrain_launch import join_processes, print_note, run
         from orpo_dist.autotrain_setup import set_up, with_chat_template
 
-        setup = with_chat_template(set_up(self.params), self.params)
+        setup = set_up(self.params)
+        join_processes(setup.recipe)
+        setup = with_chat_template(setup, self.params)
         if not self.process:
             setup.notes.append("process=False changes nothing: data is always read, checked and tokenised.")
         for note in setup.notes:
@@ -86,8 +89,9 @@ def main(argv: list[str]) -> int:
     try:
         project.create()
     except TrainingFailed as failure:
-        print(f"orpo-dist: {failure}", file=sys.stderr)
-        return failure.exit_code if failure.exit_code > 0 else 1
+        if failure.exit_code != BAD_INPUT:  # the processes have printed a readable line about that
+            print(f"orpo-dist: {failure}", file=sys.stderr)
+        return failure.exit_code if failure.exit_code > 0 else FAILED
     return 0
 
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,13 +22,14 @@ import torch
 import yaml
 
 from orpo_dist.autotrain_setup import Setup
+from orpo_dist.cli import BAD_INPUT
 from orpo_dist.errors import UserError
 
 _ACCELERATE_CONFIGS = {None: "ddp", "ddp": "ddp", "deepspeed": "zero2", "zero3": "zero3"}
 _QLORA_VARIANTS = {"zero3": "zero3_qlora"}
 _OUT_OF_MEMORY = (b"OutOfMemoryError", b"CUDA out of memory", b"DefaultCPUAllocator: can't allocate memory")
 _TRACEBACK = b"Traceback (most recent call last):"
-_USER_ERROR = 2
+_LOG_LINE = re.compile(rb"[EW](\d{0,3}|\d{4}.*)")
 
 
 class TrainingFailed(RuntimeError):
@@ -56,6 +58,14 @@ def is_launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def join_processes(recipe: dict[str, Any]) -> None:
+    """Inside a launcher: start the process group as the recipe says (backend, timeout), before any rank reads rows."""
+    from orpo_dist.recipe import Recipe
+
+    if is_launched():
+        Recipe.from_mapping(recipe)
+
+
 def run(setup: Setup, distributed_backend: str | None) -> None:
     """Train, in this process or in several.
 
@@ -70,11 +80,15 @@ def run(setup: Setup, distributed_backend: str | None) -> None:
         return
     if distributed_backend and not is_launched():
         print_note(f"distributed_backend={distributed_backend} needs several GPUs: training in one process.")
+    from accelerate import PartialState
+
     from orpo_dist.recipe import Recipe
     from orpo_dist.train import train
 
     with _environment(setup.environment):
         train(Recipe.from_mapping(setup.recipe))
+    if is_launched():
+        PartialState().destroy_process_group()
 
 
 def accelerate_config(distributed_backend: str | None, quantised: bool = False) -> Path:
@@ -160,7 +174,7 @@ def _start(recipe: dict[str, Any], environment: dict[str, str], config: Path, pr
                 relay.feed(data)
             process.wait()
         user_error = relay.close()
-        return Attempt(_USER_ERROR if user_error else process.returncode, relay.out_of_memory)
+        return Attempt(BAD_INPUT if user_error else process.returncode, relay.out_of_memory)
 
 
 class Relay:
@@ -186,11 +200,7 @@ class Relay:
             self._line += piece
             if piece.endswith((b"\n", b"\r")):
                 self._take_line()
-            elif (
-                not self._in_traceback
-                and not self._in_report
-                and not _TRACEBACK.startswith(self._line[: len(_TRACEBACK)])
-            ):
+            elif not (self._in_traceback or self._in_report or self._may_be_the_launchers(self._line)):
                 self._pass_on(self._line)  # a progress bar does not end its line
                 self._line = b""
         self._sink.flush()
@@ -200,11 +210,16 @@ class Relay:
         self._held.append(self._line)
         report = b"".join(self._held)
         codes = re.findall(rb"exitcode\s*: (-?\d+)", report)
-        user_error = bool(codes) and int(codes[-1]) == _USER_ERROR
+        user_error = bool(codes) and int(codes[-1]) == BAD_INPUT
         if not user_error:
             self._pass_on(report)
             self._sink.flush()
         return user_error
+
+    @staticmethod
+    def _may_be_the_launchers(start: bytes) -> bool:
+        """Whether an unfinished line could become a traceback or a log line of torchrun (`E0131 10:00:00 ...`)."""
+        return _TRACEBACK.startswith(start[: len(_TRACEBACK)]) or bool(_LOG_LINE.fullmatch(start))
 
     def _take_line(self) -> None:
         line, self._line = self._line, b""
@@ -236,6 +251,9 @@ class Relay:
 @contextmanager
 def _forward_sigterm(process: subprocess.Popen) -> Iterator[None]:
     """Ending this process ends the training processes too, instead of leaving them on the GPUs."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set a handler
+        yield
+        return
     before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     try:
         yield
