@@ -328,8 +328,8 @@ def _report(summary: "RunSummary") -> str:
     speed = f", {summary.pairs_per_second:.1f} pairs/s" if summary.pairs_per_second else ""
     lines = [
         summary.table(),
-        f"{summary.pairs} pairs, {summary.steps} steps of {summary.global_batch_size}, {summary.world_size} "
-        f"process{'es' if summary.world_size > 1 else ''}{speed}, peak memory {max(summary.peak_memory_gib):.2f} GiB.",
+        f"{summary.pairs} pairs, {summary.global_batch_size} per step, steps: {summary.steps}, processes: "
+        f"{summary.world_size}{speed}, peak memory {max(summary.peak_memory_gib):.2f} GiB.",
         f"{'Adapter' if summary.adapter else 'Model'} and reports: {summary.output_dir}",
     ]
     return "\n".join(line for line in lines if line)

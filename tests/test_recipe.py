@@ -155,7 +155,8 @@ def test_from_mapping_checks_like_a_file():
 
 def test_a_saved_recipe_repeats_the_run(tmp_path, recipe_file):
     text = (
-        "use_peft: true\nlora_alpha: 7\nlearning_rate: 1e-5\nlr_scheduler_type: cosine\nlr_scheduler_kwargs: {num_cycles: 2}\n"
+        "use_peft: true\nlora_alpha: 7\nlearning_rate: 1e-5\nlr_scheduler_type: cosine\n"
+        "lr_scheduler_kwargs: {num_cycles: 2}\n"
         "eval_strategy: no\nmax_length: null\nadd_eos_token: false\nnll_scope: completion\nreport_to: [tensorboard]\n"
         "gradient_checkpointing: false\nmax_bad_rows: 3\nnum_train_epochs: 1\n"
     )
@@ -203,7 +204,8 @@ def test_env_section_is_set_before_the_libraries_are_imported(tmp_path):
     path.write_text(f"{BASE}env:\n  HF_HOME: {tmp_path / 'home'}\n")
     program = (
         "import json, sys; from orpo_dist.recipe import Recipe; early = 'huggingface_hub' in sys.modules; "
-        "Recipe.parse([sys.argv[1]]); from huggingface_hub import constants; print(json.dumps([early, constants.HF_HOME]))"
+        "Recipe.parse([sys.argv[1]]); from huggingface_hub import constants; "
+        "print(json.dumps([early, constants.HF_HOME]))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "HF_HOME"}
     done = subprocess.run(

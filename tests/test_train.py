@@ -1,7 +1,6 @@
 """`orpo-dist train` from a recipe to a run's folder, in this process."""
 
 import json
-import random
 from pathlib import Path
 
 import pytest
@@ -15,19 +14,9 @@ from orpo_dist import cli
 from orpo_dist.errors import UserError
 from orpo_dist.recipe import DataArguments, Recipe
 from orpo_dist.train import checkpoint_to_resume, load_splits, train
+from tests.pair_files import write_pairs
 
-WORDS = "reset password settings choose security follow link capital France Paris order sorry help check river".split()
 SECRET = "hf_notatokenatall"
-
-
-def write_pairs(path: Path, count: int, seed: int) -> None:
-    chance = random.Random(seed)
-
-    def text(longest: int) -> str:
-        return " ".join(chance.choices(WORDS, k=chance.randint(2, longest)))
-
-    rows = [{"prompt": text(12), "chosen": "yes " + text(9), "rejected": "no " + text(9)} for _ in range(count)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +224,7 @@ class StopAt(TrainerCallback):
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_log(self, args, state, control, **kwargs):
         if state.global_step == self.step:
             raise KeyboardInterrupt
 
@@ -251,13 +240,14 @@ def test_a_stopped_run_resumes_to_the_same_end(options, tmp_path, monkeypatch, c
         original = trainer.ORPOTrainer.__init__
 
         def with_stop(self, *args, **kwargs):
-            kwargs["callbacks"] = [*kwargs["callbacks"], StopAt(4)]
+            kwargs["callbacks"] = [*kwargs["callbacks"], StopAt(5)]
             original(self, *args, **kwargs)
 
         stopped.setattr(trainer.ORPOTrainer, "__init__", with_stop)
         with pytest.raises(KeyboardInterrupt):
             train(Recipe.from_mapping(options(tmp_path / "cut", **changes)))
     assert not (tmp_path / "cut" / "run_summary.json").exists()
+    assert lines(tmp_path / "cut" / "log.jsonl")[-1]["step"] == 5  # and step 5 happens again after resuming from step 4
 
     with pytest.raises(UserError, match="resume_from_checkpoint auto"):
         train(Recipe.from_mapping(options(tmp_path / "cut", **changes)))
