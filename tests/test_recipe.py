@@ -4,13 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 
+from orpo_dist import ORPOConfig
 from orpo_dist.errors import UserError
-from orpo_dist.recipe import Recipe
+from orpo_dist.recipe import DataArguments, Recipe
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 BASE = "model_name_or_path: owner/model\ndataset_name: pairs.jsonl\n"
@@ -219,3 +221,19 @@ def test_the_recipes_of_this_repository_parse(path):
     recipe = Recipe.parse([str(path)])
     assert recipe.training.output_dir == f"runs/{path.stem}"
     assert recipe.model.trains_adapter == (path.stem != "full")
+
+
+def documented_defaults(text: str) -> dict[str, str]:
+    """First two cells of the rows of the tables in docs/config.md."""
+    rows = [line.split("|")[1:3] for line in text.splitlines() if line.startswith("| `")]
+    return {name.strip(" `"): default.strip() for name, default in rows}
+
+
+def test_the_docs_list_every_field_of_ours_with_its_default():
+    documented = documented_defaults((RECIPES.parent / "docs" / "config.md").read_text())
+    own = {field.name: field for field in fields(ORPOConfig) if field.name in ORPOConfig.__annotations__}
+    own |= {field.name: field for field in fields(DataArguments)}
+    shown = {True: "true", False: "false", None: "none"}
+    for name, field in own.items():
+        is_word = isinstance(field.default, bool) or field.default is None
+        assert documented[name] == (shown[field.default] if is_word else str(field.default)), name

@@ -66,7 +66,7 @@ def start(tmp_path, pairs, hub_cache):
         path.write_text(yaml.safe_dump(recipe))
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu"}
         command = [*launcher, "-m", "orpo_dist.cli", "train", str(path)]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=560)
 
     return run
 
