@@ -94,16 +94,16 @@ def add_adapter(
                 f"Both peft_config and the adapter {adapter_name_or_path} are given, and an adapter brings its own "
                 "settings. Leave peft_config out to continue it, or the adapter to start a new one."
             )
-        adapted = _continue_from(model, adapter_name_or_path, autocast=not zero3)
+        adapted = _continue_from(model, adapter_name_or_path)
     elif peft_config is not None:
-        adapted = _new_adapter(model, peft_config, autocast=not zero3)
+        adapted = _new_adapter(model, peft_config)
     else:
         _refuse_quantized(model)
         return model
     if is_quantized(adapted):
         _keep_weights_unpacked(adapted)
     if zero3:
-        # peft creates the adapter of a quantised layer in float32 even with autocast off.
+        # Not peft's autocast_adapter_dtype=False: it leaves the adapters of quantised layers in float32.
         # https://github.com/huggingface/peft/issues/2889
         dtype = cast(PreTrainedModel, adapted.get_base_model()).dtype
         for parameter in adapted.parameters():
@@ -187,7 +187,7 @@ def _keep_weights_unpacked(model: PeftModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _new_adapter(model: PreTrainedModel, peft_config: PeftConfig, *, autocast: bool) -> PeftModel:
+def _new_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     config = copy.deepcopy(peft_config)  # peft rewrites the targets in place
     _refuse_tied_targets(model, config)
     linear = _linear_names(model)
@@ -203,7 +203,7 @@ def _new_adapter(model: PreTrainedModel, peft_config: PeftConfig, *, autocast: b
             )
     try:
         with quiet_peft():
-            return get_peft_model(model, config, autocast_adapter_dtype=autocast)
+            return get_peft_model(model, config)
     except ValueError as error:
         if "ParamWrapper" in str(error):
             raise UserError(
@@ -231,7 +231,7 @@ def _has_fused_experts(model: PreTrainedModel) -> bool:
     return any(parameter.ndim == 3 and ".experts." in name for name, parameter in model.named_parameters())
 
 
-def _continue_from(model: PreTrainedModel, adapter: str, *, autocast: bool) -> PeftModel:
+def _continue_from(model: PreTrainedModel, adapter: str) -> PeftModel:
     with hub_errors(adapter):
         config = PeftConfig.from_pretrained(adapter)
     base = base_identity(model)
@@ -244,7 +244,7 @@ def _continue_from(model: PreTrainedModel, adapter: str, *, autocast: bool) -> P
         )
     try:
         with hub_errors(adapter), quiet_peft():
-            return PeftModel.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=autocast)
+            return PeftModel.from_pretrained(model, adapter, is_trainable=True)
     except RuntimeError as error:  # load_state_dict: sizes differ
         raise UserError(
             f"The adapter {adapter} does not fit {base.name}: it was trained on {config.base_model_name_or_path}. "

@@ -12,13 +12,13 @@ from transformers import (
     BartForConditionalGeneration,
     FalconConfig,
     FalconForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -63,19 +63,22 @@ def _tied_llama() -> LlamaForCausalLM:
     )
 
 
-def _mixture() -> Qwen3MoeForCausalLM:
+def _mixture() -> Glm4MoeForCausalLM:
+    """Fused experts, and beside them a shared one of linear layers with the names that single experts used to have."""
     torch.manual_seed(0)
-    return Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(
+    return Glm4MoeForCausalLM(
+        Glm4MoeConfig(
             vocab_size=64,
             hidden_size=32,
             num_hidden_layers=1,
             num_attention_heads=4,
             num_key_value_heads=2,
             head_dim=8,
-            num_experts=4,
+            n_routed_experts=4,
+            n_shared_experts=1,
             num_experts_per_tok=2,
             moe_intermediate_size=16,
+            first_k_dense_replace=0,
         )
     )
 
