@@ -65,7 +65,9 @@ def main(tokenizer_folder: str, out: str) -> None:
         raise ZeroDivisionError("a bug")
 
     prepare._build = crash
+    start = time.monotonic()
     seen["crash"] = outcome(lambda: prepare_pairs(PAIRS[:3], tokenizer, options))
+    seen["crash seconds"] = time.monotonic() - start
 
     # Two nodes with a cache each: the first rank of the second node has to build too.
     os.environ |= {"ORPO_DIST_CACHE": str(Path(out, f"node{rank}")), "GROUP_RANK": str(rank), "LOCAL_RANK": "0"}

@@ -117,6 +117,10 @@ def test_a_crash_of_the_first_rank_ends_the_others(two_ranks):
     assert two_ranks[1]["crash"] == ("RuntimeError: The rank that prepares the data failed: ZeroDivisionError: a bug")
 
 
+def test_the_first_rank_raises_as_soon_as_the_others_know(two_ranks):
+    assert two_ranks[0]["crash seconds"] < cache.ERROR_SECONDS
+
+
 def test_a_node_with_a_cache_of_its_own_builds_its_own(two_ranks):
     for seen in two_ranks:
         assert seen["own cache"] == "ok: 8"
