@@ -355,6 +355,19 @@ def test_rendered_strings_are_not_rendered_again(chat_tokenizer):
     assert choice.apply is False and "rendered already" in choice.reason
 
 
+def test_the_prompt_is_written_once(chat_tokenizer):
+    from orpo_dist.data.options import PrepareOptions
+    from orpo_dist.data.prepare import prepare_pairs
+
+    made = params(**COLUMNS)
+    mapping = made.to_recipe_mapping() | {"apply_chat_template": choose_chat_template(made, chat_tokenizer, ROW).apply}
+    options = PrepareOptions.from_config(Recipe.from_mapping(mapping).training, is_encoder_decoder=False)
+    pair = prepare_pairs([ROW], chat_tokenizer, options).dataset[0]
+    chosen = chat_tokenizer.decode(pair["prompt_ids"] + pair["chosen_ids"])
+    rendered = "<s><|im_start|>user\nWhat is six times seven?<|im_end|>\n<|im_start|>assistant\n42<|im_end|>\n"
+    assert chosen == rendered
+
+
 def test_message_lists_are_left_to_the_data_step(chat_tokenizer):
     row = {"chosen": [{"role": "user", "content": "hi"}], "rejected": [{"role": "user", "content": "hi"}]}
     assert choose_chat_template(params(**COLUMNS), chat_tokenizer, row) is None
@@ -420,6 +433,7 @@ def test_foreign_flags_on_the_command_line(created):
         (["--train", "--model", "m", "--data_path", "d"], "--project-name missing"),
         ([*REQUIRED, "--batch-sise", "2"], r"--batch_sise is not an option: did you mean batch_size\?"),
         ([*REQUIRED, "--learning-rate", "2"], "--learning_rate is not an AutoTrain option: it is called lr here"),
+        ([*REQUIRED, "--epoch", "2"], r"--epoch is not an option: did you mean epochs\?"),
         ([*REQUIRED, "stray"], "'stray' belongs to no flag"),
         ([*REQUIRED, "--lr"], "expected one argument"),
         ([*REQUIRED, "--lr", "fast"], "lr='fast' is not a number"),
