@@ -22,8 +22,6 @@ STEPS, GLOBAL_BATCH, VOCABULARY = 8, 8, 256
 CUTS = ((8, 1), (4, 2), (2, 4), (1, 8))
 
 
-
-
 class SequentialTRLTrainer(TRLTrainer):
     def _get_train_sampler(self, train_dataset=None):
         return torch.utils.data.SequentialSampler(self.train_dataset)

@@ -1,4 +1,4 @@
-"""ORPOConfig: transformers' TrainingArguments, TRL's ORPO fields under their TRL names, and the fields of this project."""
+"""ORPOConfig: transformers' TrainingArguments, TRL's ORPO fields under TRL's names, and this project's fields."""
 
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -40,7 +40,7 @@ class ORPOConfig(TrainingArguments):
         UserError: a value that contradicts another, with the name of both.
     """
 
-    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["model_init_kwargs"]
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
 
     # -- other defaults than TrainingArguments, as in TRL --
     learning_rate: float = _option(1e-6, "The initial learning rate.")
@@ -48,7 +48,7 @@ class ORPOConfig(TrainingArguments):
     gradient_checkpointing: bool = _option(
         True, "Recompute activations in the backward pass: less memory, about 20%% slower."
     )
-    bf16: bool | None = _option(
+    bf16: bool | None = _option(  # type: ignore[assignment]
         None, "bfloat16 mixed precision. Unset: on where the accelerator has it and fp16 is not set."
     )
     logging_nan_inf_filter: bool = _option(False, "Hide non-finite losses in the log (costs a device sync per step).")
@@ -65,7 +65,7 @@ class ORPOConfig(TrainingArguments):
         False, "Write sampled replies at each evaluation, to the run's folder and to the tracker that is on."
     )
     is_encoder_decoder: bool | None = _option(None, "Needed with model_init alone: what kind of model it returns.")
-    model_init_kwargs: dict[str, Any] | str | None = _option(
+    model_init_kwargs: dict[str, Any] | str | None = _option(  # noqa: RUF009
         None, "Keyword arguments of from_pretrained when the model is given by name."
     )
     trust_remote_code: bool = _option(False, "Run Python code that a model repository ships. Off unless asked for.")
@@ -100,12 +100,13 @@ class ORPOConfig(TrainingArguments):
     # -- this project's fields: loss --
     nll_scope: str = _option(
         "sequence",
-        "Tokens of the NLL term: prompt + chosen (paper, TRL), or the chosen completion alone (LLaMA-Factory, ms-swift).",
+        "Tokens of the NLL term: prompt + chosen (paper, TRL), or the chosen completion (LLaMA-Factory, ms-swift).",
         choices=list(NLL_SCOPES),
     )
     label_smoothing: float = _option(0.0, "Probability that a pair's preference is flipped, as in DPO; below 0.5.")
     router_aux_loss_coef: float | None = _option(
-        None, "Weight of a mixture-of-experts model's load-balancing loss. Unset: the model config's; 0 switches it off."
+        None,
+        "Weight of a mixture-of-experts model's load-balancing loss. Unset: the model config's; 0 switches it off.",
     )
 
     # -- this project's fields: speed and memory --
@@ -114,7 +115,7 @@ class ORPOConfig(TrainingArguments):
         True, "Compute each pair's prompt once (packed layout). Off by itself where it would gain under 5%%."
     )
     loss_chunk_size: int | None = _option(
-        None, "Rows whose logits exist at once in the loss head. Unset: 256 on CPU, 512 MiB of logits elsewhere."
+        None, "Rows whose logits exist at once in the loss head. Unset: 512 on CPU, 512 MiB of logits elsewhere."
     )
     verify_layout: bool = _option(
         True, "Compare the packed with the padded layout on a tiny batch at start-up, and fall back if they differ."
@@ -144,7 +145,9 @@ class ORPOConfig(TrainingArguments):
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}.")
         if not 0 <= self.label_smoothing < 0.5:
-            raise UserError(f"label_smoothing={self.label_smoothing} must lie in [0, 0.5): 0.5 and more learns nothing.")
+            raise UserError(
+                f"label_smoothing={self.label_smoothing} must lie in [0, 0.5): 0.5 and more learns nothing."
+            )
         if self.beta < 0:
             raise UserError(f"beta={self.beta} is negative: that would prefer the rejected completions.")
         if self.max_bad_rows < 0:

@@ -6,7 +6,6 @@ in one process, or in each of the processes that torchrun, accelerate launch or 
 """
 
 import gc
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     from orpo_dist.model.load import ModelArguments
     from orpo_dist.runtime.report import RunLog, RunSummary
     from orpo_dist.trainer import ORPOTrainer
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -190,8 +187,8 @@ def _prepare(recipe: Recipe, folder: Path) -> "tuple[PreTrainedTokenizerBase, Ru
     def prepared(rows: Any, split: str) -> "PreparedPairs":
         return prepare_pairs(rows, tokenizer, options, name=split, dropped_rows_path=folder / "dropped_rows.jsonl")
 
-    evaluation = prepared(eval_rows, "eval") if eval_rows is not None else None
-    return tokenizer, RunPairs(prepared(train_rows, "train"), evaluation)
+    train_pairs = prepared(train_rows, "train")
+    return tokenizer, RunPairs(train_pairs, prepared(eval_rows, "eval") if eval_rows is not None else None)
 
 
 def _load_model(arguments: "ModelArguments", args: "ORPOConfig") -> "PreTrainedModel | PeftModel":

@@ -10,7 +10,7 @@ Between two log lines nothing is read on the host: metrics are one small vector 
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -72,7 +72,11 @@ class ORPOTrainer(Trainer):
 
     # compute_loss divides by the totals of the whole global batch, so training_step must not divide again.
     loss_is_scaled_for_ga = True
-    _tag_names = ["orpo", "orpo_dist"]
+    _tag_names: ClassVar = ["orpo", "orpo_dist"]
+    model: Any
+    args: ORPOConfig
+    eval_dataset: Any
+    objective: Objective
 
     def __init__(
         self,
@@ -174,7 +178,7 @@ class ORPOTrainer(Trainer):
             model,  # type: ignore[arg-type]
             self._peft_config,
             gradient_checkpointing=args.gradient_checkpointing,
-            gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
+            gradient_checkpointing_kwargs=cast(dict | None, args.gradient_checkpointing_kwargs),
             zero3=is_deepspeed_zero3_enabled(),
         )
         coefficient = checks.router_aux_loss_coef(model.config, args.router_aux_loss_coef)
@@ -277,9 +281,9 @@ class ORPOTrainer(Trainer):
             logs |= self._throughput.drain(self.accelerator)
         super().log(logs, start_time)
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Model FLOPs of a micro-batch, by the formula of runtime/throughput.py."""
-        return self._throughput.flops_of(self._lengths[i] for i in inputs["orpo_layout"].index if i != FILLER)
+        return int(self._throughput.flops_of(self._lengths[i] for i in inputs["orpo_layout"].index if i != FILLER))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with self._throughput.paused():
@@ -326,7 +330,8 @@ class ORPOTrainer(Trainer):
         with self._throughput.paused():
             output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         metrics = self._eval_sums.drain(self.accelerator, self.objective)
-        predictions = labels = None
+        predictions: Any = None
+        labels: Any = None
         if self._eval_rows is not None:
             rows = sorted(row for row in gather_object(self._eval_rows) if row[0] != FILLER)
             predictions = tuple(np.array([row[side] for row in rows]) for side in (1, 2))
@@ -335,7 +340,8 @@ class ORPOTrainer(Trainer):
             metrics |= self.compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels))
         prefix = f"{metric_key_prefix}_"
         prefixed = {key if key.startswith(prefix) else prefix + key: value for key, value in metrics.items()}
-        return EvalLoopOutput(predictions, labels, {**output.metrics, **prefixed}, len(dataloader.dataset))
+        merged = {**(output.metrics or {}), **prefixed}
+        return EvalLoopOutput(predictions, labels, merged, len(cast(PairDataset, dataloader.dataset)))
 
 
 class _VerifyLayout(TrainerCallback):

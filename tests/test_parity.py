@@ -30,7 +30,7 @@ class InGivenOrder(torch.utils.data.Sampler):
 
 
 class OrderedTRLTrainer(TRLTrainer):
-    order: list[int] = []
+    order = ()
 
     def _get_train_sampler(self, train_dataset=None):
         return InGivenOrder(self.order)

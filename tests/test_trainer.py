@@ -516,7 +516,10 @@ def test_router_aux_loss_by_its_definition(tmp_path, chat_tokenizer):
     """Per micro-batch, weighted by its share of the global batch's tokens; unset, with the model's own coefficient."""
     rows = pairs(4, len(chat_tokenizer))
     trainer = ORPOTrainer(
-        moe(len(chat_tokenizer)), config(tmp_path, padding_free=False), train_dataset=rows, processing_class=chat_tokenizer
+        moe(len(chat_tokenizer)),
+        config(tmp_path, padding_free=False),
+        train_dataset=rows,
+        processing_class=chat_tokenizer,
     )
     plain = ORPOTrainer(
         moe(len(chat_tokenizer)),

@@ -178,7 +178,9 @@ class PairForward:
                 raise UserError("data_collator cannot be replaced for encoder-decoder models: leave it unset.")
             start = model.config.decoder_start_token_id
             if start is None:
-                raise UserError("The model's config has no decoder_start_token_id; set it (for T5 it is the pad token).")
+                raise UserError(
+                    "The model's config has no decoder_start_token_id; set it (for T5 it is the pad token)."
+                )
             return EncoderDecoderCollator(options.pad_token_id, start)
         if options.foreign is not None:
             return ForeignCollator(options.foreign, options.pad_token_id, options.nll_scope)

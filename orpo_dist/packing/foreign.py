@@ -69,4 +69,3 @@ def _trl_columns(row: dict[str, Any]) -> dict[str, list[int]]:
 def _both_sides(batch: dict[str, Any], column: str, width: int, value: int) -> torch.Tensor:
     halves = [batch[f"{side}_{column}"] for side in _SIDES]
     return torch.cat([torch.nn.functional.pad(half, (0, width - half.shape[1]), value=value) for half in halves])
-

@@ -71,7 +71,7 @@ def write_model_card(
     """Write README.md into the trainer's output folder, in place of the draft that peft may have left there."""
     args, model = cast(ORPOConfig, trainer.args), cast(PreTrainedModel | PeftModel, trainer.model)
     folder = Path(str(args.output_dir))
-    base = base_identity(model.get_base_model() if isinstance(model, PeftModel) else model)
+    base = base_identity(cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model)
     facts = CardFacts(
         name=model_name or (args.hub_model_id or folder.resolve().name).split("/")[-1],
         base_model=base.name or None,

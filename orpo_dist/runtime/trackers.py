@@ -1,7 +1,6 @@
 """Experiment trackers that are asked for but cannot be used: a warning and a run that goes on, never a crash."""
 
 import difflib
-import logging
 import netrc
 import os
 from collections.abc import Iterator
@@ -9,11 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlparse
 
+from accelerate.logging import get_logger
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from orpo_dist.errors import UserError
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)  # of the main process alone
 
 _PACKAGES = {"comet_ml": "comet-ml", "codecarbon": "codecarbon", "azure_ml": "azureml-mlflow"}
 _COMET_CONFIG = Path("~/.comet.config")
@@ -22,7 +22,8 @@ _COMET_CONFIG = Path("~/.comet.config")
 def usable_trackers(asked: list[str]) -> list[str]:
     """Those of `asked` (the resolved `report_to`) that this machine can use.
 
-    One without its package is left out. Weights & Biases and Comet without a key log offline, into local files.
+    One without its package is left out. Weights & Biases and Comet without a key log offline, into local files. Every
+    rank calls it, since each reads its own environment; the warnings are the main process's.
 
     Raises:
         UserError: a name that transformers does not know.

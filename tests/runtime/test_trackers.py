@@ -4,6 +4,7 @@ import logging
 import os
 
 import pytest
+from accelerate import PartialState
 
 from orpo_dist.errors import UserError
 from orpo_dist.runtime import trackers
@@ -17,6 +18,7 @@ def machine(monkeypatch, tmp_path):
     def build(*installed: str) -> None:
         monkeypatch.setattr(trackers, "get_available_reporting_integrations", lambda: list(installed))
 
+    PartialState()  # warnings ask it which process this is
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "COMET_API_KEY", "COMET_START_ONLINE"):
         # setenv first: what the code under test sets is then undone, even where nothing was set before
         monkeypatch.setenv(name, "")
@@ -90,3 +92,11 @@ def test_tensorboard_folder_holds_for_the_callback_only(monkeypatch, tmp_path):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "/mine")
     with tensorboard_folder(tmp_path):
         assert os.environ["TENSORBOARD_LOGGING_DIR"] == "/mine"
+
+
+def test_other_ranks_are_silent(machine, monkeypatch, caplog):
+    machine()
+    monkeypatch.setitem(PartialState._shared_state, "process_index", 1)
+    monkeypatch.setitem(PartialState._shared_state, "num_processes", 2)
+    assert usable_trackers(["wandb"]) == []
+    assert not caplog.records
