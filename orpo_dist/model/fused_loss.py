@@ -10,8 +10,8 @@ one number, known when both completions of its pair have been scored:
   are formed. Several short pairs share a chunk.
 - Longer ones are cut ("open" chunks). Their gradients are accumulated without the coefficient and scaled when the pair
   closes: the hidden rows in place, the weight's through one buffer per branch (chosen, rejected) of the weight's size.
-  The alternative without buffers, scoring the rows twice, costs a fourth matmul: at 576 x 49152 on a CPU core 0.34 ms
-  per row against 30 ms per pair for the buffers, which win from 90 rows on.
+  Scoring the rows twice instead costs a fourth matmul: at 576 x 49152 on a CPU core 0.34 ms per row against 30 ms per
+  pair for the buffers, which win from 90 rows on.
 
 Only one chunk of logits ever exists, so the memory beyond (N, H) and (V, H) does not depend on the completions' length.
 Gradients are kept times `tokens`, the loss's denominator, in float32 until the backward: half-precision operands and
@@ -27,7 +27,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from orpo_dist.loss import Objective, PairScores, orpo_loss
-from orpo_dist.model.chunks import CHOSEN, Chunk, PairRows, pair_starts, plan_chunks
+from orpo_dist.model.chunks import CHOSEN, Chunk, PairRows, PairStarts, pair_starts, plan_chunks
 
 CPU_CHUNK_ROWS = 512
 ACCELERATOR_CHUNK_BYTES = 512 * 2**20
@@ -194,11 +194,10 @@ class _ChunkedPass:
         self.mean_logits = hidden.new_empty(rows, dtype=self.wide)
 
         self.pair_weight = job.pair_weight.to(self.wide)
-        nll_tokens = hidden.new_empty(len(job.pair_rows), dtype=self.wide)
+        self.nll_tokens = hidden.new_empty(len(job.pair_rows), dtype=self.wide)
         for i, pair in enumerate(job.pair_rows):
-            nll_tokens[i] = pair.nll_prompt + pair.chosen  # fills: a tensor from a list would be a copy from the host
-        self.nll_tokens = nll_tokens
-        self.tokens = (self.pair_weight * nll_tokens).sum() if job.tokens is None else job.tokens.to(self.wide)
+            self.nll_tokens[i] = pair.nll_prompt + pair.chosen  # fills: no copy from the host, no sync
+        self.tokens = (self.pair_weight * self.nll_tokens).sum() if job.tokens is None else job.tokens.to(self.wide)
         self.pairs = self.pair_weight.sum() if job.pairs is None else job.pairs.to(self.wide)
 
         # dLoss/dlogits of a row = factor * (softmax - onehot) / tokens
@@ -300,9 +299,8 @@ class _ChunkedPass:
         starts = [self.starts[i] for i in closing]
         first, last = closing[0], closing[-1] + 1
         with torch.enable_grad():
-            chosen = self._means([(s.chosen, s.rejected) for s in starts]).requires_grad_()
-            rejected = self._means([(s.rejected, s.end) for s in starts]).requires_grad_()
-            nothing = torch.zeros_like(chosen, requires_grad=False)
+            chosen, rejected = (means.requires_grad_() for means in _branch_means(self.logps, starts))
+            nothing = torch.zeros_like(chosen)
             scores = PairScores(chosen, rejected, nothing, nothing, nothing, nothing, self.pair_weight[first:last])
             loss = self.tokens * orpo_loss(scores, self.job.objective, self.tokens, self.pairs)
             by_chosen, by_rejected = torch.autograd.grad(loss, (chosen, rejected))
@@ -324,22 +322,24 @@ class _ChunkedPass:
                     gradient.addcmul_(buffer, factor)
         self.filled.clear()
 
-    def _means(self, ranges: list[tuple[int, int]], of: torch.Tensor | None = None) -> torch.Tensor:
-        values = self.logps if of is None else of
-        return torch.stack([values[start:stop].mean() for start, stop in ranges])
-
     def _scores(self) -> PairScores:
-        chosen = [(s.chosen, s.rejected) for s in self.starts]
-        rejected = [(s.rejected, s.end) for s in self.starts]
+        chosen_logps, rejected_logps = _branch_means(self.logps, self.starts)
+        chosen_logits, rejected_logits = _branch_means(self.mean_logits, self.starts)
         return PairScores(
-            chosen_logps=self._means(chosen),
-            rejected_logps=self._means(rejected),
+            chosen_logps=chosen_logps,
+            rejected_logps=rejected_logps,
             nll_sum=-torch.stack([self.logps[s.prompt : s.rejected].sum() for s in self.starts]),
             nll_tokens=self.nll_tokens,
-            chosen_logits=self._means(chosen, self.mean_logits),
-            rejected_logits=self._means(rejected, self.mean_logits),
+            chosen_logits=chosen_logits,
+            rejected_logits=rejected_logits,
             weight=self.pair_weight,
         )
+
+
+def _branch_means(values: torch.Tensor, starts: Sequence[PairStarts]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means over the chosen and over the rejected rows of each pair."""
+    chosen = torch.stack([values[s.chosen : s.rejected].mean() for s in starts])
+    return chosen, torch.stack([values[s.rejected : s.end].mean() for s in starts])
 
 
 def _scaled(x: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
