@@ -70,8 +70,6 @@ class ORPOTrainer(Trainer):
         UserError: options that contradict each other, data that cannot be trained on, a model that cannot be loaded.
     """
 
-    # compute_loss divides by the totals of the whole global batch, so training_step must not divide again.
-    loss_is_scaled_for_ga = True
     _tag_names: ClassVar = ["orpo", "orpo_dist"]
     model: Any
     args: ORPOConfig
@@ -135,6 +133,9 @@ class ORPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        # With this and the token count of get_batch_samples, training_step knows that compute_loss has divided by the
+        # totals of the global batch and does not divide by the accumulation steps (transformers 5.17 has no other way).
+        self.model_accepts_loss_kwargs = True
         self.args._n_gpu = min(self.args.n_gpu, 1)  # DataParallel would tear pairs apart; accelerate launch shares them
         self._global_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.model.add_model_tags(self._tag_names)
@@ -253,18 +254,21 @@ class ORPOTrainer(Trainer):
         super()._update_auto_batch_size(batch_size)
         self.args.gradient_accumulation_steps = -(-self._global_batch // (batch_size * self.args.world_size))
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, None]:
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | None]:
         """All micro-batches of one optimizer step are here at once: the place to learn the totals of the global batch.
         One all-reduce per step; they travel inside the layouts, where nobody casts them to bf16."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if batches:
-            layouts = [batch["orpo_layout"] for batch in batches]
-            counts = torch.stack([layout.counts() for layout in layouts]).sum(0)
-            tokens, pairs = self.accelerator.reduce(counts.to(device), reduction="sum").unbind()
-            for layout in layouts:
-                layout.tokens, layout.pairs = tokens, pairs
-                self._throughput.add(self._lengths[i] for i in layout.index if i != FILLER)
-        return batches, None
+        if not batches:
+            return batches, None
+        layouts = [batch["orpo_layout"] for batch in batches]
+        counts = torch.stack([layout.counts() for layout in layouts]).sum(0)
+        tokens, pairs = self.accelerator.reduce(counts.to(device), reduction="sum").unbind()
+        for layout in layouts:
+            layout.tokens, layout.pairs = tokens, pairs
+            self._throughput.add(self._lengths[i] for i in layout.index if i != FILLER)
+        return batches, tokens
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

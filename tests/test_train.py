@@ -1,6 +1,7 @@
 """`orpo-dist train` from a recipe to a run's folder, in this process."""
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -118,7 +119,7 @@ def test_summary(lora_run):
     assert summary["eval_after"]["rewards/margins"] > summary["eval_before"]["rewards/margins"]
     assert summary["pairs_per_second"] == pytest.approx(24 / summary["train_seconds"], rel=0.01)
     assert len(summary["peak_memory_gib"]) == 1 and summary["peak_memory_gib"][0] > 0.1
-    assert summary["versions"]["torch"] == torch.__version__
+    assert summary["versions"]["torch"] == version("torch")
     assert 0 < summary["trainable_parameters"] < summary["parameters"] / 2
 
 
