@@ -17,13 +17,14 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # The path of the environment is for ninja, which compiles DeepSpeed's ops.
 TEST_ENV = PATH="$(abspath $(BIN)):$$PATH" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup demo test test-topologies test-oldest lint format clean
+.PHONY: help setup demo test test-topologies test-oldest bench bench-quick lint format clean
 
 help:
 	@echo "make demo              train SmolLM2-135M on a made-up support set; results in runs/demo/"
 	@echo "make test              the fast tests"
 	@echo "make test-topologies   the long tests: DDP, ZeRO 1/2/3, FSDP2, QLoRA on two processes"
 	@echo "make test-oldest       the smoke tests on the oldest versions that pyproject.toml admits"
+	@echo "make bench-quick       ours against TRL on the CPU, under 15 minutes; make bench: under 60"
 	@echo "make lint              ruff format --check, ruff check, mypy"
 	@echo "make format            ruff format, ruff check --fix"
 	@echo "make setup             only install, into $(VENV)/"
@@ -62,6 +63,12 @@ test-topologies: setup
 test-oldest: BIN := $(VENV_OLDEST)/bin
 test-oldest: $(VENV_OLDEST)/.installed
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not topology and not slow" $(SMOKE_TESTS) $(PYTEST_ARGS)
+
+bench: setup
+	$(BIN)/python benchmarks/bench.py
+
+bench-quick: setup
+	$(BIN)/python benchmarks/bench.py --quick --rounds 2
 
 lint: setup
 	$(BIN)/ruff format --check .

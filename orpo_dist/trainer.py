@@ -182,6 +182,10 @@ class ORPOTrainer(Trainer):
             gradient_checkpointing_kwargs=cast(dict | None, args.gradient_checkpointing_kwargs),
             zero3=is_deepspeed_zero3_enabled(),
         )
+        if args.gradient_checkpointing and args.ddp_find_unused_parameters is None:
+            # transformers decides so for plain models only; for an adapter DDP would search, which reentrant
+            # checkpointing does not survive.
+            args.ddp_find_unused_parameters = False
         coefficient = checks.router_aux_loss_coef(model.config, args.router_aux_loss_coef)
         self.forward.adapt(model, router_aux_loss_coef=coefficient)
         self._throughput = Throughput(ModelFlops.of(model), args.nll_scope)

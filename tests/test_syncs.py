@@ -1,0 +1,63 @@
+"""Nothing in a micro-step waits for the device, and a step has one collective of this project's."""
+
+from unittest import mock
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from orpo_dist import ORPOTrainer
+from tests.test_trainer import config, pairs
+
+READS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default}
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the operations that bring a value from the device to the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in READS
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def trainer(tmp_path, chat_tokenizer, tiny_llama):
+    return ORPOTrainer(
+        tiny_llama(len(chat_tokenizer)),
+        config(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4, logging_steps=3, max_steps=3),
+        train_dataset=pairs(24, len(chat_tokenizer)),
+        processing_class=chat_tokenizer,
+    )
+
+
+def test_a_micro_step_reads_nothing_from_the_device(trainer, monkeypatch):
+    reads = []
+    step = ORPOTrainer.training_step
+
+    def counted(self, *args):
+        with HostReads() as counter:
+            loss = step(self, *args)
+        reads.append(counter.count)
+        return loss
+
+    monkeypatch.setattr(ORPOTrainer, "training_step", counted)
+    trainer.train()
+    assert len(reads) == 12
+    # The first step measures once what the model does to its logits (model/head.py).
+    assert reads[1:] == [0] * 11
+
+
+def test_the_counter_sees_a_read():
+    with HostReads() as counter:
+        torch.ones(1).sum().item()
+    assert counter.count == 1
+
+
+def test_one_reduction_per_optimizer_step_and_two_per_log_line(trainer):
+    with mock.patch.object(trainer.accelerator, "reduce", wraps=trainer.accelerator.reduce) as reduce:
+        trainer.train()
+    assert reduce.call_count == 3 + 2  # three steps; at the log line metrics and throughput
