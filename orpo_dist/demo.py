@@ -4,6 +4,7 @@ import argparse
 import os
 import textwrap
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,8 +45,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--held-out-pairs", type=int, default=HELD_OUT_PAIRS, help="default: %(default)s")
     options = parser.parse_args(argv)
 
-    # transformers writes its notices (renamed layers, generation flags) between the lines that matter here.
+    # Notices of the libraries would stand between the lines that matter here: renamed options, no GPU for DeepSpeed.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if has_gpu() else "cpu")
+    warnings.simplefilter("ignore", FutureWarning)
     from orpo_dist.train import train
 
     started = time.perf_counter()
@@ -83,8 +86,6 @@ def _comparison(summary: "RunSummary") -> str:
 
 def demo_recipe(model: str, folder: Path) -> "Recipe":
     """The demo's recipe, for what `model` names and the data in `folder`/data."""
-    import torch
-
     from orpo_dist.recipe import Recipe
 
     return Recipe.from_mapping(
@@ -107,17 +108,23 @@ def demo_recipe(model: str, folder: Path) -> "Recipe":
             "save_strategy": "no",
             "report_to": "none",
             "disable_tqdm": False,  # off by default with a quiet transformers
-            "use_cpu": not torch.cuda.is_available(),
+            "use_cpu": not has_gpu(),
             **({"bf16": True} if fast_bfloat16() else {}),
         }
     )
+
+
+def has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def fast_bfloat16() -> bool:
     """Whether bfloat16 is faster than float32 here: on every recent GPU, and on a CPU with matrix units for it."""
     import torch
 
-    if torch.cuda.is_available():
+    if has_gpu():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
@@ -132,7 +139,7 @@ def replies(model: str, prompts: list[list[dict[str, str]]], adapter: Path | Non
     tokenizer = load_processing_class(model)
     tokenizer.padding_side = "left"
     rendered = [tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False) for prompt in prompts]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if has_gpu() else "cpu")
     inputs = tokenizer(rendered, add_special_tokens=False, padding=True, return_tensors="pt").to(device)
     network: Any = load_model(model, dtype=torch.bfloat16 if fast_bfloat16() else torch.float32)
     if adapter is not None:
