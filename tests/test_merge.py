@@ -27,7 +27,6 @@ from orpo_dist.merge import main, merge_run
 from orpo_dist.model.adapters import add_adapter, lora_config
 from orpo_dist.model.load import ModelArguments, load_model, quantization_config
 
-pytestmark = pytest.mark.smoke
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 IDS = torch.arange(5, 29).view(2, 12)
 SMALL = {

@@ -27,7 +27,6 @@ from orpo_dist.errors import UserError
 from orpo_dist.model.adapters import add_adapter, disable_base_dropout, lora_config
 from orpo_dist.model.load import ModelArguments, load_model, quantization_config
 
-pytestmark = pytest.mark.smoke
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 IDS = torch.arange(3, 27).view(2, 12)
 
