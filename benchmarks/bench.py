@@ -4,8 +4,8 @@
     make bench                                           CPU, under 60 minutes
     python benchmarks/bench.py --device cuda --batch 8   one GPU
 
-Every measurement is a process of its own; the trainers take turns within a round, and the table gives medians and the
-ratios of medians. Lengths come from a file of [P, C, R] triples (benchmarks/lengths/); the ids are random, since nothing
+Every measurement is a process of its own; the trainers take turns within a round, and the table gives medians and
+their ratios. Lengths come from a file of [P, C, R] triples (benchmarks/lengths/); the ids are random, since nothing
 here depends on them. The weights are random too, of the named model's shape.
 """
 

@@ -144,8 +144,18 @@ def checkpoint_to_resume(asked: str | None, folder: Path) -> str | None:
 
 
 def load_splits(data: DataArguments, seed: int) -> tuple[Any, Any]:
-    """Rows to train on, and rows to evaluate on or None."""
+    """Rows to train on, and rows to evaluate on or None.
+
+    Raises:
+        UserError: a split of a single file, which would be the training rows again, or too few rows to hold some out.
+    """
     from orpo_dist.data.sources import load_rows
+
+    if data.dataset_test_split is not None and Path(str(data.dataset_name)).is_file():
+        raise UserError(
+            f"{data.dataset_name} is one file and has no split {data.dataset_test_split!r} to evaluate on. Leave "
+            "dataset_test_split out and hold rows out with test_split_size=0.1, or give a folder with a file per split."
+        )
 
     def rows_of(split: str) -> Any:
         return load_rows(

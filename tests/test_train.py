@@ -357,3 +357,13 @@ def test_push_sends_the_finished_folder(options, tmp_path, monkeypatch):
     assert 'from_pretrained("me/tuned")' in card
     assert "Odds Ratio" in card or "odds ratio" in card  # ours, not the draft of transformers
     assert SECRET.encode() not in (tmp_path / "training_args.bin").read_bytes()
+
+
+def test_a_split_of_one_file_is_refused(tmp_path):
+    """It would be the training rows again."""
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 20)
+    with pytest.raises(UserError, match="test_split_size"):
+        load_splits(DataArguments(dataset_name=str(file), dataset_test_split="test"), seed=0)
+    train, held_out = load_splits(DataArguments(dataset_name=str(file), test_split_size=0.1), seed=0)
+    assert (len(train), len(held_out)) == (18, 2)

@@ -118,8 +118,13 @@ def _implementations(config: PreTrainedConfig) -> dict:
     parts = {name: getattr(config, name) for name in config.sub_configs}
     return {
         "": config._attn_implementation,
-        **{name: _implementations(part) for name, part in parts.items() if part is not None},
+        **{name: _flat(_implementations(part)) for name, part in parts.items() if part is not None},
     }
+
+
+def _flat(implementations: dict) -> dict | str:
+    """A part without parts of its own by its plain name: transformers 5.17 takes no nested dicts."""
+    return implementations[""] if len(implementations) == 1 else implementations
 
 
 def _packed_implementations(config: PreTrainedConfig) -> dict:
@@ -130,7 +135,7 @@ def _packed_implementations(config: PreTrainedConfig) -> dict:
     for name in config.sub_configs:
         part = getattr(config, name)
         if part is not None and _holds(part, text):
-            result[name] = _packed_implementations(part)
+            result[name] = _flat(_packed_implementations(part))
     return result
 
 
