@@ -136,8 +136,6 @@ class ORPOTrainer(Trainer):
         # With this and the token count of get_batch_samples, training_step knows that compute_loss has divided by the
         # totals of the global batch and does not divide by the accumulation steps (transformers 5.17 has no other way).
         self.model_accepts_loss_kwargs = True
-        # transformers before 5.20 knows no loss_is_scaled_for_ga: there a count of items says that the loss is scaled.
-        self.model_accepts_loss_kwargs = True
         self.args._n_gpu = min(self.args.n_gpu, 1)  # DataParallel would tear pairs apart; accelerate launch shares them
         self._global_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.model.add_model_tags(self._tag_names)
