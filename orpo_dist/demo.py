@@ -92,7 +92,6 @@ def demo_recipe(model: str, folder: Path) -> "Recipe":
         {
             "model_name_or_path": model,
             "use_peft": True,
-            "lora_dropout": 0.0,  # its random numbers cost a quarter of the time of a step on a CPU
             "lora_dropout": 0.0,  # drawing its random numbers took 40% of a bfloat16 step on a CPU
             "dataset_name": str(folder / "data"),
             "dataset_test_split": "test",
