@@ -1,6 +1,6 @@
 """Pairs and tokens per second, FLOPs, MFU and peak memory: from host numbers alone, so nothing waits for the device.
 
-Model FLOPs of one pair in the shared layout (docs/throughput.md):
+Model FLOPs of one pair in the shared layout:
 
     linear layers   2 * parameters * (P + C + R) forward, the same for the gradient of the input, and once more for the
                     gradient of the weight where it is trained
