@@ -166,7 +166,7 @@ class ORPOTrainer(Trainer):
     def _sharing_pays(self, args: ORPOConfig) -> bool:
         gain = sharing_gain(self._lengths)
         if self._lengths and gain < LEAST_SHARING_GAIN:
-            logger.info(f"prefix_sharing is off: it would save a factor of {gain:.3f} in tokens, under 1.05.")
+            logger.warning(f"prefix_sharing is off: it would save a factor of {gain:.3f} in tokens, under 1.05.")
         return not self._lengths or gain >= LEAST_SHARING_GAIN
 
     def call_model_init(self, trial: Any = None) -> nn.Module:

@@ -159,12 +159,20 @@ def test_every_layout_gives_the_same_training(trained, chat_tokenizer, checkpoin
                 assert row[key] == pytest.approx(expected[key], rel=1e-4, abs=2e-6), key
 
 
-def test_sharing_is_off_where_it_gains_nothing(tmp_path, chat_tokenizer, tiny_llama):
+def test_sharing_is_off_where_it_gains_nothing(tmp_path, chat_tokenizer, tiny_llama, caplog):
     rows = [{"prompt_ids": [5], "chosen_ids": [6] * 40, "rejected_ids": [7] * 30}] * 4
     trainer = ORPOTrainer(
         tiny_llama(len(chat_tokenizer)), config(tmp_path), train_dataset=rows, processing_class=chat_tokenizer
     )
     assert trainer.forward.is_packed and not trainer.forward.prefix_sharing
+    assert "prefix_sharing is off" in caplog.text  # at the default level: no silent fallback
+
+
+def test_sharing_that_cannot_apply_is_named(tmp_path, chat_tokenizer, tiny_llama, caplog):
+    args = config(tmp_path, padding_free=False)
+    rows = pairs(4, len(chat_tokenizer))
+    ORPOTrainer(tiny_llama(len(chat_tokenizer)), args, train_dataset=rows, processing_class=chat_tokenizer)
+    assert "prefix_sharing has no effect" in caplog.text
 
 
 def test_a_wrong_packed_layout_is_seen_and_falls_back(tmp_path, trained, chat_tokenizer, monkeypatch, caplog):

@@ -93,9 +93,9 @@ class PairForward:
         self._verified = not options.verify_layout
         self._collator, self._verdict = self._padded_collator(model), None
         if options.foreign is not None:
-            logger.info("A data_collator was given: padded layout.")
+            logger.warning("A data_collator was given: padded layout.")
         elif not options.padding_free and options.prefix_sharing:
-            logger.info("prefix_sharing has no effect with padding_free=false: the padded layout holds prompts twice.")
+            logger.warning("prefix_sharing has no effect with padding_free=false: prompts are padded twice.")
         elif options.padding_free:
             verdict = use_packed_layout(model, max_length=options.max_length)
             if not verdict.ok:
