@@ -12,9 +12,11 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainerCallback
 
 from orpo_dist import cli
+from orpo_dist.data.splits import load_splits
 from orpo_dist.errors import UserError
 from orpo_dist.recipe import DataArguments, Recipe
-from orpo_dist.train import checkpoint_to_resume, load_splits, train
+from orpo_dist.runtime.resume import checkpoint_to_resume
+from orpo_dist.train import train
 from tests.pair_files import write_pairs
 
 SECRET = "hf_notatokenatall"
