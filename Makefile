@@ -47,7 +47,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(call install,$(VENV),constraints.txt,all$(comma)dev)
 
 $(VENV_OLDEST)/.installed: pyproject.toml constraints-oldest.txt
-	$(call install,$(VENV_OLDEST),constraints-oldest.txt,deepspeed$(comma)qlora$(comma)demo$(comma)test)
+	$(call install,$(VENV_OLDEST),constraints-oldest.txt,deepspeed$(comma)qlora$(comma)vlm$(comma)demo$(comma)test)
 
 comma := ,
 

@@ -25,6 +25,16 @@ ADVICE = {
     "needs a template": "Set apply_chat_template=true, or ignore the column with system_column='' or tools_column=''.",
     "rendered already": "Leave apply_chat_template unset: text that went through a chat template is used as it is.",
     "chat template": "Correct the row, or use another chat_template.",
+    "missing image": "Put the file there, correct the path, or take the row out.",
+    "unreadable image": "Store the image as PNG, JPEG, WebP, GIF, BMP, TIFF, AVIF or JPEG 2000.",
+    "truncated image": "Fetch or write the image again: it ends too early.",
+    "image too large": "Scale the image down: at most 128 MiB encoded and 89 million pixels.",
+    "image outside": "Set image_folder to the folder that holds the images, or allow_outside_image_folder=true.",
+    "image URL": "Download the images first, or set allow_image_urls=true.",
+    "image count": "Give the row as many images as it has placeholders, or no placeholder at all.",
+    "image in a completion": "Images belong to the prompt: the model answers with text.",
+    "images too long": "Lower the processor's image size (max_pixels), or raise the limit on tokens.",
+    "images without a processor": "Choose a vision-language model, or ignore the images with image_column=''.",
 }
 
 
