@@ -82,7 +82,7 @@ def packed_attention(
     query, key, value = _one_dtype(query, key, value)
     if softcap is not None or s_aux is not None:
         return explicit_attention(query, key, value, layout, scores), None
-    kernel = varlen_kernel(query, value, dropout)
+    kernel = varlen_kernel(query, value, dropout) if layout.prompt_blocks is None else None  # kernels are causal
     if kernel is not None:
         return varlen_attention(query, key, value, layout, scores, kernel), None
     return sdpa_attention(query, key, value, layout, scores), None
@@ -260,17 +260,28 @@ def _visible(layout: PackedLayout, queries: int, keys: int, window: int | None, 
     return found
 
 
+def _see_own_block(visible: torch.Tensor, blocks: torch.Tensor | None) -> torch.Tensor:
+    """`visible` (queries, keys), where the tokens of a prompt block (P,) see each other too."""
+    if blocks is None:
+        return visible
+    visible, prompt = visible.clone(), len(blocks)
+    visible[:prompt, :prompt] |= (blocks[:, None] == blocks) & (blocks >= 0)
+    return visible
+
+
 def sdpa_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PackedLayout, scores: Scores
 ) -> torch.Tensor:
     """(1, T, Hq, D) by scaled_dot_product_attention, two calls per pair."""
     groups = query.shape[1] // key.shape[1]
     outputs = []
-    for q, k, v in _sequences(query, key, value, layout):
-        queries, keys = q.shape[2], k.shape[2]
+    for sequence, (q, k, v) in enumerate(_sequences(query, key, value, layout)):
+        queries, keys, blocks = q.shape[2], k.shape[2], layout.blocks_of(sequence)
         windowed = scores.window is not None and keys > scores.window
-        causal = queries == keys and not windowed
-        mask = None if causal else _visible(layout, queries, keys, scores.window, q.device)
+        causal = queries == keys and not windowed and blocks is None
+        mask = None
+        if not causal:
+            mask = _see_own_block(_visible(layout, queries, keys, scores.window, q.device), blocks)
         grouped = groups > 1 and (mask is None or not q.is_cuda)  # masked GQA has only the slow maths kernel on CUDA
         if groups > 1 and not grouped:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -292,8 +303,9 @@ def explicit_attention(
     """
     groups = query.shape[1] // key.shape[1]
     outputs = []
-    for q, k, v in _sequences(query, key, value, layout):
+    for sequence, (q, k, v) in enumerate(_sequences(query, key, value, layout)):
         visible = _visible(layout, q.shape[2], k.shape[2], scores.window, q.device)
+        visible = _see_own_block(visible, layout.blocks_of(sequence))
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         if q.shape[2] <= EXPLICIT_BLOCK:
             outputs.append(_explicit_block(q, k, v, visible, scores))

@@ -72,6 +72,8 @@ class PackedLayout:
     index: the pairs' places in the dataset, on the host.
     tokens, pairs: () totals of the whole global batch, written by the trainer once per optimizer step.
     scores: per-pair results, written by the loss head.
+    prompt_blocks: (sum of P,) for prompts with bidirectional attention: tokens of a prompt with the same number see each
+        other, -1 where attention is causal; None where it is causal everywhere. Written by the image collator.
     visibility: attention masks by (queries, keys, window), filled on first use on the layout's device.
     """
 
@@ -103,12 +105,19 @@ class PackedLayout:
         self.tokens: torch.Tensor | None = None
         self.pairs: torch.Tensor | None = None
         self.scores: PairScores | None = None
+        self.prompt_blocks: torch.Tensor | None = None
         self.visibility: dict[tuple[int, int, int | None], torch.Tensor] = {}
 
     @property
     def length(self) -> int:
         """T, tokens of the row."""
         return self.reshare_index.shape[0]
+
+    def blocks_of(self, sequence: int) -> torch.Tensor | None:
+        """(P,) the prompt blocks among the queries of a sequence ([P C], [P R], [P C], ...); None without any."""
+        if self.prompt_blocks is None or (self.shared and sequence % 2):
+            return None
+        return self.prompt_blocks.split([s.prompt for s in self.segments])[sequence // 2]
 
     def counts(self) -> torch.Tensor:
         """(2,) float64 NLL tokens and pairs of this micro-batch. Called before `to`: no device sync."""
