@@ -72,8 +72,8 @@ class PackedLayout:
     index: the pairs' places in the dataset, on the host.
     tokens, pairs: () totals of the whole global batch, written by the trainer once per optimizer step.
     scores: per-pair results, written by the loss head.
-    prompt_blocks: (sum of P,) for prompts with bidirectional attention: tokens of a prompt with the same number see each
-        other, -1 where attention is causal; None where it is causal everywhere. Written by the image collator.
+    prompt_blocks: (sum of P,) for prompts with bidirectional attention: tokens of a prompt with the same number see
+        each other, -1 where attention is causal; None where it is causal everywhere. Written by the image collator.
     visibility: attention masks by (queries, keys, window), filled on first use on the layout's device.
     """
 
