@@ -1,13 +1,14 @@
 """Stored image -> PIL image, within limits: what every reader of images goes through.
 
-A stored image is {"bytes": ..., "path": ...}, as `datasets.Image(decode=False)` keeps it: encoded bytes, or the absolute
-path of a file. Pillow is imported where it is used: text needs none.
+A stored image is {"bytes": ..., "path": ...}, as `datasets.Image(decode=False)` keeps it: encoded bytes, or the
+absolute path of a file. Pillow is imported where it is used: text needs none.
 """
 
 import io
 import os
 import stat
 import warnings
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -129,10 +130,8 @@ def _read_file(path: str, column: str | None) -> bytes:
 def _upright_rgb(image: "Image") -> "Image":
     from PIL import Image, ImageOps
 
-    try:
+    with suppress(Exception):  # broken metadata of a sound picture: it is taken as it lies
         ImageOps.exif_transpose(image, in_place=True)
-    except Exception:  # broken metadata of a sound picture: it is taken as it lies
-        pass
     if image.mode.startswith("I"):  # Pillow's own conversion cuts 16 bits at 255, which leaves a white page
         image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
