@@ -103,7 +103,8 @@ def _checked(
         )
     if attention_mask is not None:
         raise PackedLayoutError(f"{name} received an attention mask, which the packed layout cannot honour.")
-    if kwargs.get("is_causal") is False or vars(module).get("is_causal") is False:
+    not_causal = kwargs.get("is_causal") is False or vars(module).get("is_causal") is False
+    if not_causal and layout.prompt_blocks is None:
         raise PackedLayoutError(f"{name} is not causal.")
     unknown = [option for option in _NOT_UNDERSTOOD if kwargs.get(option) is not None]
     if unknown:

@@ -8,26 +8,46 @@ concatenated forward; it is the oracle, and the fallback where a model cannot ta
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from orpo_dist.errors import UserError
 from orpo_dist.loss import Objective, PairScores, orpo_loss
 from orpo_dist.model.head import install_head
 from orpo_dist.model.packed import PackingVerdict, use_packed_layout
-from orpo_dist.model.verify import verify_layout
+from orpo_dist.model.verify import LayoutCheck, verify_layout
+from orpo_dist.model.verify_images import drawn_row, verify_images
+from orpo_dist.model.vision import features_for_both, image_rules, shares_features, trains_vision
 from orpo_dist.packing.collate import PackedCollator
 from orpo_dist.packing.foreign import ForeignCollator
+from orpo_dist.packing.images import ImageCollator
 from orpo_dist.packing.layout import PackedLayout
 from orpo_dist.packing.padded import EncoderDecoderCollator, PaddedCollator, PaddedLayout, score_padded
+from orpo_dist.packing.sampler import FILLER
 
 logger = logging.getLogger(__name__)
 
 Rows = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class ImageSetup:
+    """What a run with images adds.
+
+    example: a row of the data set with images, the shortest: its prompt shows how images stand in a text.
+    partitioned: whether the ranks share the weights, so that all of them must run the vision tower.
+    world_size: ranks.
+    """
+
+    processor: Any
+    example: dict[str, Any]
+    partitioned: bool
+    world_size: int
 
 
 @dataclass(frozen=True)
@@ -36,6 +56,7 @@ class ForwardOptions:
 
     foreign: a data collator that the user brought, which means the padded layout.
     max_length: bound of P + C and P + R, None for none.
+    images: None where no row has any.
     """
 
     objective: Objective
@@ -48,6 +69,7 @@ class ForwardOptions:
     max_length: int | None
     compute_dtype: torch.dtype
     foreign: Callable[[list[dict]], dict[str, Any]] | None = None
+    images: ImageSetup | None = None
 
 
 @dataclass(frozen=True)
@@ -68,16 +90,21 @@ class PairForward:
         self.options = options
         self._verdict: PackingVerdict | None = None
         self._collator: Callable[[Rows], dict[str, Any]] | None = None
+        self._base: PreTrainedModel | None = None
         self._router_aux_loss_coef = 0.0
         self._verified = False
 
     @property
     def is_packed(self) -> bool:
-        return isinstance(self._collator, PackedCollator)
+        return isinstance(self._layout_collator, PackedCollator)
 
     @property
     def prefix_sharing(self) -> bool:
-        return isinstance(self._collator, PackedCollator) and self._collator.prefix_sharing
+        return isinstance(self._layout_collator, PackedCollator) and self._layout_collator.prefix_sharing
+
+    @property
+    def _layout_collator(self) -> Callable[[Rows], dict[str, Any]] | None:
+        return self._collator.inner if isinstance(self._collator, ImageCollator) else self._collator
 
     def __call__(self, rows: Rows) -> dict[str, Any]:
         assert self._collator is not None, "adapt() comes first"
@@ -91,6 +118,7 @@ class PairForward:
         options = self.options
         self._router_aux_loss_coef = router_aux_loss_coef
         self._verified = not options.verify_layout
+        self._base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
         self._collator, self._verdict = self._padded_collator(model), None
         if options.foreign is not None:
             logger.warning("A data_collator was given: padded layout.")
@@ -111,7 +139,12 @@ class PairForward:
                 router_aux_loss_coef=router_aux_loss_coef,
             )
             self._verdict = verdict
-            self._collator = PackedCollator(options.prefix_sharing, options.nll_scope)
+            if options.images is not None and not options.prefix_sharing:
+                logger.warning(
+                    "prefix_sharing=false has no effect on pairs with images: their pixels are encoded once."
+                )
+            sharing = options.prefix_sharing or options.images is not None
+            self._collator = self._with_images(PackedCollator(sharing, options.nll_scope))
 
     def verify(self, model: nn.Module, *, may_fall_back: bool = True) -> None:
         """Compare both layouts on a tiny batch; every rank calls it, once, with the model as it will run.
@@ -122,22 +155,33 @@ class PairForward:
         if self._verified:
             return
         self._verified = True
-        if self._verdict is None:
-            return
-        check = verify_layout(
-            model,
-            self._verdict,
-            prefix_sharing=self.prefix_sharing,
-            compute_dtype=self.options.compute_dtype,
+        if self._verdict is not None:
+            check = self._verify_packed(model, self._verdict)
+            if check.ok:
+                return
+            if not may_fall_back:
+                raise UserError(f"The packed layout is wrong for this model: {check.reason}. Set padding_free=false.")
+            logger.warning("Padded layout: %s.", check.reason)
+            self._verdict.restore()
+            self._verdict = None
+            self._collator = self._padded_collator(model)
+        check = self._verify_images(model)
+        if not check.ok and isinstance(self._collator, ImageCollator):
+            logger.warning("The vision tower runs twice per pair: %s.", check.reason)
+            self._collator = replace(self._collator, pixels_twice=True)
+
+    def _verify_packed(self, model: nn.Module, verdict: PackingVerdict) -> LayoutCheck:
+        if self.options.images is not None:  # among whose pairs is one without
+            return self._verify_images(model)
+        return verify_layout(
+            model, verdict, prefix_sharing=self.prefix_sharing, compute_dtype=self.options.compute_dtype
         )
-        if check.ok:
-            return
-        if not may_fall_back:
-            raise UserError(f"The packed layout is wrong for this model: {check.reason}. Set padding_free=false.")
-        logger.warning("Padded layout: %s.", check.reason)
-        self._verdict.restore()
-        self._verdict = None
-        self._collator = self._padded_collator(model)
+
+    def _verify_images(self, model: nn.Module) -> LayoutCheck:
+        collator, images = self._collator, self.options.images
+        if images is None or not isinstance(collator, ImageCollator) or collator.pixels_twice:
+            return LayoutCheck(0.0, 0.0)
+        return verify_images(model, collator, images.example, self._verdict, compute_dtype=self.options.compute_dtype)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -163,7 +207,8 @@ class PairForward:
         balances_routers = bool(self._router_aux_loss_coef) and layout.tokens is not None
         if balances_routers:
             tensors["output_router_logits"] = True
-        outputs = model(**tensors, use_cache=False)
+        with self._features_for_both():
+            outputs = model(**tensors, use_cache=False)
         scores = score_padded(outputs.logits, layout)
         if layout.tokens is None or layout.pairs is None:
             return PairResult(None, scores)
@@ -172,6 +217,27 @@ class PairForward:
             share = (scores.weight * scores.nll_tokens).sum() / layout.tokens
             loss = loss + self._router_aux_loss_coef * share * outputs.aux_loss
         return PairResult(loss, scores)
+
+    def _features_for_both(self) -> AbstractContextManager:
+        if not isinstance(self._collator, ImageCollator) or self._collator.pixels_twice:
+            return nullcontext()
+        assert self._base is not None
+        return features_for_both(self._base)
+
+    def _with_images(self, collator: PackedCollator | PaddedCollator) -> Callable[[Rows], dict[str, Any]]:
+        """The collator of the layout, or one around it where rows have images."""
+        images, base = self.options.images, self._base
+        if images is None or base is None:
+            return collator
+        filler = None
+        if images.world_size > 1 and (images.partitioned or trains_vision(base)):
+            token = [self.options.pad_token_id]
+            prompt = drawn_row(images.example, images.processor)
+            filler = {**prompt, "chosen_ids": token, "rejected_ids": token, "weight": 0.0, "index": FILLER}
+        twice = isinstance(collator, PaddedCollator) and not shares_features(base)
+        if twice:
+            logger.warning("The vision tower runs twice per pair: %s has no get_image_features.", type(base).__name__)
+        return ImageCollator(collator, images.processor, image_rules(base), filler, twice)
 
     def _padded_collator(self, model: Any) -> Callable[[Rows], dict[str, Any]]:
         options = self.options
@@ -186,4 +252,4 @@ class PairForward:
             return EncoderDecoderCollator(options.pad_token_id, start)
         if options.foreign is not None:
             return ForeignCollator(options.foreign, options.pad_token_id, options.nll_scope)
-        return PaddedCollator(options.pad_token_id, options.nll_scope)
+        return self._with_images(PaddedCollator(options.pad_token_id, options.nll_scope))

@@ -56,10 +56,10 @@ def verify_layout(
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), _short_window(base):
-            packed_states = _last_hidden_states(model, base, packed)[0]
+        with torch.no_grad(), short_window(base):
+            packed_states = last_hidden_states(model, base, packed)[0]
             with verdict.paused():
-                padded_states = _last_hidden_states(model, base, padded)
+                padded_states = last_hidden_states(model, base, padded)
     except PackedLayoutError as error:
         return LayoutCheck(float("inf"), 0.0, str(error))
     except TypeError as error:
@@ -69,7 +69,7 @@ def verify_layout(
     finally:
         model.train(was_training)
     tolerance = max(TOLERANCES[compute_dtype], TOLERANCES[padded_states.dtype])
-    difference = _difference(packed_states.double(), padded_states.double(), layout)
+    difference = difference_of_packed(packed_states.double(), padded_states.double(), layout)
     check = LayoutCheck(difference, tolerance)
     if check.ok:
         return check
@@ -77,13 +77,18 @@ def verify_layout(
     return LayoutCheck(difference, tolerance, reason)
 
 
-def _rows(base: PreTrainedModel) -> list[dict[str, Any]]:
-    """Two pairs of ordinary token ids, the same on every rank."""
+def ordinary_ids(base: PreTrainedModel) -> torch.Tensor:
+    """Token ids that mean no image, no end and no padding."""
     config = base.config.get_text_config(decoder=True)
     options = {**base.config.to_dict(), **config.to_dict()}
     special = {value for name, value in options.items() if name.endswith(("token_id", "token_index"))
                and isinstance(value, int)}  # fmt: skip
-    ordinary = torch.tensor([i for i in range(min(config.vocab_size, 1000)) if i not in special])
+    return torch.tensor([i for i in range(min(config.vocab_size, 1000)) if i not in special])
+
+
+def _rows(base: PreTrainedModel) -> list[dict[str, Any]]:
+    """Two pairs of ordinary token ids, the same on every rank."""
+    ordinary = ordinary_ids(base)
     generator = torch.Generator().manual_seed(0)
     rows = []
     for index, lengths in enumerate(_LENGTHS):
@@ -95,7 +100,7 @@ def _rows(base: PreTrainedModel) -> list[dict[str, Any]]:
     return rows
 
 
-def _last_hidden_states(model: nn.Module, base: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
+def last_hidden_states(model: nn.Module, base: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
     """Taken by a hook: what the whole model returns depends on its head."""
     device = next(base.parameters()).device
     found: list[torch.Tensor] = []
@@ -107,7 +112,7 @@ def _last_hidden_states(model: nn.Module, base: PreTrainedModel, batch: dict[str
     return found[0]
 
 
-def _difference(packed: torch.Tensor, padded: torch.Tensor, layout: PackedLayout) -> float:
+def difference_of_packed(packed: torch.Tensor, padded: torch.Tensor, layout: PackedLayout) -> float:
     """packed (T, H) against padded (2B, L, H), chosen rows first, every token of both sequences of each pair."""
     pairs = len(layout.segments)
     errors = []
@@ -122,7 +127,7 @@ def _difference(packed: torch.Tensor, padded: torch.Tensor, layout: PackedLayout
 
 
 @contextmanager
-def _short_window(base: PreTrainedModel) -> Iterator[None]:
+def short_window(base: PreTrainedModel) -> Iterator[None]:
     holders = [base.config.get_text_config(decoder=True), *base.get_decoder().modules()]
     windows = [(holder, window) for holder in holders if isinstance(window := vars(holder).get("sliding_window"), int)]
     for holder, _ in windows:

@@ -1,0 +1,159 @@
+"""Vision-language models: their parts, which of them train, and what their collator must know.
+
+    language model    text decoder, embeddings, output head          trained
+    projector         what brings image features to its width        frozen unless train_projector
+    vision tower      the rest                                       frozen unless train_vision_tower
+
+Shape legend: B pairs.
+"""
+
+import inspect
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+from orpo_dist.errors import UserError
+from orpo_dist.packing.images import (
+    CAUSAL,
+    IMAGES_BIDIRECTIONAL,
+    PROMPT_BIDIRECTIONAL,
+    ImageRules,
+    MropePositions,
+)
+
+_PROJECTOR_WORDS = ("merger", "projector", "connector", "aligner", "newline", "embed_vision", "modality_projection")
+# Families whose image tokens see each other. One that is missing here shows at start-up (model/verify_images.py).
+_BIDIRECTIONAL = {"gemma3": IMAGES_BIDIRECTIONAL, "paligemma": PROMPT_BIDIRECTIONAL}
+
+
+def is_vision_language(config: PretrainedConfig) -> bool:
+    """Whether transformers has a model for images and text of this config."""
+    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+@dataclass(frozen=True)
+class VisionParts:
+    """Names of the modules (and single parameters) of a model outside its language model; as few as tell them apart."""
+
+    tower: tuple[str, ...]
+    projector: tuple[str, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.tower or self.projector)
+
+
+def vision_parts(base: PreTrainedModel) -> VisionParts:
+    """The parts of a bare model; both empty for a text model."""
+    text = {id(parameter) for parameter in base.get_decoder().parameters()}
+    for layer in (base.get_output_embeddings(), base.get_input_embeddings()):
+        text |= {id(parameter) for parameter in layer.parameters()} if layer is not None else set()
+    if base.get_decoder() is base:
+        return VisionParts((), ())
+    parts: dict[str, list[str]] = {"tower": [], "projector": []}
+    for name, part in _pure_parts(base, "", text):
+        if part != "text":
+            parts[part].append(name)
+    return VisionParts(tuple(parts["tower"]), tuple(parts["projector"]))
+
+
+def _pure_parts(module: nn.Module, path: str, text: set[int]) -> Iterator[tuple[str, str]]:
+    """(name, part) of the outermost modules and parameters that belong to one part as a whole."""
+    for name, child in module.named_children():
+        child_path = f"{path}.{name}" if path else name
+        kinds = {_part(f"{child_path}.{inner}", parameter, text) for inner, parameter in child.named_parameters()}
+        if len(kinds) == 1:
+            yield child_path, kinds.pop()
+        elif kinds:
+            yield from _pure_parts(child, child_path, text)
+    for name, parameter in module.named_parameters(recurse=False):
+        parameter_path = f"{path}.{name}" if path else name
+        yield parameter_path, _part(parameter_path, parameter, text)
+
+
+def _part(path: str, parameter: nn.Parameter, text: set[int]) -> str:
+    if id(parameter) in text:
+        return "text"
+    return "projector" if any(word in path for word in _PROJECTOR_WORDS) else "tower"
+
+
+def frozen_parts(base: PreTrainedModel, *, train_vision_tower: bool, train_projector: bool) -> tuple[str, ...]:
+    """Names of the parts that do not train.
+
+    Raises:
+        UserError: a part is to train that the model does not have.
+    """
+    parts = vision_parts(base)
+    for option, wanted, names in (
+        ("train_vision_tower", train_vision_tower, parts.tower),
+        ("train_projector", train_projector, parts.projector),
+    ):
+        if wanted and not names:
+            raise UserError(f"{option}=true: {type(base).__name__} has no such part. Leave {option} out.")
+    return (() if train_vision_tower else parts.tower) + (() if train_projector else parts.projector)
+
+
+def freeze(base: PreTrainedModel, names: tuple[str, ...]) -> None:
+    for path, parameter in base.named_parameters():
+        if any(path == name or path.startswith(f"{name}.") for name in names):
+            parameter.requires_grad_(False)
+
+
+def pattern_of(names: tuple[str, ...]) -> str:
+    """A regular expression for peft's `exclude_modules`: those modules and everything in them."""
+    return rf"({'|'.join(map(re.escape, names))})(\..*)?"
+
+
+def trains_vision(base: PreTrainedModel) -> bool:
+    """Whether the tower, the projector or an adapter in them trains."""
+    text = set(base.get_decoder().parameters())
+    head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
+    for layer in (head, embeddings):
+        text |= set(layer.parameters()) if layer is not None else set()
+    return any(parameter.requires_grad for parameter in set(base.parameters()) - text)
+
+
+def image_rules(base: PreTrainedModel) -> ImageRules:
+    """What the collator must know of a bare model."""
+    inner = base.base_model
+    get_rope_index = getattr(type(inner), "get_rope_index", None)
+    positions = None
+    if get_rope_index is not None and "mm_token_type_ids" in inspect.signature(get_rope_index).parameters:
+        positions = MropePositions(type(inner), inner.config)
+    return ImageRules(positions, _BIDIRECTIONAL.get(base.config.model_type, CAUSAL))
+
+
+def shares_features(base: PreTrainedModel) -> bool:
+    """Whether `features_for_both` knows this model's way from pixels to its rows."""
+    return hasattr(type(base.base_model), "get_image_features")
+
+
+@contextmanager
+def features_for_both(base: PreTrainedModel) -> Iterator[None]:
+    """Within it, a padded batch of 2B rows takes the pixels of B prompts: the features that the tower makes of them go
+    to the chosen rows and again to the rejected ones, which follow in the same order."""
+    inner: Any = base.base_model
+    own = inner.get_image_features
+
+    def twice(*args: Any, **kwargs: Any) -> Any:
+        output = own(*args, **kwargs)
+        output.pooler_output = _repeated(output.pooler_output)
+        if output.get("deepstack_features") is not None:  # Qwen3-VL: per layer of the decoder, features of every image
+            output.deepstack_features = [_repeated(layer) for layer in output.deepstack_features]
+        return output
+
+    inner.get_image_features = twice
+    try:
+        yield
+    finally:
+        del inner.get_image_features
+
+
+def _repeated(features: Any) -> Any:
+    return torch.cat([features, features]) if isinstance(features, torch.Tensor) else [*features, *features]
