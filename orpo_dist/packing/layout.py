@@ -6,10 +6,14 @@ L length of the longest sequence.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from orpo_dist.loss import PairScores
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 class PackedLayoutError(RuntimeError):
@@ -66,6 +70,9 @@ class PackedLayout:
     cu_seqlens_q, cu_seqlens_k: (S + 1,) int32, where each sequence's queries and keys begin.
     max_seqlen_q, max_seqlen_k: the longest of each, host numbers.
     key_index: (K,) places in the row of the keys of all sequences; None without sharing, where keys are the row itself.
+    key_place: (T,) the way back: where the key of a row's token stands among the K, for the first time.
+    prompt_rows, prompt_again: (sum of P,) places in the row of the prompts' tokens, and where their keys stand among
+        the K for the second time. All three None without sharing.
     unshare_index: (S, L) places in the row of the tokens of each sequence; beyond a sequence's end, of its last token.
     reshare_index: (T,) where token t of the row is found in the flattened (S * L) unshared rows.
     weight: (B,) 1 for a pair, 0 for the filler of an empty bin.
@@ -73,8 +80,10 @@ class PackedLayout:
     tokens, pairs: () totals of the whole global batch, written by the trainer once per optimizer step.
     scores: per-pair results, written by the loss head.
     prompt_blocks: (sum of P,) for prompts with bidirectional attention: tokens of a prompt with the same number see
-        each other, -1 where attention is causal; None where it is causal everywhere. Written by the image collator.
-    visibility: attention masks by (queries, keys, window), filled on first use on the layout's device.
+        each other, -1 where attention is causal; None where it is causal everywhere. A block is one stretch of tokens.
+        Written by the image collator.
+    visibility, block_masks: attention masks by (queries, keys, window) and by window, filled on first use on the
+        layout's device.
     """
 
     def __init__(
@@ -99,7 +108,13 @@ class PackedLayout:
         key_lengths = [len(sequence) for sequence in sequences]
         self.cu_seqlens_q, self.cu_seqlens_k = _cumulative(query_lengths), _cumulative(key_lengths)
         self.max_seqlen_q, self.max_seqlen_k = max(query_lengths), max(key_lengths)
-        self.key_index = torch.cat(sequences) if self.shared else None
+        self.key_index: torch.Tensor | None = None
+        self.key_place: torch.Tensor | None = None
+        self.prompt_rows: torch.Tensor | None = None
+        self.prompt_again: torch.Tensor | None = None
+        if self.shared:
+            self.key_index = torch.cat(sequences)
+            self.key_place, self.prompt_rows, self.prompt_again = _keys_of_rows(segments)
         self.unshare_index, self.reshare_index = _unsharing(sequences, query_lengths)
 
         self.tokens: torch.Tensor | None = None
@@ -107,6 +122,7 @@ class PackedLayout:
         self.scores: PairScores | None = None
         self.prompt_blocks: torch.Tensor | None = None
         self.visibility: dict[tuple[int, int, int | None], torch.Tensor] = {}
+        self.block_masks: dict[int | None, BlockMask] = {}
 
     @property
     def length(self) -> int:
@@ -136,7 +152,7 @@ class PackedLayout:
         for name, value in vars(self).items():
             if isinstance(value, torch.Tensor):
                 setattr(self, name, change(value))
-        self.visibility = {}
+        self.visibility, self.block_masks = {}, {}
         return self
 
 
@@ -186,6 +202,20 @@ def _unsharing(sequences: list[torch.Tensor], query_lengths: list[int]) -> tuple
         for i, (sequence, queries) in enumerate(zip(sequences, query_lengths, strict=True))
     ]
     return index, torch.cat(back)
+
+
+def _keys_of_rows(segments: Sequence[PairSegment]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """key_place, prompt_rows and prompt_again of PackedLayout, for shared prompts."""
+    place, rows, again = [], [], []
+    start = 0  # of the pair's keys [P C][P R]
+    for s in segments:
+        second = start + s.prompt + s.chosen
+        rejected = second + s.prompt
+        place += [torch.arange(start, second), torch.arange(rejected, rejected + s.rejected)]
+        rows.append(torch.arange(s.start, s.start + s.prompt))
+        again.append(torch.arange(second, rejected))
+        start = rejected + s.rejected
+    return torch.cat(place), torch.cat(rows), torch.cat(again)
 
 
 def _cumulative(lengths: list[int]) -> torch.Tensor:

@@ -1,18 +1,19 @@
 """The packed attention function and its backends against attention written out over the whole row."""
 
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.attention.varlen import varlen_attn
 
-from orpo_dist.model import attention
-from orpo_dist.model.attention import Scores, explicit_attention, packed_attention, sdpa_attention, varlen_attention
+from orpo_dist.model import attention_sequences
+from orpo_dist.model.attention import packed_attention
+from orpo_dist.model.attention_kernels import KernelCase, on_gathered_keys, trusted_kernel
+from orpo_dist.model.attention_sequences import Scores, explicit_attention, sdpa_attention
 from orpo_dist.packing.collate import PackedCollator
 from orpo_dist.packing.layout import PackedLayoutError
 from tests.model.packing_reference import rows
-from tests.model.varlen_reference import reference_kernel, reference_varlen
+from tests.model.varlen_reference import reference_kernel
 
 HEADS, KEY_HEADS, SIZE = 4, 2, 8
 
@@ -76,14 +77,15 @@ def test_sdpa_and_varlen(sharing, window):
     layout, *inputs = make(sharing)
     scores = Scores(scale=0.7, window=window)
     assert_same(lambda q, k, v: sdpa_attention(q, k, v, layout, scores), inputs, scores, layout)
-    assert_same(lambda q, k, v: varlen_attention(q, k, v, layout, scores, reference_kernel), inputs, scores, layout)
+    kernel = on_gathered_keys(reference_kernel)
+    assert_same(lambda q, k, v: kernel(q, k, v, layout, scores), inputs, scores, layout)
 
 
 @pytest.mark.parametrize("block", [1024, 4], ids=["whole", "blocks"])
 @pytest.mark.parametrize("sharing", [True, False])
 @pytest.mark.parametrize("softcap, sinks, window", [(2.0, False, None), (None, True, 6), (2.0, True, 6)])
 def test_softcap_and_sinks(monkeypatch, softcap, sinks, window, sharing, block):
-    monkeypatch.setattr(attention, "EXPLICIT_BLOCK", block)
+    monkeypatch.setattr(attention_sequences, "EXPLICIT_BLOCK", block)
     layout, *inputs = make(sharing)
     sink_logits = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64, requires_grad=True)
     scores = Scores(scale=0.7, window=window, softcap=softcap, sinks=sink_logits if sinks else None)
@@ -143,78 +145,26 @@ def test_autocast_brings_rotary_float32_to_one_dtype():
     assert output.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("window", [None, 6])
-@pytest.mark.parametrize("has_gqa", [True, False])
-def test_arguments_of_the_torch_kernel(monkeypatch, has_gqa, window):
-    """torch's signature emulated: window_size counts tokens to the left and right, (-1, 0) is causal."""
-    seen = {}
-
-    def fake(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, **options):
-        seen.update(options, max_q=max_q, max_k=max_k)
-        if not has_gqa:
-            assert query.shape[1] == key.shape[1]
-        left, right = window_size
-        assert right == 0
-        return reference_varlen(
-            query, key, value, cu_seq_q, cu_seq_k, scale=scale, window=None if left == -1 else left + 1
-        )  # fmt: skip
-
-    options = frozenset({"scale", "window_size"} | ({"enable_gqa"} if has_gqa else set()))
-    monkeypatch.setattr(attention, "varlen_attn", fake)
-    monkeypatch.setattr(attention, "_varlen_options", lambda: options)
-    layout, *inputs = make()
-    scores = Scores(scale=0.7, window=window)
-    assert_same(
-        lambda q, k, v: varlen_attention(q, k, v, layout, scores, attention._torch_varlen), inputs, scores, layout
-    )
-    assert seen == {"max_q": 18, "max_k": 20} | ({"enable_gqa": True} if has_gqa else {})
-
-
-def test_installed_torch_has_a_usable_kernel():
-    assert {"scale", "window_size"} <= attention._varlen_options()
-    assert varlen_attn is attention.varlen_attn
-
-
-@pytest.mark.parametrize(
-    "change, kernel",
-    [
-        ({}, True),
-        ({"is_cuda": False}, False),
-        ({"dtype": torch.float32}, False),
-        ({"shape": (1, 4, 9, 320)}, False),
-        ({"shape": (1, 4, 9, 36)}, False),
-        ({"value_size": 128}, False),
-        ({"dropout": 0.1}, False),
-    ],
-)
-def test_which_tensors_go_to_the_kernel(monkeypatch, change, kernel):
-    monkeypatch.setattr(attention, "_device_kernel", lambda index: reference_kernel)
-    facts = {"is_cuda": True, "dtype": torch.bfloat16, "shape": (1, 4, 9, 64), "device": SimpleNamespace(index=0)}
-    options = {"value_size": 64, "dropout": 0.0} | change
-    query = SimpleNamespace(**{**facts, **{k: v for k, v in change.items() if k in facts}})
-    value = SimpleNamespace(shape=(1, 4, 9, options["value_size"]))
-    if "shape" in change:
-        value = query
-    assert (attention.varlen_kernel(query, value, options["dropout"]) is reference_kernel) is kernel
-
-
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 @cuda
-@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("size", [64, 128, 256])
 @pytest.mark.parametrize("window", [None, 1, 6, 100])
+@pytest.mark.parametrize("softcap, sinks", [(None, False), (20.0, False), (None, True)])
 @pytest.mark.parametrize("sharing", [True, False])
-def test_kernel_on_the_device(sharing, window, size):
-    """Alignment and gradients of the real kernel, against the definition in float64."""
+def test_kernel_on_the_device(sharing, softcap, sinks, window, size):
+    """Alignment and gradients of the trusted kernel, against the definition in float64."""
     lengths = ((11, 7, 9), (1, 1, 4), (300, 130, 65), (8, 10, 1))
     layout, *inputs = make(sharing, torch.bfloat16, "cuda", size, lengths)
-    scores = Scores(scale=size**-0.5, window=window)
-    kernel = attention.varlen_kernel(inputs[0], inputs[2], 0.0)
-    assert kernel is not None
-    output = varlen_attention(*inputs, layout, scores, kernel)
-    exact = [x.detach().double().requires_grad_() for x in inputs]
-    expected = whole_row(*exact, layout, scores)
+    sink = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    scores = Scores(scale=size**-0.5, window=window, softcap=softcap, sinks=sink if sinks else None)
+    trusted = trusted_kernel(KernelCase.of(*inputs, layout, scores))
+    assert trusted is not None
+    output = trusted.kernel(*inputs, layout, scores)
+    exact = [x.detach().double().requires_grad_() for x in (*inputs, *([sink] if sinks else []))]
+    expected = whole_row(*exact[:3], layout, replace(scores, sinks=exact[3] if sinks else None))
+    inputs += [sink] if sinks else []
     pairs = [(output, expected), *zip(gradients(output, *inputs), gradients(expected, *exact), strict=True)]
     for ours, theirs in pairs:
         assert (ours.double() - theirs).norm() / theirs.norm() < 1e-2

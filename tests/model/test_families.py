@@ -8,8 +8,10 @@ from torch import nn
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from orpo_dist.loss import Objective
-from orpo_dist.model import attention
+from orpo_dist.model import attention, attention_flex, attention_sequences
 from orpo_dist.model.attention import PACKED_ATTENTION
+from orpo_dist.model.attention_flex import flex_packed_attention
+from orpo_dist.model.attention_kernels import Candidate, on_gathered_keys
 from orpo_dist.model.head import install_head
 from orpo_dist.model.mixers import find_token_mixers
 from orpo_dist.model.packed import use_packed_layout
@@ -18,6 +20,7 @@ from orpo_dist.model.verify import verify_layout
 from orpo_dist.packing.collate import PackedCollator
 from orpo_dist.packing.layout import PackedLayoutError
 from orpo_dist.packing.padded import PaddedCollator
+from tests.model.flex_reference import reference_flex
 from tests.model.packing_reference import assert_equal, packed_result, padded_result, rows
 from tests.model.tiny_models import COMMON, HEADS, tiny_model
 from tests.model.varlen_reference import reference_kernel
@@ -69,7 +72,19 @@ def test_lora_before_and_after_the_switch(family):
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "qwen3_5"])
 @pytest.mark.parametrize("sharing", [True, False])
 def test_the_varlen_path_equals_padded(monkeypatch, family, sharing):
-    monkeypatch.setattr(attention, "varlen_kernel", lambda query, value, dropout: reference_kernel)
+    kernel = Candidate("reference", on_gathered_keys(reference_kernel))
+    monkeypatch.setattr(attention, "trusted_kernel", lambda case: kernel)
+    model = tiny_model(family)
+    expected = padded_result(model)
+    use_packed_layout(model, max_length=64)
+    assert_equal(packed_result(model, prefix_sharing=sharing), expected)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "gemma3"])
+@pytest.mark.parametrize("sharing", [True, False])
+def test_the_flex_path_equals_padded(monkeypatch, family, sharing):
+    monkeypatch.setattr(attention, "trusted_kernel", lambda case: Candidate("flex", flex_packed_attention))
+    monkeypatch.setattr(attention_flex, "_compiled_flex", lambda: reference_flex)
     model = tiny_model(family)
     expected = padded_result(model)
     use_packed_layout(model, max_length=64)
@@ -296,15 +311,15 @@ def test_verification_with_the_loss_head_inside_the_forward():
     assert verify_layout(model, verdict, prefix_sharing=True).ok
 
 
-def _no_window(layout, queries, keys, window, device, visible=attention._visible):
+def _no_window(layout, queries, keys, window, device, visible=attention_sequences._visible):
     return visible(layout, queries, keys, None, device)
 
 
-def _window_too_long(layout, queries, keys, window, device, visible=attention._visible):
+def _window_too_long(layout, queries, keys, window, device, visible=attention_sequences._visible):
     return visible(layout, queries, keys, window and window + 1, device)
 
 
-def _top_left(layout, queries, keys, window, device, visible=attention._visible):
+def _top_left(layout, queries, keys, window, device, visible=attention_sequences._visible):
     return torch.ones(queries, keys, dtype=torch.bool).tril()
 
 
@@ -319,7 +334,7 @@ def test_verification_finds_faults(monkeypatch, family, fault, dtype):
             module.sliding_window = 4096
     verdict = use_packed_layout(model, max_length=8192)
     assert verify_layout(model, verdict, prefix_sharing=True).ok
-    monkeypatch.setattr(attention, "_visible", fault)
+    monkeypatch.setattr(attention_sequences, "_visible", fault)
     check = verify_layout(model, verdict, prefix_sharing=True)
     assert not check.ok and check.difference > 0.1 and "differ by" in check.reason
     assert model.config.sliding_window == 4096

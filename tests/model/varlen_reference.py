@@ -22,8 +22,7 @@ def reference_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, *, scale, wi
     return torch.cat(outputs)
 
 
-def reference_kernel(query, key, value, layout, scale, window):
-    """reference_varlen as a kernel of orpo_dist.model.attention."""
-    return reference_varlen(
-        query, key, value, layout.cu_seqlens_q, layout.cu_seqlens_k, scale=scale, window=window
-    )  # fmt: skip
+def reference_kernel(query, key, value, layout, scores):
+    """reference_varlen as a varlen function of orpo_dist.model.attention_kernels."""
+    marks = layout.cu_seqlens_q, layout.cu_seqlens_k
+    return reference_varlen(query, key, value, *marks, scale=scores.scale, window=scores.window)
