@@ -15,6 +15,7 @@ COMMANDS = {
     "train": ("orpo_dist.train", "train from a recipe: RECIPE.yaml [--field value ...]"),
     "llm": ("orpo_dist.autotrain", "train with AutoTrain's flags"),
     "data": ("orpo_dist.data.face", "check DATA or count it: check|stats DATA"),
+    "launch": ("orpo_dist.cluster.launch", "start the processes of a run on this node: RECIPE.yaml"),
     "merge": ("orpo_dist.merge", "merge a run's adapter into its base model: RUN"),
     "doctor": ("orpo_dist.doctor", "what this machine has, what is missing and how to mend it"),
     "demo": ("orpo_dist.demo", "a small model, a small preference set, before and after"),

@@ -4,8 +4,9 @@ import random
 
 import pytest
 import torch
-from launch import run_worker
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from launch import run_worker
 
 STEPS = 8
 CONFIG = dict(

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Train on the GPUs of this machine, one process each.
+#
+#   launch/multi_gpu.sh recipe.yaml [--field value ...]
+#
+# GPUS=4 takes four processes (default: one per visible GPU). CONFIG=zero3 takes that accelerate config (a name from
+# accelerate_configs/ or a file; default: by the recipe, see docs/scaling.md). PYTHON names the interpreter.
+set -euo pipefail
+
+options=()
+if [ -n "${GPUS-}" ]; then options+=(--processes-per-node "$GPUS"); fi
+if [ -n "${CONFIG-}" ]; then options+=(--accelerate-config "$CONFIG"); fi
+exec "${PYTHON:-python}" -m orpo_dist.cli launch "${options[@]}" "$@"

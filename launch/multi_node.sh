@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Train on several nodes without SLURM: run this on every node, by ssh or by any scheduler.
+#
+#   NODES=2 NODE_RANK=0 HEAD=10.0.0.1 PORT=29500 launch/multi_node.sh recipe.yaml [--field value ...]
+#   launch/multi_node.sh --nodes 2 --node-rank 1 --head-address 10.0.0.1 --port 29500 recipe.yaml [--field value ...]
+#
+# NNODES, MASTER_ADDR and MASTER_PORT, which some schedulers set, are read too. All nodes need the same versions, the
+# same recipe and a shared output_dir; the nodes meet first and say so where one differs. GPUS and CONFIG as in
+# multi_gpu.sh. NCCL_SOCKET_IFNAME (GPUs) or GLOO_SOCKET_IFNAME (CPU) names the network interface where the machine's
+# own choice is wrong.
+set -euo pipefail
+
+options=()
+if [ -n "${NODES-${NNODES-}}" ]; then options+=(--nodes "${NODES-$NNODES}"); fi
+if [ -n "${NODE_RANK-}" ]; then options+=(--node-rank "$NODE_RANK"); fi
+if [ -n "${HEAD-${MASTER_ADDR-}}" ]; then options+=(--head-address "${HEAD-$MASTER_ADDR}"); fi
+if [ -n "${PORT-${MASTER_PORT-}}" ]; then options+=(--port "${PORT-$MASTER_PORT}"); fi
+if [ -n "${GPUS-}" ]; then options+=(--processes-per-node "$GPUS"); fi
+if [ -n "${CONFIG-}" ]; then options+=(--accelerate-config "$CONFIG"); fi
+exec "${PYTHON:-python}" -m orpo_dist.cli launch "${options[@]}" "$@"

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Train on one GPU, or on the CPU where there is none.
+#
+#   launch/single_gpu.sh recipe.yaml [--field value ...]
+#
+# GPU=2 takes the third GPU. PYTHON names the interpreter (default: python).
+set -euo pipefail
+
+if [ -n "${GPU-}" ]; then export CUDA_VISIBLE_DEVICES=$GPU; fi
+exec "${PYTHON:-python}" -m orpo_dist.cli launch --processes-per-node 1 "$@"

@@ -1,0 +1,37 @@
+"""The files that travel with the package: beside it in a checkout, inside it in an installed wheel."""
+
+from pathlib import Path
+
+from orpo_dist.errors import UserError
+
+
+def shipped(folder: str, name: str) -> Path:
+    """The path of `folder/name`, for example `slurm/lib.sh`.
+
+    Raises:
+        UserError: it is in neither place.
+    """
+    package = Path(__file__).parents[1]
+    places = [package / folder, package.parent / folder]
+    for place in places:
+        if (place / name).is_file():
+            return place / name
+    raise UserError(f"{name} is neither in {places[0]} nor in {places[1]}: reinstall orpo-dist.")
+
+
+def accelerate_config(name: str) -> Path:
+    """An accelerate config by the name of a shipped one (`zero2`) or by its path.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name.endswith((".yaml", ".yml", ".json")):
+        if not Path(name).is_file():
+            raise UserError(f"accelerate config {name}: there is no such file.")
+        return Path(name)
+    known = sorted(path.stem for path in shipped("accelerate_configs", "ddp.yaml").parent.glob("*.yaml"))
+    if name not in known:
+        raise UserError(
+            f"There is no accelerate config {name!r}: give the path of a file, or one of {', '.join(known)}."
+        )
+    return shipped("accelerate_configs", f"{name}.yaml")

@@ -1,0 +1,216 @@
+"""`orpo-dist launch`: one command per node that checks what can be checked, prints the launcher's command and runs it.
+
+    orpo-dist launch RECIPE.yaml [--field value ...]                                      all GPUs of this machine
+    orpo-dist launch --nodes 2 --node-rank 0 --head-address n1 --port 29500 RECIPE.yaml   on each node, with its rank
+
+launch/*.sh and the SLURM templates call it.
+"""
+
+import argparse
+import hashlib
+import os
+import platform
+import shlex
+import socket
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NoReturn
+
+import yaml
+
+from orpo_dist import __version__
+from orpo_dist.cluster.files import accelerate_config
+from orpo_dist.cluster.glance import Glance, glance
+from orpo_dist.cluster.meeting import NodeReport, meet
+from orpo_dist.errors import UserError
+
+# Other versions of these on another node give other numbers, or a hang.
+SAME_EVERYWHERE = ("torch", "transformers", "accelerate", "peft", "trl", "deepspeed", "bitsandbytes")
+DEFAULT_PORT = 29500
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where this node stands in the run; `processes` per node."""
+
+    nodes: int = 1
+    node_rank: int = 0
+    head: str = "localhost"
+    port: int = DEFAULT_PORT
+    processes: int = 1
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.processes
+
+
+def main(argv: Sequence[str]) -> int:
+    """`orpo-dist launch`. Returns the exit code that says most about the end (see processes.run_launcher).
+
+    Raises:
+        UserError: GPUs, port, head node, run folder or versions are not as the run needs them.
+    """
+    options = _parser().parse_args(argv)
+    view = glance(options.recipe, options.flags)
+    placement = _placement(options)
+    flags = [*options.flags, *(["--use_cpu", "true"] if options.cpu else [])]
+    name = options.accelerate_config or choose_config(view, placement.world_size)
+    if placement.world_size == 1 and name == "single":
+        return _one_process(options.recipe, flags, options.dry_run)
+    # The name of a shipped config is a plain word; on a CPU a copy says so, which no flag of accelerate does.
+    config = accelerate_config(name)
+    with tempfile.TemporaryDirectory(prefix="orpo-dist-launch-") as folder:
+        if options.cpu:
+            config = _for_cpu(config, Path(folder))
+        command = launcher_command(name, config, placement, options.recipe, flags, options.cpu)
+        print(f"orpo-dist: {shlex.join(command)}", file=sys.stderr, flush=True)
+        if options.dry_run:
+            return 0
+        if placement.nodes > 1:
+            view.run_folder.mkdir(parents=True, exist_ok=True)
+            report = _report(placement, options.recipe, options.flags)
+            meet(report, placement.head, placement.port, view.run_folder, options.wait)
+        from orpo_dist.cluster.processes import run_launcher
+
+        return run_launcher(command)
+
+
+def choose_config(view: Glance, world_size: int) -> str:
+    """The accelerate config of a recipe that asks for none (docs/scaling.md): adapters fit on every GPU and need only
+    DDP; full fine-tuning shards gradients and optimizer, which is most of what it holds."""
+    if world_size == 1:
+        return "single"
+    if view.trains_adapter or view.quantised:
+        return "ddp"
+    return "zero2" if find_spec("deepspeed") else "fsdp2"
+
+
+def launcher_command(
+    name: str, config: Path, placement: Placement, recipe: str, flags: Sequence[str], cpu: bool = False
+) -> list[str]:
+    """The command that starts this node's processes.
+
+    On a CPU accelerate starts several processes for DeepSpeed and FSDP only, so DDP is torchrun's there.
+    """
+    train = ["orpo_dist.cli", "train", recipe, *flags]
+    if name == "ddp" and cpu:
+        where = [f"--nnodes={placement.nodes}", f"--nproc_per_node={placement.processes}"]
+        if placement.nodes > 1:
+            where += [f"--node_rank={placement.node_rank}"]
+            where += [f"--master_addr={placement.head}", f"--master_port={placement.port}"]
+        else:
+            where += ["--standalone"]
+        return [sys.executable, "-m", "torch.distributed.run", *where, "-m", *train]
+    where = ["--num_machines", str(placement.nodes), "--num_processes", str(placement.world_size)]
+    if placement.nodes > 1:
+        where += ["--machine_rank", str(placement.node_rank)]
+        where += ["--main_process_ip", placement.head, "--main_process_port", str(placement.port)]
+    else:
+        where += ["--main_process_port", "0"]  # any free port: two runs may share the machine
+    return [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(config),
+        *where,
+        "--module",
+        *train,
+    ]
+
+
+def _placement(options: argparse.Namespace) -> Placement:
+    if options.nodes < 1 or not 0 <= options.node_rank < options.nodes:
+        raise UserError(
+            f"--nodes {options.nodes} --node-rank {options.node_rank}: the node ranks of N nodes are 0 to N - 1."
+        )
+    if options.nodes > 1 and not options.head_address:
+        raise UserError("--head-address is missing: the name or address of the node with --node-rank 0.")
+    return Placement(
+        options.nodes, options.node_rank, options.head_address or "localhost", options.port, _processes(options)
+    )
+
+
+def _processes(options: argparse.Namespace) -> int:
+    """Processes of this node: as asked, else one per GPU, or one on a CPU."""
+    if options.cpu:
+        return options.processes_per_node or 1
+    import torch
+
+    seen, asked = torch.cuda.device_count(), options.processes_per_node
+    if asked is None:
+        if seen == 0 and options.nodes > 1:
+            raise UserError(f"{socket.gethostname()} sees no GPU. To train on the CPU, say so: --cpu.")
+        return max(seen, 1)
+    if asked > max(seen, 1):
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        said = f" (CUDA_VISIBLE_DEVICES={visible})" if visible is not None else ""
+        raise UserError(
+            f"{socket.gethostname()} sees {seen} GPUs{said}, and {asked} processes are asked for: lower "
+            "--processes-per-node, give the node its GPUs, or train on the CPU with --cpu."
+        )
+    return asked
+
+
+def _one_process(recipe: str, flags: list[str], dry_run: bool) -> int:
+    command = [sys.executable, "-m", "orpo_dist.cli", "train", recipe, *flags]
+    print(f"orpo-dist: {shlex.join(command)}", file=sys.stderr, flush=True)
+    if dry_run:
+        return 0
+    from orpo_dist.train import main as train
+
+    return train([recipe, *flags])
+
+
+def _for_cpu(config: Path, folder: Path) -> Path:
+    settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+    copy = folder / config.name
+    copy.write_text(yaml.safe_dump({**settings, "use_cpu": True}), encoding="utf-8")
+    return copy
+
+
+def _report(placement: Placement, recipe: str, flags: Sequence[str]) -> NodeReport:
+    digest = hashlib.sha256(Path(recipe).read_bytes() + "\0".join(flags).encode()).hexdigest()
+    versions = {"python": ".".join(platform.python_version_tuple()[:2]), "orpo-dist": __version__}
+    for name in SAME_EVERYWHERE:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "missing"
+    name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    return NodeReport(placement.node_rank, placement.nodes, placement.processes, name, versions, digest)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"orpo-dist launch: {message}. Options of launch come before the recipe.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="orpo-dist launch",
+        usage="orpo-dist launch [options] RECIPE.yaml [--field value ...]",
+        description="Start a run's processes on this node. Options come before the recipe; training's come after it.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--nodes", type=int, default=1, help="Nodes of the run. Default: 1.")
+    parser.add_argument("--node-rank", type=int, default=0, help="This node's number, from 0. Default: 0.")
+    parser.add_argument("--head-address", help="Name or address of node rank 0, for several nodes.")
+    parser.add_argument(
+        "--port", type=int, default=DEFAULT_PORT, help=f"Free port of the head. Default: {DEFAULT_PORT}."
+    )
+    parser.add_argument("--processes-per-node", type=int, help="Default: one per GPU of this node.")
+    parser.add_argument(
+        "--accelerate-config", metavar="NAME|FILE", help="zero2, zero3, ... or a file. Default: chosen."
+    )
+    parser.add_argument("--cpu", action="store_true", help="Train on the CPU.")
+    parser.add_argument("--wait", type=float, default=300, help="Seconds to wait for other nodes. Default: 300.")
+    parser.add_argument("--dry-run", action="store_true", help="Check this node, print the command and stop.")
+    parser.add_argument("recipe", metavar="RECIPE")
+    parser.add_argument("flags", nargs=argparse.REMAINDER, metavar="...")
+    return parser

@@ -1,0 +1,226 @@
+"""The nodes of a run meet before its processes start, so that what cannot work ends in one sentence and not in a hang.
+
+Node rank 0 listens on the port that the process group will use later; every other node connects and tells who it is.
+The listening socket is closed before anyone is answered: a node that goes on finds the port of the process group or
+none, never a late meeting.
+
+    other node -> head   {"node_rank": 1, "nodes": 2, "processes": 8, "host": "n2", "versions": {...}, "recipe": "3f"}
+    head -> other node   {"error": null, "token": "/shared/runs/a/.meeting-5c..."}     when all have come, or an error
+    other node -> head   {"sees_token": true}
+    head -> other node   {"error": null}
+"""
+
+import errno
+import json
+import socket
+import time
+import uuid
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from orpo_dist.errors import UserError
+
+RETRY_SECONDS = 0.5
+ANSWER_SECONDS = 30  # how long a node that is connected may take for its next line
+VISIBLE_SECONDS = 10  # how long a shared file system may take to show a new file on another node
+_LONGEST_LINE = 65536
+
+
+@dataclass(frozen=True)
+class NodeReport:
+    """What a node tells about itself; `processes` per node, `recipe` a digest of the file and the flags."""
+
+    node_rank: int
+    nodes: int
+    processes: int
+    host: str
+    versions: dict[str, str]
+    recipe: str
+
+
+def meet(report: NodeReport, head: str, port: int, run_folder: Path, seconds: float) -> None:
+    """Returns when all nodes of the run have come and agree; `run_folder` must be there on the head.
+
+    Raises:
+        UserError: the port is in use, the head does not answer, nodes are missing or came twice within `seconds`, nodes
+            disagree about the run or its versions, or do not share the run's folder.
+    """
+    if report.node_rank == 0:
+        _host_meeting(report, port, run_folder, seconds)
+    else:
+        _attend(report, head, port, seconds)
+
+
+def disagreement(head: NodeReport, other: NodeReport) -> str | None:
+    """What keeps `other` from joining the head's run, in one sentence."""
+    who = f"node rank {other.node_rank} ({other.host})"
+    if other.nodes != head.nodes:
+        return f"{who} was started for {other.nodes} nodes, the head ({head.host}) for {head.nodes}: give all the same."
+    if not 0 < other.node_rank < head.nodes:
+        return f"{who}: with {head.nodes} nodes the node ranks are 0 to {head.nodes - 1}."
+    if other.processes != head.processes:
+        return f"{who} starts {other.processes} processes, the head ({head.host}) {head.processes}: give all the same."
+    differing = [
+        f"{name} {other.versions.get(name, 'missing')} against {version}"
+        for name, version in head.versions.items()
+        if other.versions.get(name) != version
+    ]
+    if differing:
+        return f"{who} has other versions than the head ({head.host}): {', '.join(differing)}. Install the same."
+    if other.recipe != head.recipe:
+        return f"{who} was started with another recipe or other flags than the head ({head.host})."
+    return None
+
+
+def _host_meeting(report: NodeReport, port: int, run_folder: Path, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    with ExitStack() as stack:
+        nodes: dict[int, _Line] = {}
+        reports: dict[int, NodeReport] = {}
+        came_twice: list[_Line] = []
+        error: str | None = None
+        with _listen(port) as listening:
+            while len(nodes) < report.nodes - 1 and error is None:
+                try:
+                    listening.settimeout(max(deadline - time.monotonic(), 0.01))
+                    connection, _ = listening.accept()
+                except TimeoutError:
+                    missing = sorted(set(range(1, report.nodes)) - nodes.keys())
+                    error = (
+                        f"{len(nodes) + 1} of {report.nodes} nodes came within {seconds:.0f} s; missing node ranks: "
+                        f"{', '.join(map(str, missing))}. Start them with this head's address and port {port}, or "
+                        "correct the number of nodes."
+                    )
+                    break
+                line = stack.enter_context(_Line(connection))
+                try:
+                    other = NodeReport(**line.receive())
+                except (OSError, ValueError, TypeError):  # a stranger on the port
+                    continue
+                error = disagreement(report, other)
+                if other.node_rank in nodes:
+                    first = reports[other.node_rank].host
+                    error = (
+                        f"node rank {other.node_rank} came twice, from {first} and {other.host}: each needs its own."
+                    )
+                    came_twice.append(line)
+                    continue
+                nodes[other.node_rank] = line
+                reports[other.node_rank] = other
+        token = run_folder / f".meeting-{uuid.uuid4().hex}"
+        if error is None:
+            token.touch()
+        try:
+            for line in (*nodes.values(), *came_twice):
+                with suppress(OSError):  # it has gone; the others still want to know
+                    line.send({"error": error, "token": str(token)})
+            if error is None:
+                blind = [rank for rank, line in nodes.items() if not _answers_that_it_sees(line)]
+                if blind:
+                    error = (
+                        f"{run_folder} is not shared: node ranks {', '.join(map(str, sorted(blind)))} do not see what "
+                        "the head writes there. Set output_dir to a folder that all nodes share."
+                    )
+                for line in nodes.values():
+                    with suppress(OSError):
+                        line.send({"error": error})
+        finally:
+            token.unlink(missing_ok=True)
+        if error is not None:
+            raise UserError(error)
+        for line in nodes.values():
+            line.wait_for_end()
+
+
+def _attend(report: NodeReport, head: str, port: int, seconds: float) -> None:
+    with _Line(_connect(head, port, seconds)) as line:
+        try:
+            line.send(asdict(report))
+            answer = line.receive(seconds + ANSWER_SECONDS)
+            if answer["error"] is None:
+                line.send({"sees_token": _appears(Path(answer["token"]))})
+                answer = line.receive()
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"The head node {head}:{port} ended the meeting ({error}): its own message says why."
+            ) from error
+    if answer["error"] is not None:
+        raise UserError(answer["error"])
+
+
+def _listen(port: int) -> socket.socket:
+    both = socket.has_dualstack_ipv6()
+    try:
+        family = socket.AF_INET6 if both else socket.AF_INET
+        return socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=128)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise UserError(
+                f"Port {port} is in use on the head node ({socket.gethostname()}): another run, or one that has not "
+                "ended. Choose another with --port, on all nodes."
+            ) from error
+        raise UserError(f"Port {port} cannot be used on the head node: {error}. Choose another with --port.") from error
+
+
+def _connect(head: str, port: int, seconds: float) -> socket.socket:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return socket.create_connection((head, port), timeout=max(min(5.0, deadline - time.monotonic()), 0.1))
+        except OSError as error:
+            if time.monotonic() + RETRY_SECONDS > deadline:
+                raise UserError(
+                    f"The head node did not answer at {head}:{port} within {seconds:.0f} s ({error}). Was node rank 0 "
+                    "started there, with the same port? Can this node reach that address (name, network, firewall)?"
+                ) from error
+            time.sleep(RETRY_SECONDS)
+
+
+def _answers_that_it_sees(line: "_Line") -> bool:
+    try:
+        return bool(line.receive(VISIBLE_SECONDS + ANSWER_SECONDS)["sees_token"])
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _appears(path: Path) -> bool:
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(RETRY_SECONDS)
+    return True
+
+
+class _Line:
+    """JSON objects over a connection, one per line."""
+
+    def __init__(self, connection: socket.socket):
+        self._connection = connection
+        self._file = connection.makefile("rb")
+
+    def __enter__(self) -> "_Line":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self._connection.close()
+
+    def send(self, message: dict[str, Any]) -> None:
+        self._connection.settimeout(ANSWER_SECONDS)
+        self._connection.sendall(json.dumps(message).encode() + b"\n")
+
+    def receive(self, seconds: float = ANSWER_SECONDS) -> dict[str, Any]:
+        """The next object; OSError (also in time) or ValueError where there is none."""
+        self._connection.settimeout(seconds)
+        message = json.loads(self._file.readline(_LONGEST_LINE) or b"null")
+        if not isinstance(message, dict):
+            raise ValueError("the connection was closed")
+        return message
+
+    def wait_for_end(self) -> None:
+        """The other side closes first, so that the wait state of a closed connection is not on the head's port."""
+        with suppress(OSError, ValueError):
+            self.receive()

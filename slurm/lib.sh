@@ -1,0 +1,356 @@
+# shellcheck shell=bash
+# What every template does. A job is a chain of attempts: it stops with a checkpoint before its time limit or when it
+# is preempted, asks SLURM to start it again, and goes on where it was, until the run is finished. docs/slurm.md tells
+# the whole story. Everything a chain must remember is in RUN/slurm/:
+#
+#   attempt        number of the last attempt            done        the run is finished: later jobs end at once
+#   outcome        how the last attempt ended            excluded    nodes that failed their health check
+#   failed_at      checkpoint of the last failure        cancel.JOB  `orpo-dist cancel` asked for the end
+#   chain.ID       a chain of jobs that failed for good
+#   logs/          JOB.ATTEMPT.nodeN.log                 exit/, health/   what each node of an attempt said
+
+set -uo pipefail
+
+# Exit codes of a run (docs/runs.md).
+BAD_INPUT=2 NOT_FINITE=3 STOPPED=75
+
+say() { printf '%s orpo-dist: %s\n' "$(date '+%F %T')" "$*"; }
+
+fail() { # fail CODE MESSAGE: the end of the job, without a restart
+    say "error: $2" >&2
+    if [ -d "${STATE-}" ]; then
+        echo "failed ($1): $2" >"$STATE/outcome"
+        [ -z "${CHAIN-}" ] || echo "$2" >"$STATE/chain.$CHAIN"
+    fi
+    exit "$1"
+}
+
+# --- the environment ---------------------------------------------------------------------------------------------
+
+set_environment() {
+    site_setup || fail 1 "site_setup of the site profile failed."
+    PYTHON=${PYTHON:-python}
+    # srun no longer takes the job's --cpus-per-task by itself (SLURM 22.05).
+    [ -z "${SLURM_CPUS_PER_TASK-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+    [ -z "$SITE_CACHE" ] || export HF_HOME=$SITE_CACHE
+    # NCCL finds its interfaces itself; NCCL_SOCKET_IFNAME stays as the user set it. On a hang every rank's last
+    # collectives are written beside the logs (torch's flight recorder).
+    export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
+    export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
+    export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
+    [ "${PROCESSES:-0}" -gt 0 ] || PROCESSES=1
+    local cpus=${SLURM_CPUS_PER_TASK:-1}
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > PROCESSES ? cpus / PROCESSES : 1))}
+    set_container
+}
+
+# SRUN_CONTAINER goes to srun (pyxis), IN_CONTAINER before the command (apptainer).
+set_container() {
+    SRUN_CONTAINER=() IN_CONTAINER=()
+    local runtime=${CONTAINER_RUNTIME:-$SITE_CONTAINER_RUNTIME} image=${CONTAINER_IMAGE:-$SITE_CONTAINER_IMAGE}
+    local mounts=$SITE_CONTAINER_MOUNTS
+    [ -n "$runtime" ] || return 0
+    [ -n "$image" ] || fail $BAD_INPUT "SITE_CONTAINER_IMAGE of the site profile names no image."
+    mounts=${mounts:+$mounts,}$PWD:$PWD
+    case $runtime in
+    pyxis)
+        SRUN_CONTAINER=(--container-image="$image" --container-mounts="$mounts" --container-workdir="$PWD" --no-container-mount-home)
+        ;;
+    apptainer)
+        [ -e "$image" ] || [[ $image == *://* ]] || fail $BAD_INPUT "the container image $image is not there."
+        IN_CONTAINER=(apptainer exec --bind "$mounts" --pwd "$PWD")
+        [ "$GPUS" = 0 ] || IN_CONTAINER+=(--nv)
+        IN_CONTAINER+=("$image")
+        ;;
+    *) fail $BAD_INPUT "SITE_CONTAINER_RUNTIME=$runtime: pyxis and apptainer are known." ;;
+    esac
+}
+
+on_head() { # a command in the environment of the run, on one node
+    if [ ${#SRUN_CONTAINER[@]} -gt 0 ]; then
+        srun --nodes=1 --ntasks=1 --overlap "${SRUN_CONTAINER[@]}" "$@"
+    else
+        ${IN_CONTAINER[@]+"${IN_CONTAINER[@]}"} "$@"
+    fi
+}
+
+# --- what the chain remembers --------------------------------------------------------------------------------------
+
+open_run() { # open_run RECIPE [--field value ...]: RUN, STATE, LOGS and the number of this attempt
+    [ $# -gt 0 ] || fail $BAD_INPUT "usage: sbatch TEMPLATE recipe.yaml [--field value ...]"
+    [ -f "$1" ] || fail $BAD_INPUT "$1: there is no such recipe (folder: $PWD)."
+    RUN=$(on_head "$PYTHON" -m orpo_dist.cluster.glance "$@") || fail $BAD_INPUT "the recipe $1 cannot be read."
+    refuse_local_folder
+    STATE=$RUN/slurm LOGS=$RUN/slurm/logs
+    mkdir -p "$LOGS" "$STATE/exit" "$STATE/health" || fail $BAD_INPUT "cannot write the run's folder $RUN."
+    if [ -e "$STATE/done" ]; then
+        say "$RUN is finished ($(<"$STATE/done")): nothing to do."
+        exit 0
+    fi
+    # The jobs of `submit --chain` come one after the other instead of one that is requeued.
+    if [ -n "${CHAIN-}" ] && [ -e "$STATE/chain.$CHAIN" ]; then
+        say "an earlier job of this chain has failed for good: $(<"$STATE/chain.$CHAIN")"
+        exit 1
+    fi
+    ATTEMPT=$(($(cat "$STATE/attempt" 2>/dev/null || echo 0) + 1))
+    echo "$ATTEMPT" >"$STATE/attempt"
+    RESTARTS=${SLURM_RESTART_COUNT:-0}
+    # A checkpoint of an earlier job of this run is continued, as is one of this job before its restart.
+    RESUME=(--resume_from_checkpoint auto)
+    [[ " $* " != *" --resume_from_checkpoint"* ]] || RESUME=()
+    # For `orpo-dist status`, which finds its jobs by it.
+    scontrol update JobId="$SLURM_JOB_ID" Comment="orpo-dist:$RUN" >/dev/null 2>&1 || true
+    say "job $SLURM_JOB_ID, attempt $ATTEMPT (restart $RESTARTS) of $RUN on $SLURM_JOB_NODELIST"
+}
+
+refuse_local_folder() {
+    local folder
+    for folder in $SITE_SHARED_FOLDERS; do
+        [[ $RUN/ != "${folder%/}"/* ]] || return 0
+    done
+    [ -z "$SITE_SHARED_FOLDERS" ] ||
+        fail $BAD_INPUT "output_dir $RUN is in none of the shared folders of the site profile ($SITE_SHARED_FOLDERS)."
+    for folder in $SITE_LOCAL_FOLDERS; do
+        [[ $RUN/ != "${folder%/}"/* ]] ||
+            fail $BAD_INPUT "output_dir $RUN is on $folder, which each node has for itself: checkpoints would be lost."
+    done
+}
+
+newest_checkpoint() {
+    local marker newest=none best=-1 number
+    for marker in "$RUN"/checkpoint-*/complete.json; do
+        [ -e "$marker" ] || continue
+        number=${marker%/complete.json} number=${number##*checkpoint-}
+        [[ $number =~ ^[0-9]+$ ]] && [ "$number" -gt "$best" ] && best=$number newest=checkpoint-$number
+    done
+    echo "$newest"
+}
+
+# --- nodes -----------------------------------------------------------------------------------------------------------
+
+# Runs on every node, before the training: says "ok" or what is wrong in RUN/slurm/health/ATTEMPT.NODE.
+# shellcheck disable=SC2317
+node_health() { # node_health STATE ATTEMPT GPUS
+    local report=$1/health/$2.$SLURMD_NODENAME found
+    for _ in $(seq 20); do # a shared file system may show a new file late
+        [ -e "$1/health/$2.token" ] && break
+        sleep 0.5
+    done
+    # Without the shared folder there is nowhere to write: the missing report says it.
+    [ -e "$1/health/$2.token" ] || { echo "does not see $1" >&2; return 1; }
+    if [ "$3" -gt 0 ] && command -v nvidia-smi >/dev/null; then
+        found=$(timeout 60 nvidia-smi --query-gpu=uuid --format=csv,noheader 2>&1 | grep -c '^GPU-')
+        [ "$found" -ge "$3" ] || { echo "nvidia-smi sees $found of $3 GPUs" >"$report"; return 1; }
+    fi
+    if [ -n "$SITE_SCRATCH" ] && ! { mkdir -p "$SITE_SCRATCH" && [ -w "$SITE_SCRATCH" ]; }; then
+        echo "cannot write $SITE_SCRATCH" >"$report"
+        return 1
+    fi
+    site_health_check || { echo "site_health_check failed" >"$report"; return 1; }
+    echo ok >"$report"
+}
+
+check_nodes() { # BAD_NODES: those that did not report "ok"
+    local node report
+    BAD_NODES=()
+    touch "$STATE/health/$ATTEMPT.token"
+    timeout 300 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --overlap \
+        bash -c "$(declare -f node_health site_health_check site_setup); SITE_SCRATCH='$SITE_SCRATCH'
+            site_setup; node_health \"\$@\"" health "$STATE" "$ATTEMPT" "$GPUS" || true
+    for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
+        report=$(cat "$STATE/health/$ATTEMPT.$node" 2>/dev/null || echo "gave no report: is $RUN shared?")
+        [ "$report" = ok ] || { BAD_NODES+=("$node"); say "node $node: $report"; }
+    done
+    rm -f "$STATE/health/$ATTEMPT.token"
+    [ ${#BAD_NODES[@]} -gt 0 ] || return 0
+    [ ${#BAD_NODES[@]} -lt "$SLURM_JOB_NUM_NODES" ] ||
+        fail 1 "every node fails its health check: this is the check, the run's folder or the site profile, no node."
+    return 1
+}
+
+# --- one attempt -----------------------------------------------------------------------------------------------------
+
+# Why the attempt was told to stop: USR1 (time limit, preemption, cancel) or TERM (SLURM ends the job). From the first
+# line on: with a short time limit the signal may come at once.
+STOPPING=""
+trap 'STOPPING=USR1' USR1
+trap 'STOPPING=${STOPPING:-TERM}' TERM
+
+# Runs on every node. A stopped run (75) is no failure for srun, which would kill the nodes that are still at it; the
+# file says what it was.
+# shellcheck disable=SC2317
+node_task() { # node_task EXIT_FOLDER/ATTEMPT SCRATCH COMMAND...
+    local report=$1.$SLURM_NODEID scratch=$2 attempt=${1##*/} code
+    shift 2
+    trap : TERM INT USR1 # SLURM signals the processes too; this shell waits for them
+    # shellcheck disable=SC2030
+    [ -z "$scratch" ] || { mkdir -p "$scratch" && export TMPDIR=$scratch; }
+    printf '=== %s attempt %s on %s (node rank %s)\n' "$(date '+%F %T')" "$attempt" "$SLURMD_NODENAME" "$SLURM_NODEID"
+    "${@//@NODE_RANK@/$SLURM_NODEID}"
+    code=$?
+    echo "$code" >"$report"
+    [ "$code" != 75 ] || code=0
+    return "$code"
+}
+
+run_attempt() { # run_attempt RECIPE [--field value ...]: CODE is what the nodes' exit codes say together
+    local step log=$LOGS/$SLURM_JOB_ID.$ATTEMPT.node%n.log launch=(--nodes "$SLURM_JOB_NUM_NODES")
+    if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
+        launch+=(--node-rank @NODE_RANK@ --head-address "$(head_node)" --port "$(job_port)")
+    fi
+    launch+=(--processes-per-node "$PROCESSES" --wait 300)
+    [ -z "$CONFIG" ] || launch+=(--accelerate-config "$CONFIG")
+    [ "$GPUS" != 0 ] || launch+=(--cpu)
+    # Of two attempts that overlap in time, the later must not meet the earlier.
+    export PET_RDZV_ID=$SLURM_JOB_ID.$RESTARTS
+    export TORCH_NCCL_DEBUG_INFO_TEMP_FILE=$LOGS/$SLURM_JOB_ID.$ATTEMPT.nccl_trace_rank_
+    say "logs: ${log/\%n/*}"
+    # --wait: when one node is done, the others have a minute.
+    srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --wait=60 \
+        --kill-on-bad-exit=1 --open-mode=append --output="$log" ${SRUN_CONTAINER[@]+"${SRUN_CONTAINER[@]}"} \
+        bash -c "$(declare -f node_task); node_task \"\$@\"" node "$STATE/exit/$ATTEMPT" "$SITE_SCRATCH" \
+        ${IN_CONTAINER[@]+"${IN_CONTAINER[@]}"} "$PYTHON" -m orpo_dist.cli launch "${launch[@]}" \
+        "$@" ${RESUME[@]+"${RESUME[@]}"} &
+    step=$!
+    while kill -0 "$step" 2>/dev/null; do
+        # Again and again: a run removes the file when it starts, and it may be starting.
+        [ -z "$STOPPING" ] || touch "$RUN/STOP"
+        sleep 2 &
+        wait $! # ends at once when a signal comes
+    done
+    wait "$step"
+    CODE=$(attempt_code $?)
+    rm -f "$RUN/STOP"
+}
+
+head_node() { scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1; }
+
+# Outside the ephemeral range (32768 and above), another one for every job and restart.
+job_port() { echo $((10000 + (SLURM_JOB_ID + RESTARTS) % 20000)); }
+
+attempt_code() { # attempt_code STEP_CODE: of the nodes' exit codes the one to act on
+    local codes code
+    codes=" $(cat "$STATE/exit/$ATTEMPT".* 2>/dev/null | tr '\n' ' ') "
+    for code in $BAD_INPUT $NOT_FINITE $STOPPED; do
+        [[ $codes != *" $code "* ]] || { echo "$code"; return; }
+    done
+    echo "$1"
+}
+
+# --- afterwards --------------------------------------------------------------------------------------------------------
+
+conclude() { # what follows from CODE
+    local newest
+    newest=$(newest_checkpoint)
+    if [ "$CODE" = 0 ]; then
+        date '+%F %T' >"$STATE/done"
+        echo finished >"$STATE/outcome"
+        say "finished: $RUN"
+        exit 0
+    fi
+    [ "$CODE" = $STOPPED ] || show_ends
+    if [ -e "$STATE/cancel.$SLURM_JOB_ID" ]; then
+        echo "cancelled at $newest" >"$STATE/outcome"
+        say "cancelled; newest checkpoint: $newest. Submit the same recipe again to go on."
+        scancel "$SLURM_JOB_ID" # so that jobs that depend on this one do not start
+        sleep 60
+        exit "$CODE"
+    fi
+    case $CODE in
+    "$BAD_INPUT") fail "$CODE" "bad input: a restart would end the same way. See the logs." ;;
+    "$NOT_FINITE") fail "$CODE" "too many steps without finite numbers: a restart would end the same way. See the logs." ;;
+    "$STOPPED")
+        if [ -z "$STOPPING" ]; then # a stop file or max_runtime: somebody's wish
+            echo "stopped at $newest" >"$STATE/outcome"
+            say "stopped, not by SLURM; newest checkpoint: $newest. Submit the same recipe again to go on."
+            exit "$CODE"
+        fi
+        restart "stopped for SLURM ($STOPPING) at $newest"
+        ;;
+    *)
+        # Once per checkpoint: a failure that comes again at the same place would come for ever.
+        if [ "$(cat "$STATE/failed_at" 2>/dev/null)" = "$newest" ]; then
+            fail "$CODE" "failed twice with no new checkpoint in between (newest: $newest). See the logs."
+        fi
+        echo "$newest" >"$STATE/failed_at"
+        restart "failed with exit code $CODE, newest checkpoint: $newest"
+        ;;
+    esac
+}
+
+show_ends() {
+    local log
+    for log in "$LOGS/$SLURM_JOB_ID.$ATTEMPT".node*.log; do
+        [ ! -e "$log" ] || { say "the end of $log:"; tail -n 15 "$log"; }
+    done
+}
+
+restart() { # restart REASON: SLURM starts this job again, without the nodes in RUN/slurm/excluded
+    local limit=${MAX_RESTARTS:-$SITE_MAX_RESTARTS} excluded
+    if [ -n "${CHAIN-}" ]; then
+        echo "waiting for the next job of the chain: $1" >"$STATE/outcome"
+        say "$1; the next job of the chain goes on."
+        exit "$STOPPED"
+    fi
+    case $(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p') in
+    CANCELLED)
+        echo "cancelled: $1" >"$STATE/outcome"
+        say "$1; cancelled. Submit the same recipe again to go on."
+        exit "$STOPPED"
+        ;;
+    PENDING | PREEMPTED | NODE_FAIL | REQUEUED)
+        echo "restarting: $1" >"$STATE/outcome"
+        say "$1; SLURM starts it again."
+        exit "$STOPPED"
+        ;;
+    esac
+    [ "$RESTARTS" -lt "$limit" ] || fail 1 "$1; started $RESTARTS times again already, the limit (SITE_MAX_RESTARTS)."
+    echo "restarting: $1" >"$STATE/outcome"
+    say "$1; starting again."
+    trap '' TERM USR1 # a requeue ends this script, perhaps before it has named the nodes
+    if ! scontrol requeue "$SLURM_JOB_ID"; then
+        fail 1 "$1; SLURM does not requeue here: submit a chain instead (orpo-dist submit --chain 5)."
+    fi
+    excluded=$(sort -u "$STATE/excluded" 2>/dev/null | paste -sd, -)
+    if [ -n "$excluded" ]; then
+        scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$excluded" && say "without $excluded"
+    fi
+    sleep 60 # until SLURM ends this script
+    exit 0
+}
+
+# --- what templates call -----------------------------------------------------------------------------------------------
+
+train() { # train RECIPE [--field value ...]
+    set_environment
+    open_run "$@"
+    # A training job reads what a prefetch or an earlier run has put into the cache (HF_HUB_OFFLINE=0 allows downloads).
+    export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
+    if ! check_nodes; then
+        printf '%s\n' "${BAD_NODES[@]}" >>"$STATE/excluded"
+        restart "unhealthy: ${BAD_NODES[*]}"
+    fi
+    run_attempt "$@"
+    conclude
+}
+
+sweep() { # sweep RECIPE SWEEP_FILE [--field value ...]: line i of the file has the flags of array task i, from 0
+    local recipe=${1-} file=${2-} line folder index=${SLURM_ARRAY_TASK_ID-}
+    [ -f "$file" ] || fail $BAD_INPUT "usage: sbatch --array=0-N sweep.sbatch recipe.yaml sweep.txt"
+    [ -n "$index" ] || fail $BAD_INPUT "not an array job: sbatch --array=0-N $*"
+    shift 2
+    line=$(grep -v '^[[:space:]]*\(#\|$\)' "$file" | sed -n "$((index + 1))p")
+    [ -n "$line" ] || fail $BAD_INPUT "$file has no line $index (the first is 0; comments and empty lines do not count)."
+    set_environment
+    folder=$(on_head "$PYTHON" -m orpo_dist.cluster.glance "$recipe" "$@") || fail $BAD_INPUT "the recipe $recipe cannot be read."
+    eval "set -- \"\$@\" $line" # the line may quote
+    train "$recipe" "$@" --output_dir "$folder/$index"
+}
+
+prefetch() { # prefetch RECIPE [--field value ...]: model, rows and tokenised pairs to the shared cache
+    [ $# -gt 0 ] || fail $BAD_INPUT "usage: sbatch prefetch.sbatch recipe.yaml [--field value ...]"
+    GPUS=0
+    set_environment
+    on_head "$PYTHON" -m orpo_dist.cli prefetch "$@"
+    exit $?
+}

@@ -1,0 +1,124 @@
+"""`orpo-dist launch`: the command of a node, and what is refused before anything is started."""
+
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from orpo_dist.cli import main
+from orpo_dist.cluster.files import accelerate_config, shipped
+from orpo_dist.cluster.glance import glance
+from orpo_dist.cluster.launch import Placement, choose_config, launcher_command
+from orpo_dist.cluster.processes import telling_code
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text("model_name_or_path: tiny\ndataset_name: pairs.jsonl\nlearning_rate: 1e-5\n")
+    return path
+
+
+def test_glance_reads_file_and_flags(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert glance(recipe).run_folder == tmp_path / "runs" / "tiny"
+    assert not glance(recipe).trains_adapter
+    view = glance(recipe, ["--output_dir=elsewhere", "--use_peft", "--beta", "0.2", "--load-in-4bit", "true"])
+    assert view.run_folder == tmp_path / "elsewhere"
+    assert view.trains_adapter and view.quantised and view.values["beta"] == 0.2
+
+
+def test_glance_as_a_program_needs_no_torch(recipe):
+    program = (
+        "import sys; from orpo_dist.cluster.glance import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, recipe], capture_output=True, text=True, timeout=60, cwd=REPOSITORY
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(REPOSITORY / "runs" / "tiny")
+
+
+@pytest.mark.parametrize(
+    ("flags", "world_size", "config"),
+    [([], 1, "single"), ([], 8, "zero2"), (["--use_peft"], 8, "ddp"), (["--load_in_4bit", "true"], 16, "ddp")],
+)
+def test_the_config_follows_the_recipe(recipe, flags, world_size, config):
+    pytest.importorskip("deepspeed")
+    assert choose_config(glance(recipe, flags), world_size) == config
+
+
+def test_commands():
+    config, accelerate = Path("zero3.yaml"), "-m accelerate.commands.launch --config_file zero3.yaml"
+    alone = launcher_command("zero3", config, Placement(processes=8), "r.yaml", ["--beta", "0.2"])
+    assert shlex.join(alone[1:]) == (
+        f"{accelerate} --num_machines 1 --num_processes 8 --main_process_port 0 "
+        "--module orpo_dist.cli train r.yaml --beta 0.2"
+    )
+    second = launcher_command("zero3", config, Placement(2, 1, "n1", 12345, 8), "r.yaml", [])
+    assert shlex.join(second[1:]) == (
+        f"{accelerate} --num_machines 2 --num_processes 16 --machine_rank 1 --main_process_ip n1 "
+        "--main_process_port 12345 --module orpo_dist.cli train r.yaml"
+    )
+    on_cpu = launcher_command("ddp", config, Placement(2, 1, "n1", 12345, 2), "r.yaml", [], cpu=True)
+    assert shlex.join(on_cpu[1:]) == (
+        "-m torch.distributed.run --nnodes=2 --nproc_per_node=2 --node_rank=1 --master_addr=n1 --master_port=12345 "
+        "-m orpo_dist.cli train r.yaml"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--nodes", "2", "--node-rank", "2", "--head-address", "n1"], "the node ranks of N nodes are 0 to N - 1"),
+        (["--nodes", "2"], "--head-address is missing"),
+        (["--processes-per-node", "64"], "64 processes are asked for"),
+        (["--cpu", "--processes-per-node", "2", "--accelerate-config", "zero9"], "no accelerate config 'zero9'"),
+        (["--cpu", "--accelerate-config", "mine.yaml"], "mine.yaml: there is no such file"),
+        (["--frobnicate"], "Options of launch come before the recipe"),
+    ],
+)
+def test_refused_before_anything_starts(recipe, capsys, arguments, said):
+    assert main(["launch", *arguments, str(recipe)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_several_nodes_without_gpus_must_say_cpu(recipe, capsys):
+    if torch.cuda.device_count():
+        pytest.skip("this machine has GPUs")
+    assert main(["launch", "--nodes", "2", "--head-address", "n1", str(recipe)]) == 2
+    assert "sees no GPU. To train on the CPU, say so: --cpu" in capsys.readouterr().err
+
+
+def test_dry_run_prints_the_command(recipe, capsys):
+    arguments = ["launch", "--dry-run", "--cpu", "--processes-per-node", "2", "--accelerate-config", "fsdp2"]
+    assert main([*arguments, str(recipe), "--beta", "0.2"]) == 0
+    said = capsys.readouterr().err
+    assert "fsdp2.yaml --num_machines 1 --num_processes 2" in said
+    assert said.rstrip().endswith(f"train {recipe} --beta 0.2 --use_cpu true")
+
+
+@pytest.mark.parametrize(
+    ("codes", "code"),
+    [
+        ([1, 2, -signal.SIGTERM], 2),
+        ([75, 3], 3),
+        ([75, -signal.SIGTERM, 75], 75),
+        ([1, -signal.SIGTERM], 1),
+        ([-signal.SIGTERM, -signal.SIGKILL], 137),
+        ([-signal.SIGTERM], 143),
+    ],
+)
+def test_of_several_exit_codes_the_telling_one(codes, code):
+    assert telling_code(codes) == code
+
+
+def test_shipped_files_exist():
+    assert accelerate_config("zero2").name == "zero2.yaml"
+    assert shipped("slurm", "lib.sh").is_file()
