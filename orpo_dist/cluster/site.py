@@ -1,0 +1,105 @@
+"""The site profile: what a cluster is like, in one shell file (slurm/site.sh) that templates and `submit` read."""
+
+import os
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from orpo_dist.cluster.files import shipped
+from orpo_dist.errors import UserError
+
+# Names of the profile without SITE_, each a field of SiteProfile in lower case.
+_NAMES = (
+    "PARTITION", "ACCOUNT", "QOS", "CONSTRAINT", "GPU_REQUEST", "SBATCH", "SHARED_FOLDERS", "LOCAL_FOLDERS", "CACHE",
+    "CONTAINER_RUNTIME", "CONTAINER_IMAGE", "SUBMIT",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SiteProfile:
+    """Values of a profile; empty texts mean the cluster's default. `text`: the file itself."""
+
+    path: Path
+    text: str
+    partition: str = ""
+    account: str = ""
+    qos: str = ""
+    constraint: str = ""
+    gpu_request: str = "--gpus-per-node=%d"
+    sbatch: str = ""
+    shared_folders: str = ""
+    local_folders: str = ""
+    cache: str = ""
+    container_runtime: str = ""
+    container_image: str = ""
+    submit: str = ""
+
+    def refusal_of(self, folder: Path) -> str | None:
+        """Why compute nodes would not see `folder`, or None."""
+        shared = self.shared_folders.split()
+        if any(_is_below(folder, place) for place in shared):
+            return None
+        if shared:
+            return f"is in none of the shared folders of the site profile ({self.shared_folders})"
+        local = next((place for place in self.local_folders.split() if _is_below(folder, place)), None)
+        return f"is on {local}, which each node has for itself" if local else None
+
+
+def read_site(path: str | None = None) -> SiteProfile:
+    """The profile at `path`, at $ORPO_DIST_SITE, at slurm/site.sh below the current folder, or the shipped one.
+
+    Raises:
+        UserError: no such file, or bash cannot read it.
+    """
+    named = path or os.environ.get("ORPO_DIST_SITE")
+    own = Path("slurm/site.sh")
+    file = Path(named) if named else own if own.is_file() else shipped("slurm", "site.sh")
+    if not file.is_file():
+        raise UserError(f"site profile {file}: there is no such file.")
+    echo = " ".join(f'"${{SITE_{name}-}}"' for name in _NAMES)
+    done = subprocess.run(
+        ["bash", "-c", f"source \"$1\" >/dev/null && printf '%s\\0' {echo}", "site", str(file)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise UserError(f"site profile {file}: bash cannot read it: {done.stderr.strip()}")
+    values = done.stdout.split("\0")[: len(_NAMES)]
+    return SiteProfile(
+        file.absolute(), file.read_text("utf-8"), **dict(zip(map(str.lower, _NAMES), values, strict=True))
+    )
+
+
+def gpu_option(site: SiteProfile, count: int) -> tuple[str, str]:
+    """How the site asks for GPUs, as (option, value): `("gpus-per-node", "8")`, `("gres", "gpu:a100:8")`.
+
+    Raises:
+        UserError: SITE_GPU_REQUEST is no option with one %d.
+    """
+    option, _, value = site.gpu_request.removeprefix("--").partition("=")
+    if not site.gpu_request.startswith("--") or value.count("%d") != 1:
+        raise UserError(
+            f"{site.path}: SITE_GPU_REQUEST={site.gpu_request!r} is no option with a %d, such as --gres=gpu:%d."
+        )
+    return option, value.replace("%d", str(count))
+
+
+def sbatch_options(words: Sequence[str], where: str) -> dict[str, str | None]:
+    """Further options of sbatch: `--mail-type=END --exclusive` as a mapping.
+
+    Raises:
+        UserError: a word that is no `--option` or `--option=value`.
+    """
+    options: dict[str, str | None] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not name.startswith("--") or len(name) < 3:
+            raise UserError(f"{where}: {word!r} is not of the form --option or --option=value.")
+        options[name[2:]] = value if equals else None
+    return options
+
+
+def _is_below(folder: Path, place: str) -> bool:
+    return folder.is_relative_to(place)

@@ -1,0 +1,312 @@
+"""`orpo-dist submit RECIPE.yaml --nodes N --gpus-per-node G --time T ...`: a run as a job of SLURM.
+
+Renders a template of slurm/ with the site profile in it, checks what can be checked on the login node, and submits it.
+"""
+
+import argparse
+import dataclasses
+import json
+import re
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from orpo_dist.cluster import slurm
+from orpo_dist.cluster.files import accelerate_config
+from orpo_dist.cluster.glance import Glance, glance
+from orpo_dist.cluster.job import JobRequest, check_request, choose_template, seconds_of
+from orpo_dist.cluster.render import render
+from orpo_dist.cluster.site import SiteProfile, read_site, sbatch_options
+from orpo_dist.errors import UserError
+
+_PATHS = ("dataset_name", "model_name_or_path", "adapter_name_or_path")
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What is about to be submitted: scripts in the order in which they run."""
+
+    run_folder: Path
+    recipe: Path
+    scripts: dict[str, str]
+    notes: list[str]
+
+
+def main(argv: Sequence[str]) -> int:
+    """`orpo-dist submit`. Returns 0 when the job is submitted, or printed with `--dry-run`.
+
+    Raises:
+        UserError: the recipe, the resources or the folders cannot work, or SLURM refuses.
+    """
+    options, flags = _parser().parse_known_args(argv)
+    submission = prepare(options, [word for word in flags if word != "--"])
+    for note in submission.notes:
+        print(f"orpo-dist: {note}", file=sys.stderr)
+    if options.dry_run:
+        print("\n".join(submission.scripts.values()), end="")
+        return 0
+    job_ids = submit(submission, options.dependency, chain=options.chain or 1)
+    print("\n".join(what_now(submission, job_ids)))
+    return 0
+
+
+def prepare(options: argparse.Namespace, flags: list[str]) -> Submission:
+    """Check everything and render the scripts. Submits nothing.
+
+    Raises:
+        UserError: the recipe, the resources or the folders cannot work.
+    """
+    site = read_site(options.site)
+    view = glance(options.recipe, flags)
+    job = _request(options, view)
+    check_request(job)
+    if job.config is not None:
+        accelerate_config(job.config)
+    _check_recipe(options.recipe, flags)
+    runs = _sweep_size(options.sweep) if options.sweep else None
+    if (options.array is not None or runs is not None) and options.chain:
+        raise UserError("--chain is for a single run: an array's runs are requeued.")
+    if options.array is not None and runs is None:
+        raise UserError("--array needs --sweep FILE: a line of flags for each of the runs.")
+    if runs is not None:
+        job = dataclasses.replace(job, array=_array(options.array, runs))
+    notes = _check_folders(view, site, sweep=options.sweep)
+    notes += _offline_note(view, prefetch=options.prefetch)
+    if not options.dry_run:
+        job = _fitted(job, site)
+        if runs is None:
+            _refuse_second_job(view.run_folder, options.dependency)
+    template = choose_template(job, site, images=view.values.get("image_column") is not None)
+    recipe = view.run_folder / "slurm" / "recipe.yaml"
+    rest = ["--output_dir", str(view.run_folder)]
+    training = [str(recipe), *([str(Path(options.sweep).absolute())] if options.sweep else []), *flags, *rest]
+    scripts = {}
+    if options.prefetch:
+        fetch = dataclasses.replace(
+            job, name=f"{job.name}-prefetch", nodes=1, gpus=0, cpus=None, time=options.prefetch_time, array=None,
+            stop_before=None, chain=None, dependency=None,
+        )  # fmt: skip
+        scripts["prefetch"] = render("prefetch", fetch, site, [str(recipe), *flags, *rest])
+    scripts["job"] = render(template, job, site, training)
+    return Submission(view.run_folder, recipe, scripts, notes)
+
+
+def submit(submission: Submission, dependency: str | None = None, *, chain: int = 1) -> list[str]:
+    """Write the scripts and the recipe into the run's folder and submit them. Returns the jobs' ids, as they run.
+
+    Raises:
+        UserError: SLURM refuses.
+    """
+    folder = submission.recipe.parent
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    job_ids: list[str] = []
+    for name, script in submission.scripts.items():
+        path = folder / f"{name}.sbatch"
+        path.write_text(script, "utf-8")
+        path.chmod(0o755)
+    if "prefetch" in submission.scripts:
+        job_ids.append(slurm.sbatch(folder / "prefetch.sbatch", dependency))
+        dependency = f"afterok:{job_ids[-1]}"
+    for _ in range(chain):
+        job_ids.append(slurm.sbatch(folder / "job.sbatch", dependency))
+        dependency = f"afterany:{job_ids[-1]}"
+    with (folder / "jobs.jsonl").open("a", encoding="utf-8") as file:
+        for job_id in job_ids:
+            file.write(json.dumps({"job_id": job_id, "submitted": time.strftime("%Y-%m-%d %H:%M:%S")}) + "\n")
+    return job_ids
+
+
+def what_now(submission: Submission, job_ids: list[str]) -> list[str]:
+    """For the person at the terminal: ids, logs, how to watch and how to cancel."""
+    folder, last = submission.recipe.parent, job_ids[-1]
+    return [
+        f"Submitted job{'s' if len(job_ids) > 1 else ''} {', '.join(job_ids)}",
+        f"run     {submission.run_folder}",
+        f"script  {folder / 'job.sbatch'}",
+        f"log     {folder / 'logs' / f'{last}.log'}   (the job)",
+        f"logs    {folder / 'logs' / f'{last}.*.node*.log'}   (training, a file per attempt and node)",
+        f"watch   orpo-dist status {shlex.quote(str(submission.run_folder))}",
+        f"cancel  orpo-dist cancel {last}   (saves a checkpoint first)",
+    ]
+
+
+def _request(options: argparse.Namespace, view: Glance) -> JobRequest:
+    chosen = {f.name: getattr(options, f.name, None) for f in dataclasses.fields(JobRequest)}
+    chosen["name"] = options.name or f"orpo-{re.sub(r'[^A-Za-z0-9_.-]+', '-', view.run_folder.name)}"
+    chosen["chain"] = str(int(time.time())) if options.chain else None
+    chosen["python"] = sys.executable
+    logs = view.run_folder / "slurm" / "logs"
+    chosen["options"] = {
+        "comment": f"{slurm.COMMENT}{view.run_folder}",
+        "chdir": str(Path.cwd()),
+        "output": str(logs / ("%A_%a.log" if options.sweep else "%j.log")),
+    } | sbatch_options(options.sbatch, "--sbatch")
+    return JobRequest(**{name: value for name, value in chosen.items() if value is not None})
+
+
+def _check_recipe(recipe: str, flags: Sequence[str]) -> None:
+    """Names and values, as training will read them; on the CPU, since a login node has no GPU."""
+    import os
+
+    from orpo_dist.recipe import Recipe
+
+    view = glance(recipe, flags)
+    without_gpu = ["--use_cpu", "true"]
+    for name in ("fp16", "tf32"):
+        if view.values.get(name):
+            without_gpu += [f"--{name}", "false"]
+    before = dict(os.environ)
+    try:
+        Recipe.parse([recipe, *flags, *without_gpu])
+    finally:  # the recipe's `env:` is the job's
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _check_folders(view: Glance, site: SiteProfile, sweep: str | None) -> list[str]:
+    """Raises UserError for folders that compute nodes do not see; returns notes about what may be missing there."""
+    refusal = site.refusal_of(view.run_folder)
+    if refusal:
+        raise UserError(f"output_dir {view.run_folder} {refusal}: set it to a folder that all nodes share.")
+    notes = []
+    for name in _PATHS:
+        value = view.values.get(name)
+        path = Path(str(value)).absolute()
+        if value is None or not path.exists():
+            if value is not None and str(value).startswith(("/", "./", "../", "~")):
+                raise UserError(f"{name}: {value} is not there.")
+            continue
+        refusal = site.refusal_of(path)
+        if refusal:
+            raise UserError(f"{name} {path} {refusal}: move it to a folder that all nodes share.")
+    current = site.refusal_of(Path.cwd())
+    if current:
+        notes.append(f"the current folder {Path.cwd()} {current}: the job starts in it and may not find it.")
+    if sweep and site.refusal_of(Path(sweep).absolute()):
+        raise UserError(f"--sweep {sweep} {site.refusal_of(Path(sweep).absolute())}: move it to a shared folder.")
+    if (view.run_folder / "slurm" / "done").exists() and not sweep:
+        raise UserError(
+            f"{view.run_folder} is finished already (see its run_summary.json). To train anew: another --output_dir, "
+            "or remove the folder."
+        )
+    return notes
+
+
+def _offline_note(view: Glance, *, prefetch: bool) -> list[str]:
+    """Jobs train with HF_HUB_OFFLINE=1: what comes from the hub must be in the cache by then."""
+    from huggingface_hub import try_to_load_from_cache
+
+    model = str(view.values.get("model_name_or_path") or "")
+    if prefetch or not model or Path(model).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
+        return []
+    cached = try_to_load_from_cache(model, "config.json", cache_dir=view.environment.get("HF_HUB_CACHE"))
+    if isinstance(cached, str):
+        return []
+    return [f"{model} is not in the cache of this node, and jobs train offline: --prefetch fetches it in a job before."]
+
+
+def _fitted(job: JobRequest, site: SiteProfile) -> JobRequest:
+    """The job with as many CPUs as its nodes have, where none were asked for.
+
+    Raises:
+        UserError: the partition has not so many nodes, GPUs or hours.
+    """
+    partition = job.partition or site.partition or None
+    groups = slurm.partition_nodes(partition)
+    where = f"partition {partition}" if partition else "the default partition"
+    fitting = [group for group in groups if group.gpus >= job.gpus]
+    if groups and not fitting:
+        raise UserError(
+            f"--gpus-per-node {job.gpus}: the nodes of {where} have {max(group.gpus for group in groups)} at most."
+        )
+    count = sum(group.nodes for group in fitting)
+    if groups and count < job.nodes:
+        raise UserError(f"--nodes {job.nodes}: {where} has {count} nodes with {job.gpus} GPUs.")
+    limits = [seconds_of(group.limit) for group in fitting if group.limit[0].isdigit()]
+    if limits and seconds_of(job.time) > max(limits):
+        raise UserError(f"--time {job.time}: {where} allows {fitting[0].limit}. A longer run continues by itself.")
+    if job.cpus is None and fitting:
+        cpus = min(group.cpus for group in fitting)
+        job = dataclasses.replace(job, cpus=min(cpus, 8 * job.processes_per_node))
+    return job
+
+
+def _refuse_second_job(run_folder: Path, dependency: str | None) -> None:
+    active = [job for job in slurm.jobs() if job.is_active and job.run_folder == run_folder]
+    if active and not dependency:
+        raise UserError(
+            f"Job {active[0].job_id} ({active[0].state.lower()}) is this run already. Cancel it, wait for it "
+            f"(--dependency afterany:{active[0].job_id}), or choose another --output_dir."
+        )
+
+
+def _sweep_size(path: str) -> int:
+    if not Path(path).is_file():
+        raise UserError(f"--sweep {path}: there is no such file.")
+    lines = [line for line in Path(path).read_text("utf-8").splitlines() if line.strip() and line.strip()[0] != "#"]
+    if not lines:
+        raise UserError(f"--sweep {path} has no line of flags.")
+    for number, line in enumerate(lines):
+        try:
+            words = shlex.split(line)
+        except ValueError as error:
+            raise UserError(f"--sweep {path}, run {number}: {error}: {line}") from error
+        if not words[0].startswith("--") or any(word.split("=")[0] == "--output_dir" for word in words):
+            raise UserError(f"--sweep {path}, run {number}: a line holds flags, and never --output_dir: {line}")
+    return len(lines)
+
+
+def _array(asked: str | None, runs: int) -> str:
+    if asked is None:
+        return f"0-{runs - 1}"
+    numbers = [int(number) for number in re.findall(r"\d+", asked.split("%")[0].split(":")[0])]
+    if not numbers or max(numbers) >= runs:
+        raise UserError(f"--array {asked}: the sweep has the runs 0 to {runs - 1}.")
+    return asked
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"orpo-dist submit: {message}. See orpo-dist submit --help.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="orpo-dist submit",
+        usage="orpo-dist submit RECIPE.yaml [options] [--field value ...]",
+        description="Submit a run to SLURM. Flags that are not listed here are the recipe's.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("recipe", metavar="RECIPE.yaml")
+    add("--nodes", type=int, help="Default: 1.")
+    add("--gpus-per-node", type=int, dest="gpus", help="0 trains on the CPU. Default: 8.")
+    add("--processes-per-node", type=int, dest="processes", help="Default: one per GPU.")
+    add("--cpus-per-node", type=int, dest="cpus", help="Default: 8 per process, at most what a node has.")
+    add("--time", help="Time limit, as SLURM writes it; the run goes on in the next attempt. Default: 24:00:00.")
+    add("--stop-before", type=int, help="Seconds before the limit to save and stop. Default: 600, at most a quarter.")
+    add("--partition")
+    add("--account")
+    add("--qos")
+    add("--constraint")
+    add("--exclude", help="Nodes not to use.")
+    add("--dependency", help="As sbatch has it, such as afterok:123.")
+    add("--sweep", metavar="FILE", help="One run per line of flags, as an array job; runs are in OUTPUT_DIR/0, 1, ...")
+    add("--array", help="Which runs of the sweep, and how many at once: 0-7%%2. Default: all.")
+    add("--prefetch", action="store_true", help="Fetch model and data in a job before, without GPU.")
+    add("--prefetch-time", default="04:00:00", help="Time limit of that job. Default: 04:00:00.")
+    add("--chain", type=int, help="Submit N jobs, one after the other, for clusters that do not requeue.")
+    add("--max-restarts", type=int, help="How often the job may start again. Default: the site profile's.")
+    add("--accelerate-config", dest="config", metavar="NAME|FILE", help="Default: chosen by the recipe.")
+    add("--template", help="A template of slurm/. Default: by nodes, config, images and container.")
+    add("--container", metavar="IMAGE", help="Train in this image.")
+    add("--container-runtime", help="pyxis or apptainer. Default: the site profile's, or by the image's name.")
+    add("--name", help="Name of the job. Default: orpo- and the run's folder.")
+    add("--site", metavar="FILE", help="Site profile. Default: $ORPO_DIST_SITE, slurm/site.sh, the shipped one.")
+    add("--sbatch", action="append", default=[], metavar="--OPTION=VALUE", help="Any other option of sbatch.")
+    add("--dry-run", action="store_true", help="Check, print the script and submit nothing.")
+    return parser
