@@ -65,7 +65,7 @@ def train(recipe: Recipe) -> "RunSummary":
         folder.mkdir(parents=True, exist_ok=True)
         recipe.save(folder / "recipe.yaml")
 
-    tokenizer, pairs = _prepare(recipe, folder)
+    tokenizer, pairs = prepare(recipe, folder)
     model = _load_model(recipe.model, args)
     # The first evaluation is the trainer's own: inside the loop the model is wrapped, as ZeRO-1 and ZeRO-2 need.
     # A resumed run has it in its history.
@@ -103,7 +103,8 @@ def train(recipe: Recipe) -> "RunSummary":
     return summary
 
 
-def _prepare(recipe: Recipe, folder: Path) -> "tuple[PreTrainedTokenizerBase, RunPairs]":
+def prepare(recipe: Recipe, folder: Path) -> "tuple[PreTrainedTokenizerBase, RunPairs]":
+    """The tokenizer and the tokenised pairs of a run, from the cache where they are there. Raises UserError."""
     from orpo_dist.data.options import PrepareOptions
     from orpo_dist.data.prepare import prepare_pairs
     from orpo_dist.data.splits import RunPairs, load_splits

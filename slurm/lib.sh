@@ -50,19 +50,19 @@ set_container() {
     local runtime=${CONTAINER_RUNTIME:-$SITE_CONTAINER_RUNTIME} image=${CONTAINER_IMAGE:-$SITE_CONTAINER_IMAGE}
     local mounts=$SITE_CONTAINER_MOUNTS
     [ -n "$runtime" ] || return 0
-    [ -n "$image" ] || fail $BAD_INPUT "SITE_CONTAINER_IMAGE of the site profile names no image."
+    [ -n "$image" ] || fail "$BAD_INPUT" "SITE_CONTAINER_IMAGE of the site profile names no image."
     mounts=${mounts:+$mounts,}$PWD:$PWD
     case $runtime in
     pyxis)
         SRUN_CONTAINER=(--container-image="$image" --container-mounts="$mounts" --container-workdir="$PWD" --no-container-mount-home)
         ;;
     apptainer)
-        [ -e "$image" ] || [[ $image == *://* ]] || fail $BAD_INPUT "the container image $image is not there."
+        [ -e "$image" ] || [[ $image == *://* ]] || fail "$BAD_INPUT" "the container image $image is not there."
         IN_CONTAINER=(apptainer exec --bind "$mounts" --pwd "$PWD")
         [ "$GPUS" = 0 ] || IN_CONTAINER+=(--nv)
         IN_CONTAINER+=("$image")
         ;;
-    *) fail $BAD_INPUT "SITE_CONTAINER_RUNTIME=$runtime: pyxis and apptainer are known." ;;
+    *) fail "$BAD_INPUT" "SITE_CONTAINER_RUNTIME=$runtime: pyxis and apptainer are known." ;;
     esac
 }
 
@@ -77,12 +77,12 @@ on_head() { # a command in the environment of the run, on one node
 # --- what the chain remembers --------------------------------------------------------------------------------------
 
 open_run() { # open_run RECIPE [--field value ...]: RUN, STATE, LOGS and the number of this attempt
-    [ $# -gt 0 ] || fail $BAD_INPUT "usage: sbatch TEMPLATE recipe.yaml [--field value ...]"
-    [ -f "$1" ] || fail $BAD_INPUT "$1: there is no such recipe (folder: $PWD)."
-    RUN=$(on_head "$PYTHON" -m orpo_dist.cluster.glance "$@") || fail $BAD_INPUT "the recipe $1 cannot be read."
+    [ $# -gt 0 ] || fail "$BAD_INPUT" "usage: sbatch TEMPLATE recipe.yaml [--field value ...]"
+    [ -f "$1" ] || fail "$BAD_INPUT" "$1: there is no such recipe (folder: $PWD)."
+    RUN=$(on_head "$PYTHON" -m orpo_dist.cluster.glance "$@") || fail "$BAD_INPUT" "the recipe $1 cannot be read."
     refuse_local_folder
     STATE=$RUN/slurm LOGS=$RUN/slurm/logs
-    mkdir -p "$LOGS" "$STATE/exit" "$STATE/health" || fail $BAD_INPUT "cannot write the run's folder $RUN."
+    mkdir -p "$LOGS" "$STATE/exit" "$STATE/health" || fail "$BAD_INPUT" "cannot write the run's folder $RUN."
     if [ -e "$STATE/done" ]; then
         say "$RUN is finished ($(<"$STATE/done")): nothing to do."
         exit 0
@@ -109,10 +109,10 @@ refuse_local_folder() {
         [[ $RUN/ != "${folder%/}"/* ]] || return 0
     done
     [ -z "$SITE_SHARED_FOLDERS" ] ||
-        fail $BAD_INPUT "output_dir $RUN is in none of the shared folders of the site profile ($SITE_SHARED_FOLDERS)."
+        fail "$BAD_INPUT" "output_dir $RUN is in none of the shared folders of the site profile ($SITE_SHARED_FOLDERS)."
     for folder in $SITE_LOCAL_FOLDERS; do
         [[ $RUN/ != "${folder%/}"/* ]] ||
-            fail $BAD_INPUT "output_dir $RUN is on $folder, which each node has for itself: checkpoints would be lost."
+            fail "$BAD_INPUT" "output_dir $RUN is on $folder, which each node has for itself: checkpoints would be lost."
     done
 }
 
@@ -336,19 +336,19 @@ train() { # train RECIPE [--field value ...]
 
 sweep() { # sweep RECIPE SWEEP_FILE [--field value ...]: line i of the file has the flags of array task i, from 0
     local recipe=${1-} file=${2-} line folder index=${SLURM_ARRAY_TASK_ID-}
-    [ -f "$file" ] || fail $BAD_INPUT "usage: sbatch --array=0-N sweep.sbatch recipe.yaml sweep.txt"
-    [ -n "$index" ] || fail $BAD_INPUT "not an array job: sbatch --array=0-N $*"
+    [ -f "$file" ] || fail "$BAD_INPUT" "usage: sbatch --array=0-N sweep.sbatch recipe.yaml sweep.txt"
+    [ -n "$index" ] || fail "$BAD_INPUT" "not an array job: sbatch --array=0-N $*"
     shift 2
     line=$(grep -v '^[[:space:]]*\(#\|$\)' "$file" | sed -n "$((index + 1))p")
-    [ -n "$line" ] || fail $BAD_INPUT "$file has no line $index (the first is 0; comments and empty lines do not count)."
+    [ -n "$line" ] || fail "$BAD_INPUT" "$file has no line $index (the first is 0; comments and empty lines do not count)."
     set_environment
-    folder=$(on_head "$PYTHON" -m orpo_dist.cluster.glance "$recipe" "$@") || fail $BAD_INPUT "the recipe $recipe cannot be read."
+    folder=$(on_head "$PYTHON" -m orpo_dist.cluster.glance "$recipe" "$@") || fail "$BAD_INPUT" "the recipe $recipe cannot be read."
     eval "set -- \"\$@\" $line" # the line may quote
     train "$recipe" "$@" --output_dir "$folder/$index"
 }
 
 prefetch() { # prefetch RECIPE [--field value ...]: model, rows and tokenised pairs to the shared cache
-    [ $# -gt 0 ] || fail $BAD_INPUT "usage: sbatch prefetch.sbatch recipe.yaml [--field value ...]"
+    [ $# -gt 0 ] || fail "$BAD_INPUT" "usage: sbatch prefetch.sbatch recipe.yaml [--field value ...]"
     GPUS=0
     set_environment
     on_head "$PYTHON" -m orpo_dist.cli prefetch "$@"

@@ -6,6 +6,7 @@ Renders a template of slurm/ with the site profile in it, checks what can be che
 import argparse
 import dataclasses
 import json
+import os
 import re
 import shlex
 import sys
@@ -19,6 +20,7 @@ from orpo_dist.cluster import slurm
 from orpo_dist.cluster.files import accelerate_config
 from orpo_dist.cluster.glance import Glance, glance
 from orpo_dist.cluster.job import JobRequest, check_request, choose_template, seconds_of
+from orpo_dist.cluster.prefetch import without_gpu
 from orpo_dist.cluster.render import render
 from orpo_dist.cluster.site import SiteProfile, read_site, sbatch_options
 from orpo_dist.errors import UserError
@@ -32,6 +34,7 @@ class Submission:
 
     run_folder: Path
     recipe: Path
+    recipe_text: str
     scripts: dict[str, str]
     notes: list[str]
 
@@ -92,7 +95,7 @@ def prepare(options: argparse.Namespace, flags: list[str]) -> Submission:
         )  # fmt: skip
         scripts["prefetch"] = render("prefetch", fetch, site, [str(recipe), *flags, *rest])
     scripts["job"] = render(template, job, site, training)
-    return Submission(view.run_folder, recipe, scripts, notes)
+    return Submission(view.run_folder, recipe, view.path.read_text("utf-8"), scripts, notes)
 
 
 def submit(submission: Submission, dependency: str | None = None, *, chain: int = 1) -> list[str]:
@@ -103,6 +106,8 @@ def submit(submission: Submission, dependency: str | None = None, *, chain: int 
     """
     folder = submission.recipe.parent
     (folder / "logs").mkdir(parents=True, exist_ok=True)
+    # The job reads this copy: an edit of the recipe while the job waits, or between two attempts, is another run.
+    submission.recipe.write_text(submission.recipe_text, "utf-8")
     job_ids: list[str] = []
     for name, script in submission.scripts.items():
         path = folder / f"{name}.sbatch"
@@ -150,18 +155,11 @@ def _request(options: argparse.Namespace, view: Glance) -> JobRequest:
 
 def _check_recipe(recipe: str, flags: Sequence[str]) -> None:
     """Names and values, as training will read them; on the CPU, since a login node has no GPU."""
-    import os
-
     from orpo_dist.recipe import Recipe
 
-    view = glance(recipe, flags)
-    without_gpu = ["--use_cpu", "true"]
-    for name in ("fp16", "tf32"):
-        if view.values.get(name):
-            without_gpu += [f"--{name}", "false"]
     before = dict(os.environ)
     try:
-        Recipe.parse([recipe, *flags, *without_gpu])
+        Recipe.parse([recipe, *flags, *without_gpu(glance(recipe, flags).values)])
     finally:  # the recipe's `env:` is the job's
         os.environ.clear()
         os.environ.update(before)
