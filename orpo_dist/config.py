@@ -77,6 +77,16 @@ class ORPOConfig(TrainingArguments):
     rejected_column: str | None = _option(None, "Column of the rejected completion or conversation. Unset: detected.")
     system_column: str | None = _option(None, "Column of a system message. Unset: `system` where it exists.")
     tools_column: str | None = _option(None, "Column of the tools' JSON schemas. Unset: `tools` where it exists.")
+    image_column: str | None = _option(
+        None, "Column of the images, one or a list per row. Unset: `images` or `image` where one exists."
+    )
+    image_folder: str | None = _option(
+        None, "Folder that image paths start from and cannot leave. Unset: the folder of the row's file."
+    )
+    allow_image_urls: bool = _option(
+        False, "Fetch images at http(s) addresses in the rows, once, when data is prepared."
+    )
+    allow_outside_image_folder: bool = _option(False, "Read images at paths outside of the image folder too.")
     max_prompt_length: int | None = _option(None, "Most tokens of a prompt. Unset: prompts are never cut.")
     truncation_side: str = _option(
         "left", "Which end of a long prompt max_prompt_length cuts off.", choices=list(TRUNCATION_SIDES)

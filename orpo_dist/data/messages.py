@@ -1,4 +1,8 @@
-"""Values of a row -> text or a list of messages, whatever spelling they came in."""
+"""Values of a row -> text or a list of messages, whatever spelling they came in.
+
+A message's `content` is text; where it holds images, a list of parts: {"type": "text", "text": ...}, {"type": "image"}
+for an image of the image column, and {"type": "image", "image": ...} for one that the message carries itself.
+"""
 
 import ast
 import json
@@ -6,9 +10,13 @@ import math
 from typing import Any
 
 from orpo_dist.data.audit import BadRow
+from orpo_dist.data.image_source import embedded_image
 
 Message = dict[str, Any]
 JSON_KEY = "__json__"  # sources.py stores what an Arrow column cannot hold without loss as {JSON_KEY: text}
+
+IMAGE_PARTS = ("image", "image_url", "input_image")  # transformers and TRL, OpenAI's chat, OpenAI's responses
+TEXT_PARTS = ("text", "input_text", "output_text")
 
 # ShareGPT's speakers, with the spellings found in public data sets.
 SHAREGPT_ROLES = {
@@ -73,7 +81,12 @@ def read_message(value: Any, column: str) -> Message:
     if not isinstance(role, str) or not role:
         raise BadRow("bad message", column, f"the message {_short(message)} has no `role`")
     content = message.get("content", "" if message.get("tool_calls") else None)
-    return {**message, "content": _text(content, message, column)}
+    return {**message, "content": _content(content, message, column)}
+
+
+def text_of(content: str | list[dict[str, Any]]) -> str:
+    """The text of a message's content, without its images."""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content if "text" in part)
 
 
 def read_tools(value: Any, column: str) -> list[Any] | None:
@@ -113,16 +126,27 @@ def _from_sharegpt(message: Message, column: str) -> Message:
     return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
 
 
+def _content(content: Any, message: Message, column: str) -> str | list[dict[str, Any]]:
+    if not (isinstance(content, list) and all(isinstance(part, dict) for part in content)):
+        return _text(content, message, column)
+    parts: list[dict[str, Any]] = []
+    for part in content:
+        kind = part.get("type")
+        if kind in IMAGE_PARTS:
+            image = embedded_image({key: value for key, value in part.items() if key not in ("type", "text")})
+            parts.append({"type": "image"} if image is None else {"type": "image", "image": image})
+        elif kind in TEXT_PARTS:
+            parts.append({"type": "text", "text": _text(part.get("text"), message, column)})
+        else:
+            raise BadRow("wrong type", column, f"a message holds {kind}; text and images are supported here")
+    return parts if any(part["type"] == "image" for part in parts) else text_of(parts)
+
+
 def _text(content: Any, message: Message, column: str) -> str:
     if isinstance(content, str):
         return content
     if isinstance(content, int) and not isinstance(content, bool):
         return str(content)
-    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
-        other = [str(part.get("type")) for part in content if part.get("type") != "text"]
-        if other:
-            raise BadRow("wrong type", column, f"a message holds {', '.join(other)}; only text is supported here")
-        return "".join(_text(part.get("text"), message, column) for part in content)
     raise BadRow("bad message", column, f"the message {_short(message)} has no text")
 
 

@@ -30,6 +30,10 @@ class PrepareOptions:
     rejected_column: str | None = None
     system_column: str | None = None
     tools_column: str | None = None
+    image_column: str | None = None
+    image_folder: str | None = None
+    allow_image_urls: bool = False
+    allow_outside_image_folder: bool = False
     is_encoder_decoder: bool = False
     num_proc: int | None = None
 
@@ -54,6 +58,10 @@ class PrepareOptions:
             rejected_column=config.rejected_column,
             system_column=config.system_column,
             tools_column=config.tools_column,
+            image_column=config.image_column,
+            image_folder=config.image_folder,
+            allow_image_urls=config.allow_image_urls,
+            allow_outside_image_folder=config.allow_outside_image_folder,
             is_encoder_decoder=is_encoder_decoder,
             num_proc=config.dataset_num_proc,
         )

@@ -1,20 +1,20 @@
 """Rows of any supported format -> canonical pair (prompt, chosen, rejected)."""
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from orpo_dist.data.audit import BadRow
-from orpo_dist.data.messages import Message, decode, read_content, read_tools
-from orpo_dist.data.options import PrepareOptions
-from orpo_dist.errors import UserError
+from orpo_dist.data.image_source import ImageSource
+from orpo_dist.data.images import StoredImage
+from orpo_dist.data.messages import Message, decode, read_content, read_tools, text_of
+from orpo_dist.data.place_images import Columns, has_images, place_images, without_images
+from orpo_dist.data.rows import SOURCE_COLUMN
 
-PROMPT_COLUMNS = ("prompt", "conversations", "conversation")
-# Columns that hold the prompt in public data sets under names too general to be taken without being asked.
-LIKELY_PROMPT_COLUMNS = ("question", "instruction", "input", "query", "messages", "context")
 LAST_REPLY_MARKERS = ("\n\nAssistant:", "\n\nASSISTANT:")  # whole dialogues as text, as in Anthropic's HH
-SAMPLE = 200  # rows looked at to detect the format
+# ms-swift's rows: a whole conversation with the chosen reply, and the rejected reply or conversation beside it.
+# https://swift.readthedocs.io/en/latest/Customization/Custom-dataset.html
+SWIFT_CHOSEN, SWIFT_REJECTED = "messages", ("rejected_messages", "rejected_response")
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,18 @@ class Pair:
     chosen: str | list[Message]
     rejected: str | list[Message]
     tools: list[Any] | None = None
+    images: list[StoredImage] = field(default_factory=list)  # in the order of their places, see place_images
 
 
 @dataclass(frozen=True)
 class PairFormat:
-    """Where the pair lies in a row. `repeats_prompt`: completions as text start with the prompt, which is taken off."""
+    """Where the pair lies in a row.
+
+    Attributes:
+        repeats_prompt: completions as text start with the prompt, which is taken off.
+        image: column of the images; "" takes them out of the messages too.
+        has_images: one of the first rows has an image.
+    """
 
     description: str
     prompt: str | None
@@ -43,12 +50,15 @@ class PairFormat:
     tools: str | None
     repeats_prompt: bool
     apply_chat_template: bool | None
+    image: str | None = None
+    image_source: ImageSource = field(default_factory=ImageSource)
+    has_images: bool = False
 
     @property
     def columns(self) -> list[str]:
         """The columns that are read."""
-        names = (self.prompt, self.chosen, self.rejected, self.system, self.tools)
-        return list(dict.fromkeys(name for name in names if name is not None))
+        names = (self.prompt, self.chosen, self.rejected, self.system, self.tools, self.image)
+        return list(dict.fromkeys(name for name in names if name))
 
     def pair(self, row: dict[str, Any]) -> Pair:
         """The audited pair of `row`.
@@ -56,11 +66,27 @@ class PairFormat:
         Raises:
             BadRow: anything about the row that makes it unfit for training and needs no tokenizer to see.
         """
+        pair = self._pair(row)
+        if self.image == "":
+            prompt, chosen, rejected = map(without_images, (pair.prompt, pair.chosen, pair.rejected))
+            return Pair(prompt, chosen, rejected, pair.tools)
+        for column, side in ((self.chosen, pair.chosen), (self.rejected, pair.rejected)):
+            if has_images(side):
+                raise BadRow("image in a completion", column, "an image after the prompt")
+        file = decode(row.get(SOURCE_COLUMN))
+        given = self.image_source.stored(decode(row[self.image]), self.image, file) if self.image else []
+        columns = Columns(self.image, self.prompt or self.chosen)
+        placed = place_images(pair.prompt, given, self.image_source, file, columns)
+        return replace(pair, prompt=placed.prompt, images=placed.images)
+
+    def _pair(self, row: dict[str, Any]) -> Pair:
         prompt: str | list[Message] | None = None
         if self.prompt is not None:
             prompt = read_content(decode(row[self.prompt]), self.prompt)
         chosen = read_content(decode(row[self.chosen]), self.chosen)
         rejected = read_content(decode(row[self.rejected]), self.rejected)
+        if self.rejected in SWIFT_REJECTED and isinstance(rejected, str) and isinstance(chosen, list):
+            rejected = [*chosen[:-1], *_assistant(rejected)]
         if isinstance(chosen, str) != isinstance(rejected, str):
             kinds = {True: "text", False: "a list of messages"}
             raise BadRow(
@@ -165,55 +191,8 @@ class PairFormat:
                 raise BadRow(
                     "bad message", column, f"a completion is the assistant's, this one has role `{message['role']}`"
                 )
-        if not any(message["content"].strip() or message.get("tool_calls") for message in messages):
+        if not any(text_of(message["content"]).strip() or message.get("tool_calls") for message in messages):
             raise BadRow("empty completion", column, "the assistant's message has no text")
-
-
-def detect_format(columns: Sequence[str], sample: Sequence[dict[str, Any]], options: PrepareOptions) -> PairFormat:
-    """Finds the columns and the format from the column names and the first rows.
-
-    Raises:
-        UserError: no column for chosen or rejected, a named column that is not there, a format that contradicts
-            `apply_chat_template`, or text completions without a prompt column where another column may be meant.
-    """
-    chosen = _column(columns, "chosen", options.chosen_column, ("chosen",), required=True)
-    rejected = _column(columns, "rejected", options.rejected_column, ("rejected",), required=True)
-    assert chosen is not None and rejected is not None
-    if chosen == rejected:
-        raise UserError(f"chosen_column and rejected_column are both `{chosen}`: a pair needs two columns.")
-    prompt = _column(columns, "prompt", options.prompt_column, PROMPT_COLUMNS)
-    system = _column(columns, "system", options.system_column, ("system",))
-    tools = _column(columns, "tools", options.tools_column, ("tools",))
-
-    styles = Counter(_style(row, prompt, chosen) for row in sample).most_common()
-    style = next((name for name, _ in styles if name != "unreadable"), "text")
-    if style == "text" and prompt is None:
-        likely = [name for name in LIKELY_PROMPT_COLUMNS if name in columns]
-        if likely and options.prompt_column is None:
-            raise UserError(
-                f"No prompt column among {_list(columns)}. If `{likely[0]}` holds the prompt, set "
-                f"prompt_column={likely[0]}; if the completions contain it, set prompt_column=''."
-            )
-        if options.apply_chat_template:
-            raise UserError(
-                "apply_chat_template=true needs to know where the prompt ends, and there is no prompt column among "
-                f"{_list(columns)}. Name it with prompt_column, or leave apply_chat_template unset."
-            )
-    if style != "text" and options.apply_chat_template is False:
-        raise UserError(
-            f"`{chosen}` holds lists of messages, which only a chat template can render, and apply_chat_template is "
-            "false. Leave it unset, or store text."
-        )
-    repeats = style == "text" and prompt is not None and _repeats_prompt(sample, prompt, chosen, rejected)
-    parts = [{"text": "text", "messages": "messages", "sharegpt": "ShareGPT messages"}[style]]
-    parts.insert(0, f"prompt in `{prompt}`" if prompt else "implicit prompt (the common beginning)")
-    parts.append(f"`{chosen}` over `{rejected}`")
-    if repeats:
-        parts.append("the completions repeat the prompt, it is taken off")
-    parts += [f"{role} in `{name}`" for role, name in (("system message", system), ("tools", tools)) if name]
-    if style == "text":
-        parts.append("chat template applied" if options.apply_chat_template else "no chat template")
-    return PairFormat(", ".join(parts), prompt, chosen, rejected, system, tools, repeats, options.apply_chat_template)
 
 
 def common_length(first: Sequence[Any], *others: Sequence[Any]) -> int:
@@ -243,50 +222,6 @@ def common_text_prompt(chosen: str, rejected: str) -> str:
     return shared.rstrip(" ")  # the space belongs to the first token of the reply
 
 
-def _column(
-    columns: Sequence[str], what: str, given: str | None, names: Sequence[str], required: bool = False
-) -> str | None:
-    if given == "" and not required:
-        return None
-    if given:
-        if given not in columns:
-            raise UserError(f"{what}_column={given}: no such column. The columns are {_list(columns)}.")
-        return given
-    found = next((name for name in names if name in columns), None)
-    if found is None and required:
-        raise UserError(
-            f"No column `{names[0]}`. The columns are {_list(columns)}. Name the right ones with prompt_column, "
-            "chosen_column and rejected_column."
-        )
-    return found
-
-
-def _style(row: dict[str, Any], prompt: str | None, chosen: str) -> str:
-    """How a row spells its messages: "sharegpt", "messages", "text" or "unreadable"."""
-    try:
-        values = [read_content(decode(row[name]), name) for name in (prompt, chosen) if name is not None]
-    except BadRow:
-        return "unreadable"
-    if all(isinstance(value, str) for value in values):
-        return "text"
-    raw = [decode(row[name]) for name in (prompt, chosen) if name is not None]
-    first = [value[0] if isinstance(value, list) and value else value for value in raw]
-    return "sharegpt" if any(isinstance(value, dict) and value.get("from") for value in first) else "messages"
-
-
-def _repeats_prompt(sample: Sequence[dict[str, Any]], prompt: str, chosen: str, rejected: str) -> bool:
-    """Whether every readable row of the sample starts both completions with a prompt that has some text."""
-    seen = False
-    for row in sample:
-        values = [decode(row[name]) for name in (prompt, chosen, rejected)]
-        if not all(isinstance(value, str) for value in values) or not values[0].strip():
-            continue
-        if not (values[1].startswith(values[0]) and values[2].startswith(values[0])):
-            return False
-        seen = True
-    return seen
-
-
 def _assistant(text: str) -> list[Message]:
     return [{"role": "assistant", "content": text}]
 
@@ -304,7 +239,3 @@ def _with_system(prompt: list[Message], system: str | None, column: str | None) 
             return prompt
         raise BadRow("bad message", column, "the conversation has another system message of its own")
     return [{"role": "system", "content": system}, *prompt]
-
-
-def _list(columns: Sequence[str]) -> str:
-    return ", ".join(f"`{name}`" for name in columns if not name.startswith("_")) or "none"

@@ -21,9 +21,10 @@ from transformers import PreTrainedTokenizerBase
 from orpo_dist import __version__
 from orpo_dist.data.audit import BadRow, DroppedRow, check_bad_rows, count_kinds, stop_at, write_dropped_rows
 from orpo_dist.data.cache import built_once, cache_root, digest, is_first_rank, on_first_rank
+from orpo_dist.data.detect import SAMPLE, detect_format
 from orpo_dist.data.messages import decode
 from orpo_dist.data.options import PrepareOptions
-from orpo_dist.data.pairs import SAMPLE, Pair, PairFormat, detect_format
+from orpo_dist.data.pairs import Pair, PairFormat
 from orpo_dist.data.rows import ROW_COLUMN, SOURCE_COLUMN, content_digest, dataset_from_rows, materialise, save
 from orpo_dist.data.tokenize import PairTokenizer, TokenizedPair, resolve_chat_template, tokenizer_digest
 from orpo_dist.errors import UserError

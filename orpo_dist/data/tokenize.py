@@ -8,15 +8,17 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from orpo_dist.data.audit import BadRow
 from orpo_dist.data.cache import digest
-from orpo_dist.data.messages import Message
+from orpo_dist.data.images import StoredImage
+from orpo_dist.data.messages import Message, text_of
 from orpo_dist.data.options import PrepareOptions
 from orpo_dist.data.pairs import Pair, PairFormat, common_length
 from orpo_dist.errors import UserError
@@ -31,6 +33,7 @@ CHAT_TEMPLATES = {
         "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
     ),
 }
+ProcessingClass: TypeAlias = PreTrainedTokenizerBase | ProcessorMixin
 # What a saved tokenizer says of where it was loaded from, and of what its last call padded or truncated to.
 TRANSIENT_SETTINGS = ("name_or_path", "is_local", "local_files_only", "padding", "truncation")
 
@@ -49,25 +52,44 @@ class TokenizedPair:
 
 @dataclass(frozen=True)
 class RenderedPair:
-    """A pair as text. `generation_prompt` is the header of the assistant's turn at the end of `prompt`."""
+    """A pair as text. `generation_prompt` is the header of the assistant's turn at the end of `prompt`. `images` stand
+    in the prompt, in this order."""
 
     prompt: str
     chosen: str
     rejected: str
     generation_prompt: str = ""
+    images: list[StoredImage] = field(default_factory=list)
 
 
-def resolve_chat_template(chat_template: str | None, tokenizer: PreTrainedTokenizerBase) -> str | None:
+@dataclass(frozen=True)
+class SplitPair:
+    """A pair as token ids, whole, BOS and EOS in them.
+
+    Attributes:
+        fixed: places in `prompt` that no cut may take away: the tokens of images.
+    """
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    fixed: frozenset[int] = frozenset()
+
+
+def resolve_chat_template(chat_template: str | None, processing_class: ProcessingClass) -> str | None:
     """The Jinja text of option `chat_template`: a name (chatml, zephyr), a file, the template itself, or, where it is
-    not set, the tokenizer's own (None if it has none).
+    not set, the one of the tokenizer or processor (None if it has none).
 
     Raises:
         UserError: a name or file that does not exist.
     """
     if not chat_template or chat_template == "tokenizer":
-        own = tokenizer.chat_template
+        if isinstance(processing_class, ProcessorMixin):
+            own = processing_class.chat_template or processing_class.tokenizer.chat_template
+            return own.get("default") if isinstance(own, dict) else own
+        own = processing_class.chat_template
         # A tokenizer may carry several by name; transformers knows which of them suits tools.
-        return tokenizer.get_chat_template() if isinstance(own, dict) else own
+        return processing_class.get_chat_template() if isinstance(own, dict) else own
     if chat_template in CHAT_TEMPLATES:
         return CHAT_TEMPLATES[chat_template]
     if "{" in chat_template:
@@ -79,17 +101,19 @@ def resolve_chat_template(chat_template: str | None, tokenizer: PreTrainedTokeni
     )
 
 
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A name for what the tokenizer does: equal vocabulary, merges and special tokens, equal name."""
+def tokenizer_digest(processing_class: ProcessingClass) -> str:
+    """A name for what a tokenizer or processor does: equal vocabulary, merges, special tokens and image settings, equal
+    name."""
     parts = []
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
+        processing_class.save_pretrained(folder)
         for file in sorted(Path(folder).iterdir()):
             content = file.read_bytes()
-            if file.name in ("tokenizer.json", "tokenizer_config.json"):
+            if file.suffix == ".json":
                 settings = json.loads(content)
-                kept = {key: value for key, value in settings.items() if key not in TRANSIENT_SETTINGS}
-                content = json.dumps(kept, sort_keys=True).encode()
+                if isinstance(settings, dict):
+                    settings = {key: value for key, value in settings.items() if key not in TRANSIENT_SETTINGS}
+                content = json.dumps(settings, sort_keys=True).encode()
             parts += [file.name.encode(), content]
     return digest(parts)
 
@@ -102,11 +126,17 @@ class PairTokenizer:
             lists without any chat template, at the first of them).
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, pair_format: PairFormat, options: PrepareOptions):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        pair_format: PairFormat,
+        options: PrepareOptions,
+        chat_template: str | None = None,
+    ):
         self.tokenizer = tokenizer
         self.format = pair_format
         self.options = options
-        self.chat_template = resolve_chat_template(options.chat_template, tokenizer)
+        self.chat_template = chat_template or resolve_chat_template(options.chat_template, tokenizer)
         template = self.chat_template or ""
         self.turn_tokens = [token for token in tokenizer.all_special_tokens if token in template]
 
@@ -139,9 +169,18 @@ class PairTokenizer:
         """The pair as text, through the chat template where it is made of messages.
 
         Raises:
-            BadRow: the template refuses the row, or renders its prompt differently once an answer follows.
+            BadRow: the template refuses the row, or renders its prompt differently once an answer follows; an image.
             UserError: messages, and no chat template.
         """
+        if pair.images:
+            raise BadRow("images without a processor", self._image_column, "the row has an image, the model reads text")
+        return self._render(pair)
+
+    @property
+    def _image_column(self) -> str:
+        return self.format.image or self.format.prompt or self.format.chosen
+
+    def _render(self, pair: Pair) -> RenderedPair:
         if isinstance(pair.prompt, str):
             assert isinstance(pair.chosen, str) and isinstance(pair.rejected, str)
             return RenderedPair(pair.prompt, pair.chosen, pair.rejected)
@@ -186,7 +225,7 @@ class PairTokenizer:
     def _refuse_rendered_text(self, prompt: list[Message]) -> None:
         for message in prompt:
             for token in self.turn_tokens:
-                if token in message["content"]:
+                if token in text_of(message["content"]):
                     raise BadRow(
                         "rendered already",
                         self.format.prompt,
@@ -215,22 +254,18 @@ class PairTokenizer:
         self, text: RenderedPair, prompt: list[int], with_chosen: list[int], with_rejected: list[int]
     ) -> TokenizedPair:
         options = self.options
-        if options.is_encoder_decoder:
-            chosen, rejected = with_chosen, with_rejected
-        else:
-            length = common_length(prompt, with_chosen, with_rejected)
-            prompt, chosen, rejected = with_chosen[:length], with_chosen[length:], with_rejected[length:]
-            prompt = self._with_bos(prompt)
-        for column, ids in ((self.format.chosen, chosen), (self.format.rejected, rejected)):
+        pair = self._split(text, prompt, with_chosen, with_rejected)
+        for column, ids in ((self.format.chosen, pair.chosen), (self.format.rejected, pair.rejected)):
             if not ids:
                 raise BadRow("empty completion", column, "the tokenizer makes no token of it")
+        chosen, rejected = pair.chosen, pair.rejected
         if options.add_eos_token:
             chosen, rejected = self._with_eos(chosen), self._with_eos(rejected)
 
-        whole_prompt = len(prompt)
-        if options.max_prompt_length is not None and whole_prompt > options.max_prompt_length:
-            prompt = self._cut_prompt(prompt, text.generation_prompt, options.max_prompt_length)
-        room = self._room(len(prompt))
+        kept = list(range(len(pair.prompt)))
+        if options.max_prompt_length is not None and len(kept) > options.max_prompt_length:
+            kept = self._kept(pair, text.generation_prompt, options.max_prompt_length)
+        room = self._room(len(kept), len(pair.fixed))
         cut_chosen, cut_rejected = self._cut_completion(chosen, room), self._cut_completion(rejected, room)
         if cut_chosen == cut_rejected:
             if chosen == rejected:
@@ -241,7 +276,21 @@ class PairTokenizer:
                 f"the completions differ only after their first {len(cut_chosen)} tokens, where they are cut",
             )
         cut = (len(cut_chosen) < len(chosen)) + (len(cut_rejected) < len(rejected))
-        return TokenizedPair(prompt, cut_chosen, cut_rejected, len(prompt) < whole_prompt, cut)
+        return self._result(text, pair, kept, cut_chosen, cut_rejected, cut)
+
+    def _result(
+        self, text: RenderedPair, pair: SplitPair, kept: list[int], chosen: list[int], rejected: list[int], cut: int
+    ) -> TokenizedPair:
+        prompt = [pair.prompt[place] for place in kept]
+        return TokenizedPair(prompt, chosen, rejected, len(kept) < len(pair.prompt), cut)
+
+    def _split(
+        self, text: RenderedPair, prompt: list[int], with_chosen: list[int], with_rejected: list[int]
+    ) -> SplitPair:
+        if self.options.is_encoder_decoder:
+            return SplitPair(prompt, with_chosen, with_rejected)
+        length = common_length(prompt, with_chosen, with_rejected)
+        return SplitPair(self._with_bos(with_chosen[:length]), with_chosen[length:], with_rejected[length:])
 
     def _with_bos(self, prompt: list[int]) -> list[int]:
         bos = self.tokenizer.bos_token_id
@@ -264,20 +313,33 @@ class PairTokenizer:
     def _is_white_space(self, token: int) -> bool:
         return not str(self.tokenizer.decode([token])).strip()
 
-    def _cut_prompt(self, prompt: list[int], generation_prompt: str, limit: int) -> list[int]:
-        if self.options.truncation_side == "left":
-            head = prompt[:1] if prompt[0] == self.tokenizer.bos_token_id else []
-            tail = prompt[len(prompt) - (limit - len(head)) :]
-            return tail if tail[:1] == head else head + tail  # BOS may be what starts a turn, as SmolLM2's
-        # A right cut would take away the header of the assistant's turn, and with it what makes the reply a reply.
-        tail_length = len(self._ids([generation_prompt])[0]) if generation_prompt else 0
-        if self.options.is_encoder_decoder:
-            tail_length = int(prompt[-1] == self.tokenizer.eos_token_id)
-        if tail_length >= limit:
-            return prompt[-limit:]
-        return prompt[: limit - tail_length] + prompt[len(prompt) - tail_length :]
+    def _kept(self, pair: SplitPair, generation_prompt: str, limit: int) -> list[int]:
+        """Places of the prompt's tokens that stay when it is cut to `limit` tokens. Images stay whole."""
+        prompt, bos = pair.prompt, self.tokenizer.bos_token_id
+        first, end, from_left = 0, len(prompt), self.options.truncation_side == "left"
+        if from_left:
+            first = int(prompt[0] == bos)
+        else:
+            # A right cut would take away the header of the assistant's turn, and with it what makes the reply a reply.
+            tail = len(self._ids([generation_prompt])[0]) if generation_prompt else 0
+            if self.options.is_encoder_decoder:
+                tail = int(prompt[-1] == self.tokenizer.eos_token_id)
+            end, from_left = (end - tail, False) if tail < limit else (end, True)
+        excess = len(prompt) - limit
+        free = [place for place in range(first, end) if place not in pair.fixed]
+        if len(free) < excess:
+            raise BadRow(
+                "images too long",
+                self._image_column,
+                f"the images take {len(pair.fixed)} tokens of the prompt, which are never cut: more than "
+                f"max_prompt_length={limit} leaves",
+            )
+        gone = set(free[:excess] if from_left else free[len(free) - excess :])
+        kept = [place for place in range(len(prompt)) if place not in gone]
+        # BOS may be what starts a turn, as SmolLM2's: no second one.
+        return kept[1:] if first and len(kept) > 1 and prompt[kept[1]] == bos else kept
 
-    def _room(self, prompt_length: int) -> int | None:
+    def _room(self, prompt_length: int, image_tokens: int) -> int | None:
         """Most tokens that a completion may have after a prompt of this length; None where nothing bounds it."""
         options = self.options
         bounds = [] if options.max_completion_length is None else [options.max_completion_length]
@@ -285,10 +347,11 @@ class PairTokenizer:
             # An encoder-decoder model reads and writes separate sequences, each of which max_length bounds.
             left = options.max_length - (0 if options.is_encoder_decoder else prompt_length)
             if left < 1 or prompt_length > options.max_length:
+                images = f" ({image_tokens} of images)" if image_tokens else ""
                 raise BadRow(
-                    "prompt too long",
+                    "prompt too long" if image_tokens < options.max_length else "images too long",
                     self.format.prompt,
-                    f"the prompt has {prompt_length} tokens, which leaves no room for a completion within "
+                    f"the prompt has {prompt_length} tokens{images}, which leaves no room for a completion within "
                     f"max_length={options.max_length}",
                 )
             bounds.append(left)

@@ -1,8 +1,9 @@
 import pytest
 
 from orpo_dist.data.audit import BadRow
+from orpo_dist.data.detect import detect_format
 from orpo_dist.data.options import PrepareOptions
-from orpo_dist.data.pairs import Pair, common_length, common_text_prompt, detect_format
+from orpo_dist.data.pairs import Pair, common_length, common_text_prompt
 from orpo_dist.errors import UserError
 
 USER = {"role": "user", "content": "Two and two?"}

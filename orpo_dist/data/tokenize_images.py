@@ -1,0 +1,274 @@
+"""Canonical pair with images -> token ids, through the model's processor.
+
+The processor replaces each image's placeholder in the prompt by the image's tokens. What follows the last image is
+tokenised as text (data/tokenize.py), so the pixels of a pair are processed once, not once per completion.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from jinja2 import TemplateError
+from transformers import ProcessorMixin
+
+from orpo_dist.data.audit import BadRow
+from orpo_dist.data.image_source import fetch_all, is_url
+from orpo_dist.data.images import StoredImage, open_image
+from orpo_dist.data.messages import Message
+from orpo_dist.data.options import PrepareOptions
+from orpo_dist.data.pairs import Pair, PairFormat, common_length
+from orpo_dist.data.place_images import PLACEHOLDER
+from orpo_dist.data.tokenize import PairTokenizer, RenderedPair, SplitPair, TokenizedPair, resolve_chat_template
+from orpo_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+ADDED = -1  # place of a token that the processor does not write: BOS
+_PROBE = ("Alpha", "Beta")
+
+
+@dataclass(frozen=True)
+class TokenizedImagePair(TokenizedPair):
+    """Token ids of a pair whose prompt may have images; their tokens are in `prompt_ids`.
+
+    Attributes:
+        images: in the order of the prompt.
+        prompt_text: what the processor makes `prompt_ids` of, with one placeholder per image:
+            `processor(text=[prompt_text], images=[images], add_special_tokens=False)`.
+        prompt_places: for each of `prompt_ids` its place in what the processor makes, or ADDED; empty where both are
+            the same. They differ by BOS, by a cut, and by a last token that belongs to the completions.
+        image_sizes: width and height of each image, in pixels.
+        image_tokens: tokens that the images take.
+    """
+
+    images: list[StoredImage]
+    prompt_text: str
+    prompt_places: list[int]
+    image_sizes: list[list[int]]
+    image_tokens: int
+
+
+@dataclass(frozen=True)
+class SplitImagePair(SplitPair):
+    """`places`: of the prompt's tokens in what the processor makes, or ADDED. The rest as in TokenizedImagePair."""
+
+    places: tuple[int, ...] = ()
+    processed_tokens: int = 0
+    image_sizes: tuple[tuple[int, int], ...] = ()
+
+
+class ImagePairTokenizer(PairTokenizer):
+    """Tokenises pairs with and without images with one processor.
+
+    Raises:
+        UserError: a contradiction between the format, the processor and the options, at construction.
+    """
+
+    def __init__(self, processor: ProcessorMixin, pair_format: PairFormat, options: PrepareOptions):
+        template = resolve_chat_template(options.chat_template, processor)
+        super().__init__(processor.tokenizer, pair_format, options, template)
+        self.processor = processor
+        placeholder = vars(processor).get("image_token")
+        if not isinstance(placeholder, str):
+            raise UserError(f"{type(processor).__name__} has no image_token: this model's images cannot be placed.")
+        self.placeholder = placeholder
+        self.placeholder_id = self.tokenizer.convert_tokens_to_ids(placeholder)
+        self._spelling = self._find_spelling()
+
+    def __call__(self, pairs: Sequence[Pair]) -> list[TokenizedPair | BadRow]:
+        fetched = fetch_all([image for pair in pairs for image in pair.images], self._image_column)
+        if fetched:
+            here = [[fetched[i["path"]] if is_url(i) else i for i in pair.images] for pair in pairs]
+            pairs = [replace(pair, images=images) for pair, images in zip(pairs, here, strict=True)]
+        return super().__call__(pairs)
+
+    # -- text --
+
+    def render(self, pair: Pair) -> RenderedPair:
+        """As `PairTokenizer.render`, with a placeholder in the prompt for each image.
+
+        Raises:
+            BadRow: also where placeholders and images do not match, or a completion holds a placeholder.
+        """
+        for image in pair.images:
+            if isinstance(image, BadRow):  # it could not be fetched
+                raise image
+        if isinstance(pair.prompt, str):
+            pair = replace(pair, prompt=self._in_text(pair.prompt, len(pair.images)))
+        rendered = replace(self._render(pair), images=pair.images)
+        for column, text in ((self.format.chosen, rendered.chosen), (self.format.rejected, rendered.rejected)):
+            if self.placeholder in text:
+                raise BadRow(
+                    "image in a completion", column, f"it holds `{self.placeholder}`, which stands for an image"
+                )
+        places = rendered.prompt.count(self.placeholder)
+        if places != len(pair.images):
+            raise BadRow(
+                "image count",
+                self._image_column,
+                f"the row has {len(pair.images)} images, and its prompt as text {places} times `{self.placeholder}`",
+            )
+        return rendered
+
+    def _in_text(self, prompt: str, images: int) -> str:
+        if not images or prompt.count(self.placeholder) == images:
+            return prompt
+        if PLACEHOLDER in prompt:
+            return prompt.replace(PLACEHOLDER, self._image_text)
+        return self._image_text * images + prompt
+
+    def _apply(self, messages: list[Message], pair: Pair, add_generation_prompt: bool = False) -> str:
+        spelled = [self._spelled(message, self._spelling) for message in messages]
+        return super()._apply(spelled, pair, add_generation_prompt)
+
+    def _spelled(self, message: Message, spelling: str) -> Message:
+        content = message["content"]
+        if spelling == "parts" and isinstance(content, str):
+            return {**message, "content": [{"type": "text", "text": content}]}
+        if spelling == "text" and not isinstance(content, str):
+            pieces = (self.placeholder if part["type"] == "image" else part["text"] for part in content)
+            return {**message, "content": "".join(pieces)}
+        return message
+
+    def _find_spelling(self) -> str:
+        """How the chat template takes a message's content: always as "parts", as parts only where there are images
+        ("mixed"), or as "text" with the placeholder in it. Given another, templates fail, or lose text or images."""
+        user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _PROBE[0]}]}
+        reply: Message = {"role": "assistant", "content": _PROBE[1]}
+        for spelling in ("parts", "mixed") if self.chat_template else ():
+            try:
+                text = self._probe([user, reply], spelling)
+            except (TemplateError, TypeError, KeyError, ValueError):
+                continue
+            if all(word in text for word in _PROBE) and text.count(self.placeholder) == 1 and "'type'" not in text:
+                return spelling
+        return "text"
+
+    def _probe(self, messages: list[Message], spelling: str) -> str:
+        text = self.tokenizer.apply_chat_template(
+            [self._spelled(message, spelling) for message in messages], chat_template=self.chat_template, tokenize=False
+        )
+        assert isinstance(text, str)
+        return text
+
+    @cached_property
+    def _image_text(self) -> str:
+        """What stands for an image in a text that no template renders: what the model's own template writes for one."""
+        if not self.chat_template or self._spelling == "text":
+            return self.placeholder
+        words = {"type": "text", "text": _PROBE[0]}
+        without = self._probe([{"role": "user", "content": [words]}], self._spelling)
+        text = self._probe([{"role": "user", "content": [{"type": "image"}, words]}], self._spelling)
+        start = common_length(text, without)
+        end = common_length(text[start:][::-1], without[start:][::-1])
+        found = text[start : len(text) - end]
+        return found if found.count(self.placeholder) == 1 else self.placeholder
+
+    # -- tokens --
+
+    def _split(
+        self, text: RenderedPair, prompt: list[int], with_chosen: list[int], with_rejected: list[int]
+    ) -> SplitPair:
+        if not text.images:
+            return super()._split(text, prompt, with_chosen, with_rejected)
+        opened = [open_image(image, self._image_column) for image in text.images]
+        processed = self._processed(text.prompt, opened)
+        # Up to the last image the processor has the word; after it, it must have left the text as it is.
+        tail = prompt[len(prompt) - prompt[::-1].index(self.placeholder_id) :]
+        length = common_length(prompt, with_chosen, with_rejected)
+        head = len(processed) - len(tail)
+        if processed[head:] == tail and (tail or processed[-1] in self._added) and length >= len(prompt) - len(tail):
+            whole = processed[:head] + tail[: len(tail) - (len(prompt) - length)]
+            chosen, rejected = with_chosen[length:], with_rejected[length:]
+        elif self._ends_prompts:
+            whole, (chosen, rejected) = processed, self._ids([text.chosen, text.rejected])
+        else:
+            both = [self._processed(text.prompt + side, opened) for side in (text.chosen, text.rejected)]
+            length = common_length(processed, *both)
+            whole, chosen, rejected = processed[:length], both[0][length:], both[1][length:]
+        fixed = self._image_places(whole, prompt)
+        places = tuple(range(len(whole)))
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and bos not in whole:
+            whole, places = [bos, *whole], (ADDED, *places)
+            fixed = {place + 1 for place in fixed}
+        return SplitImagePair(
+            prompt=whole,
+            chosen=chosen,
+            rejected=rejected,
+            fixed=frozenset(fixed),
+            places=places,
+            processed_tokens=len(processed),
+            image_sizes=tuple(image.size for image in opened),
+        )
+
+    def _result(
+        self, text: RenderedPair, pair: SplitPair, kept: list[int], chosen: list[int], rejected: list[int], cut: int
+    ) -> TokenizedPair:
+        images = pair if isinstance(pair, SplitImagePair) else SplitImagePair([], [], [])
+        places = [images.places[place] for place in kept] if text.images else []
+        if places == list(range(images.processed_tokens)):
+            places = []
+        return TokenizedImagePair(
+            **vars(super()._result(text, pair, kept, chosen, rejected, cut)),
+            images=text.images,
+            prompt_text=text.prompt,
+            prompt_places=places,
+            image_sizes=[list(size) for size in images.image_sizes],
+            image_tokens=len(pair.fixed),
+        )
+
+    def _processed(self, text: str, images: "list[Image]") -> list[int]:
+        try:
+            made = self.processor(text=[text], images=[images], add_special_tokens=False)
+        except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError) as error:
+            raise BadRow("image processor", self._image_column, f"the processor refuses the images: {error}") from None
+        return [int(token) for token in made["input_ids"][0]]
+
+    def _image_places(self, processed: list[int], prompt: list[int]) -> set[int]:
+        """Places of the tokens that images are made of: the placeholders, what the processor wrote in their place, the
+        white space between parts of an image, and the marks around it that no text has."""
+        before, after = Counter(prompt), Counter(processed)
+        images = {token for token in self._added & after.keys() if after[token] > before[token]} | {self.placeholder_id}
+        inside = {place for place, token in enumerate(processed) if token in images}
+        if not inside:
+            return inside
+        ordered = sorted(inside)
+        for left, right in zip(ordered, ordered[1:], strict=False):
+            gap = range(left + 1, right)
+            if all(processed[place] in self._marks or self._is_white_space(processed[place]) for place in gap):
+                inside.update(gap)
+        for step in (-1, 1):
+            for place in sorted(inside)[::step]:
+                following = place + step
+                while 0 <= following < len(processed) and processed[following] in self._marks:
+                    inside.add(following)
+                    following += step
+        return inside
+
+    @cached_property
+    def _added(self) -> set[int]:
+        return set(self.tokenizer.added_tokens_decoder)
+
+    @cached_property
+    def _marks(self) -> set[int]:
+        """Added tokens that stand at images only: not those that end or begin texts and turns."""
+        tokenizer = self.tokenizer
+        text = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
+        if self.chat_template:
+            turns = self._probe([{"role": "user", "content": _PROBE[0]}, {"role": "assistant", "content": _PROBE[1]}],
+                                self._spelling)  # fmt: skip
+            text |= set(self._ids([turns])[0])
+        return self._added - text
+
+    @cached_property
+    def _ends_prompts(self) -> bool:
+        """Whether the processor writes something after the prompt's text, as PaliGemma's line break. Completions are
+        then tokenised by themselves, as its `suffix`."""
+        from PIL import Image
+
+        processed = self._processed(f"{self._image_text}{_PROBE[0]}", [Image.new("RGB", (64, 64), "red")])
+        return processed[-1] != self._ids([_PROBE[0]])[0][-1]
