@@ -1,7 +1,8 @@
 """Rows -> tokenised data set: detection, audit, tokenisation, once per run and cached by content.
 
 This is what a trainer calls before it loads a model. The result has the list columns `prompt_ids` (P),
-`chosen_ids` (C), `rejected_ids` (R), and `row`, the number of the source row.
+`chosen_ids` (C), `rejected_ids` (R), and `row`, the number of the source row; with a processor also the columns of
+`TokenizedImagePair`, which its collator reads.
 """
 
 import json
@@ -15,24 +16,41 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from datasets import Dataset, DatasetDict, Features, IterableDataset, Value
-from datasets import Sequence as ListOf
-from transformers import PreTrainedTokenizerBase
+from datasets import List as ListOf
+from transformers import ProcessorMixin
 
 from orpo_dist import __version__
 from orpo_dist.data.audit import BadRow, DroppedRow, check_bad_rows, count_kinds, stop_at, write_dropped_rows
 from orpo_dist.data.cache import built_once, cache_root, digest, is_first_rank, on_first_rank
 from orpo_dist.data.detect import SAMPLE, detect_format
+from orpo_dist.data.images import image_identity, require_pillow
 from orpo_dist.data.messages import decode
 from orpo_dist.data.options import PrepareOptions
 from orpo_dist.data.pairs import Pair, PairFormat
-from orpo_dist.data.rows import ROW_COLUMN, SOURCE_COLUMN, content_digest, dataset_from_rows, materialise, save
-from orpo_dist.data.tokenize import PairTokenizer, TokenizedPair, resolve_chat_template, tokenizer_digest
+from orpo_dist.data.rows import (
+    ROW_COLUMN,
+    SOURCE_COLUMN,
+    content_digest,
+    dataset_from_rows,
+    materialise,
+    save,
+    undecoded,
+)
+from orpo_dist.data.tokenize import (
+    PairTokenizer,
+    ProcessingClass,
+    TokenizedPair,
+    resolve_chat_template,
+    tokenizer_digest,
+)
+from orpo_dist.data.tokenize_images import ImagePairTokenizer
 from orpo_dist.errors import UserError
 
 __all__ = ["DroppedRow", "PrepareOptions", "PreparedPairs", "prepare_pairs"]
 
 TOKEN_COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids"]
-BATCH = 256
+BATCH, IMAGE_BATCH = 256, 16  # rows; decoded photographs are large
+IMAGE_COLUMNS = ["images", "prompt_text", "prompt_places", "image_sizes", "image_tokens"]
 # Options that decide what happens to bad rows or how fast the work goes, not what the token ids are.
 NOT_CONTENT = ("on_bad_row", "max_bad_rows", "num_proc", "chat_template")
 
@@ -48,6 +66,17 @@ _FEATURES = Features(
         "column": Value("string"),
         "kind": Value("string"),
         "reason": Value("string"),
+    }
+)
+_IMAGE_FEATURES = Features(
+    {
+        **_FEATURES,
+        # Not datasets.Image: saving would copy the files that paths name into the cache.
+        "images": ListOf({"bytes": Value("large_binary"), "path": Value("string")}),
+        "prompt_text": Value("string"),
+        "prompt_places": ListOf(Value("int32")),
+        "image_sizes": ListOf(ListOf(Value("int32"))),
+        "image_tokens": Value("int32"),
     }
 )
 
@@ -79,7 +108,7 @@ class PreparedPairs:
 
 def prepare_pairs(
     dataset: Rows,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: ProcessingClass,
     options: PrepareOptions,
     *,
     name: str = "train",
@@ -92,7 +121,8 @@ def prepare_pairs(
 
     Args:
         dataset: rows in any supported format (docs/data.md). A streaming data set is written to the cache first.
-        tokenizer: used as it is; its chat template may be replaced by `options.chat_template`, without changing it.
+        tokenizer: the tokenizer, or the processor of a vision-language model. Used as it is; its chat template may be
+            replaced by `options.chat_template`, without changing it.
         name: what messages call this data set.
         dropped_rows_path: JSON lines file that lists the rows left out.
 
@@ -116,9 +146,11 @@ def prepare_pairs(
 def as_dataset(rows: Rows, name: str) -> Dataset:
     """The rows as a `Dataset`; a stream is written to the cache, with a message."""
     if isinstance(rows, Dataset):
-        return rows
+        return undecoded(rows)
     if not isinstance(rows, IterableDataset):
         return dataset_from_rows(list(rows))
+    if rows.features is not None:
+        rows = rows.decode(False)
     print(f"{name}: a streaming data set. ORPO's batches need all rows, so it is read once into {cache_root()}.")
     temporary = cache_root() / f".stream.{uuid.uuid4().hex}"
     temporary.mkdir(parents=True)
@@ -157,11 +189,12 @@ def _number(row: dict[str, Any], index: int) -> int:
     return decode(row[ROW_COLUMN]) if ROW_COLUMN in row else index
 
 
-def _prepared_folder(dataset: Rows, tokenizer: PreTrainedTokenizerBase, options: PrepareOptions, name: str) -> Path:
+def _prepared_folder(dataset: Rows, tokenizer: ProcessingClass, options: PrepareOptions, name: str) -> Path:
     rows = as_dataset(dataset, name)
     if len(rows) == 0:
         raise UserError(f"{name}: the data set has no rows.")
     pair_format = format_of(rows, options)
+    _check_images(pair_format, tokenizer, options, name)
     read = pair_format.columns + [column for column in (SOURCE_COLUMN, ROW_COLUMN) if column in rows.column_names]
     rows = rows.select_columns(read)
     settings = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in NOT_CONTENT}
@@ -173,20 +206,47 @@ def _prepared_folder(dataset: Rows, tokenizer: PreTrainedTokenizerBase, options:
         json.dumps(settings, sort_keys=True),
         json.dumps(asdict(pair_format), sort_keys=True),
     ]
-    step = _Step(PairTokenizer(tokenizer, pair_format, options), pair_format, options, name)
-    return built_once(
-        f"pairs-{digest(part.encode() for part in identity)}", lambda folder: _build(folder, rows, step, options, name)
-    )
+    parts = [part.encode() for part in identity]
+    if isinstance(tokenizer, ProcessorMixin):
+        tokenize: PairTokenizer = ImagePairTokenizer(tokenizer, pair_format, options)
+        parts += _image_files(pair_format, rows)
+    else:
+        tokenize = PairTokenizer(tokenizer, pair_format, options)
+    step = _Step(tokenize, pair_format, options, name)
+    return built_once(f"pairs-{digest(parts)}", lambda folder: _build(folder, rows, step, options, name))
+
+
+def _check_images(pair_format: PairFormat, tokenizer: ProcessingClass, options: PrepareOptions, name: str) -> None:
+    if isinstance(tokenizer, ProcessorMixin):
+        require_pillow("A vision-language model")
+    elif pair_format.has_images or options.image_column:
+        where = f"image_column={pair_format.image}" if pair_format.image else "its messages"
+        raise UserError(
+            f"{name}: the rows have images ({where}), and the model reads text only. Choose a vision-language model, "
+            "or set image_column='' to train on the text alone."
+        )
+
+
+def _image_files(pair_format: PairFormat, rows: Dataset) -> list[bytes]:
+    """What the cache's key must know of the image files that rows name by path: their content is not in the rows."""
+    known: dict[str, list[bytes]] = {}
+    for index, row in enumerate(rows):
+        pair = read_pair(pair_format, row, index)
+        for image in pair.images if isinstance(pair, Pair) else ():
+            if image["path"] and image["path"] not in known:
+                known[image["path"]] = image_identity(image)
+    return [part for parts in known.values() for part in parts]
 
 
 def _build(folder: Path, rows: Dataset, step: "_Step", options: PrepareOptions, name: str) -> None:
     audited = rows.map(
         step,
         batched=True,
-        batch_size=BATCH,
+        batch_size=IMAGE_BATCH if step.has_images else BATCH,
+        writer_batch_size=IMAGE_BATCH if step.has_images else None,
         with_indices=True,
         remove_columns=rows.column_names,
-        features=_FEATURES,
+        features=step.features,
         num_proc=options.num_proc,
         load_from_cache_file=False,
         cache_file_name=str(folder / "audited.arrow"),
@@ -197,8 +257,9 @@ def _build(folder: Path, rows: Dataset, step: "_Step", options: PrepareOptions, 
     bad = audited.select([index for index, kind in enumerate(kinds) if kind is not None])
     kept = audited.select(good)
     if good:  # `datasets` cannot read back a data set of no rows
-        save(kept.select_columns([*TOKEN_COLUMNS, "row"]), folder / "pairs")
+        save(kept.select_columns(step.columns), folder / "pairs")
     report = {
+        "columns": step.columns,
         "format": step.format.description,
         "rows": len(rows),
         "truncated_prompts": sum(kept["truncated_prompt"]),
@@ -214,7 +275,7 @@ def _read(folder: Path, name: str) -> PreparedPairs:
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     dropped = [DroppedRow(**row) for row in report["dropped"]]
     pairs = folder / "pairs"
-    none: dict[str, list[int]] = {column: [] for column in [*TOKEN_COLUMNS, "row"]}
+    none: dict[str, list[int]] = {column: [] for column in report["columns"]}
     return PreparedPairs(
         dataset=Dataset.load_from_disk(str(pairs)) if pairs.is_dir() else Dataset.from_dict(none),
         dropped=[replace(row, source=row.source or name) for row in dropped],
@@ -233,12 +294,15 @@ class _Step:
         self.format = pair_format
         self.options = options
         self.name = name
+        self.has_images = isinstance(tokenize, ImagePairTokenizer)
+        self.features = _IMAGE_FEATURES if self.has_images else _FEATURES
+        self.columns = [*TOKEN_COLUMNS, "row", *(IMAGE_COLUMNS if self.has_images else [])]
 
     def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         read = [read_pair(self.format, row, index) for row, index in zip(rows, indices, strict=True)]
         tokenized = iter(self.tokenize([pair for pair in read if isinstance(pair, Pair)]))
-        result: dict[str, list[Any]] = {column: [] for column in _FEATURES}
+        result: dict[str, list[Any]] = {column: [] for column in self.features}
         for row, index, item in zip(rows, indices, read, strict=True):
             outcome = next(tokenized) if isinstance(item, Pair) else item
             if isinstance(outcome, BadRow):
@@ -250,6 +314,6 @@ class _Step:
         return result
 
     def _record(self, outcome: TokenizedPair | DroppedRow, row: dict[str, Any], index: int) -> dict[str, Any]:
-        record = dict.fromkeys(_FEATURES)
+        record: dict[str, Any] = dict.fromkeys(self.features)
         record["row"] = _number(row, index)
         return record | vars(outcome)

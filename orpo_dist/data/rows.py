@@ -1,19 +1,27 @@
 """Rows as Python objects or as a stream -> `datasets.Dataset`, without changing a value.
 
 Arrow columns have one type. Where that would change a value ("42" beside 42, a tool call's arguments, which would get
-the keys of all other calls) the column holds {"__json__": text}; messages.decode undoes it.
+the keys of all other calls) the column holds {"__json__": text}; messages.decode undoes it. Images in memory become
+{"bytes": PNG, "path": None}, and inside of JSON a data URL.
 """
 
+import base64
 import json
+import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pyarrow
 from datasets import (
     Dataset,
     Features,
+    Image,
     IterableDataset,
+    LargeList,
+    List,
     Value,
     are_progress_bars_disabled,
     disable_progress_bars,
@@ -22,6 +30,7 @@ from datasets import (
 from datasets.arrow_writer import ArrowWriter
 
 from orpo_dist.data.cache import digest
+from orpo_dist.data.images import encode_image
 from orpo_dist.data.messages import JSON_KEY
 from orpo_dist.errors import UserError
 
@@ -33,7 +42,7 @@ BATCH = 1000
 def dataset_from_rows(rows: Sequence[dict[str, Any]]) -> Dataset:
     """The rows as a data set whose columns are the union of their keys; a missing key is None."""
     columns = dict.fromkeys(key for row in rows for key in row)
-    table = {name: _column([row.get(name) for row in rows]) for name in columns}
+    table = {name: _column([_encoded(row.get(name)) for row in rows]) for name in columns}
     return Dataset(pyarrow.table(table))
 
 
@@ -43,7 +52,7 @@ def _column(values: list[Any]) -> pyarrow.Array | pyarrow.ChunkedArray:
         if array.to_pylist() == values and not any(isinstance(value, float) for value in values):
             return array if array.type != pyarrow.null() else array.cast(pyarrow.string())
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, pyarrow.ArrowNotImplementedError, OverflowError):
-        pass
+        pass  # also a column of images with more than 2 GiB
     return pyarrow.array([None if value is None else {JSON_KEY: _dumps(value)} for value in values])
 
 
@@ -85,6 +94,22 @@ def save(dataset: Dataset, folder: Path) -> None:
             enable_progress_bars()
 
 
+def undecoded(dataset: Dataset) -> Dataset:
+    """The data set with its images as they are stored, {"bytes", "path"}, instead of decoded at every access."""
+    features = Features({name: _undecoded(feature) for name, feature in dataset.features.items()})
+    return dataset if features == dataset.features else dataset.cast(features)
+
+
+def _undecoded(feature: Any) -> Any:
+    if isinstance(feature, Image):
+        return {"bytes": Value("binary"), "path": Value("string")}
+    if isinstance(feature, dict):
+        return {name: _undecoded(inner) for name, inner in feature.items()}
+    if isinstance(feature, List | LargeList):
+        return replace(feature, feature=_undecoded(feature.feature))
+    return feature
+
+
 def content_digest(dataset: Dataset) -> str:
     """A name for the rows of `dataset`: equal content, equal name, whatever file or fingerprint it has."""
     return digest(_parts(dataset))
@@ -97,5 +122,34 @@ def _parts(dataset: Dataset) -> Iterable[bytes]:
             yield batch.serialize()
 
 
+def _encoded(value: Any) -> Any:
+    """The value with its PIL images and pixel arrays encoded."""
+    if isinstance(value, dict):
+        return {key: _encoded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_encoded(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    picture = _picture(value)
+    return value if picture is None else {"bytes": encode_image(picture), "path": None}
+
+
+def _picture(value: Any) -> Any:
+    """The value as a PIL image, if it is one, or an array of pixels."""
+    if isinstance(value, numpy.ndarray) and value.dtype == numpy.uint8 and value.ndim in (2, 3):
+        from PIL.Image import fromarray
+
+        return fromarray(value)
+    pillow = sys.modules.get("PIL.Image")  # who has an image of Pillow's has imported it; text needs no Pillow
+    return value if pillow is not None and isinstance(value, pillow.Image) else None
+
+
 def _dumps(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=repr)  # repr: columns that hold images, dates and the like
+    return json.dumps(value, ensure_ascii=False, default=_in_json)
+
+
+def _in_json(value: Any) -> str:
+    if isinstance(value, bytes):
+        return f"data:;base64,{base64.b64encode(value).decode()}"
+    picture = _picture(value)
+    return repr(value) if picture is None else _in_json(encode_image(picture))  # repr: dates and the like

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
@@ -75,15 +76,14 @@ class ImagePairTokenizer(PairTokenizer):
         if not isinstance(placeholder, str):
             raise UserError(f"{type(processor).__name__} has no image_token: this model's images cannot be placed.")
         self.placeholder = placeholder
-        self.placeholder_id = self.tokenizer.convert_tokens_to_ids(placeholder)
+        self.placeholder_id = int(self.tokenizer.convert_tokens_to_ids(placeholder))  # type: ignore[arg-type]
         self._spelling = self._find_spelling()
 
     def __call__(self, pairs: Sequence[Pair]) -> list[TokenizedPair | BadRow]:
         fetched = fetch_all([image for pair in pairs for image in pair.images], self._image_column)
-        if fetched:
-            here = [[fetched[i["path"]] if is_url(i) else i for i in pair.images] for pair in pairs]
-            pairs = [replace(pair, images=images) for pair, images in zip(pairs, here, strict=True)]
-        return super().__call__(pairs)
+        outcomes = [_with_fetched(pair, fetched) for pair in pairs]
+        results = iter(super().__call__([outcome for outcome in outcomes if isinstance(outcome, Pair)]))
+        return [next(results) if isinstance(outcome, Pair) else outcome for outcome in outcomes]
 
     # -- text --
 
@@ -93,9 +93,6 @@ class ImagePairTokenizer(PairTokenizer):
         Raises:
             BadRow: also where placeholders and images do not match, or a completion holds a placeholder.
         """
-        for image in pair.images:
-            if isinstance(image, BadRow):  # it could not be fetched
-                raise image
         if isinstance(pair.prompt, str):
             pair = replace(pair, prompt=self._in_text(pair.prompt, len(pair.images)))
         rendered = replace(self._render(pair), images=pair.images)
@@ -237,7 +234,7 @@ class ImagePairTokenizer(PairTokenizer):
         if not inside:
             return inside
         ordered = sorted(inside)
-        for left, right in zip(ordered, ordered[1:], strict=False):
+        for left, right in pairwise(ordered):
             gap = range(left + 1, right)
             if all(processed[place] in self._marks or self._is_white_space(processed[place]) for place in gap):
                 inside.update(gap)
@@ -272,3 +269,13 @@ class ImagePairTokenizer(PairTokenizer):
 
         processed = self._processed(f"{self._image_text}{_PROBE[0]}", [Image.new("RGB", (64, 64), "red")])
         return processed[-1] != self._ids([_PROBE[0]])[0][-1]
+
+
+def _with_fetched(pair: Pair, fetched: dict[str, StoredImage | BadRow]) -> Pair | BadRow:
+    images = []
+    for image in pair.images:
+        here = fetched[str(image["path"])] if is_url(image) else image
+        if isinstance(here, BadRow):
+            return here
+        images.append(here)
+    return replace(pair, images=images)

@@ -94,7 +94,7 @@ def test_absolute_paths_and_file_urls_inside(folder):
 def test_image_folder(folder, tmp_path):
     (image,) = stored("a.png", folder, folder=str(folder / "images"))
     assert image["path"] == str(folder / "images" / "a.png")
-    assert kind("../in.png", folder, folder=str(folder / "images")) == "image outside"
+    assert kind("../out.png", folder, folder=str(folder / "images")) == "image outside"
     assert stored("secret.png", folder, folder=str(tmp_path))[0]["path"] == str(tmp_path / "secret.png")
 
 

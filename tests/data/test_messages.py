@@ -61,7 +61,7 @@ def test_sharegpt_function_call_becomes_a_tool_call():
         ([{"role": "user"}], "bad message"),
         ([{"from": "alien", "value": "x"}], "bad message"),
         ([{"from": "function_call", "value": "not json"}], "bad message"),
-        ([{"role": "user", "content": [{"type": "image"}]}], "wrong type"),
+        ([{"role": "user", "content": [{"type": "video"}]}], "wrong type"),
     ],
 )
 def test_unreadable_values_name_the_column(value, kind):
