@@ -229,7 +229,8 @@ class ImagePairTokenizer(PairTokenizer):
         """Places of the tokens that images are made of: the placeholders, what the processor wrote in their place, the
         white space between parts of an image, and the marks around it that no text has."""
         before, after = Counter(prompt), Counter(processed)
-        images = {token for token in self._added & after.keys() if after[token] > before[token]} | {self.placeholder_id}
+        grown = {token for token in self._added & after.keys() if after[token] > before[token]}
+        images = grown - {self.tokenizer.bos_token_id} | {self.placeholder_id}
         inside = {place for place, token in enumerate(processed) if token in images}
         if not inside:
             return inside

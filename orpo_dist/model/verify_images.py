@@ -29,7 +29,7 @@ _SIZES = ((40, 24), (24, 56), (32, 32), (64, 24))  # width, height of the drawn 
 def drawn_row(example: dict[str, Any], processor: Any, first: int = 0) -> dict[str, Any]:
     """The prompt of a row of the data set with small drawn images in place of its own. No completions yet."""
     images = [_drawing(*_SIZES[(first + i) % len(_SIZES)], first + i) for i in range(len(example["images"]))]
-    made = processor(text=[example["prompt_text"]], images=[images])
+    made = processor(text=[example["prompt_text"]], images=[images], add_special_tokens=False)
     return {
         "prompt_ids": list(map(int, made["input_ids"][0])),
         "images": [{"bytes": _png(image), "path": None} for image in images],

@@ -87,10 +87,16 @@ def process_prompts(processor: Any, rows: Sequence[dict[str, Any]]) -> PromptIma
         images=[[open_image(image) for image in row["images"]] for row in illustrated],
         padding=True,
         return_tensors="pt",
+        add_special_tokens=False,  # BOS is in the text, or the data step has put it there
     )
     masks = made["attention_mask"].bool()
-    for row, ids, mask in zip(illustrated, made["input_ids"], masks, strict=True):
-        if ids[mask].tolist() != list(row["prompt_ids"]):
+    places = [_places(row) for row in illustrated]
+    for row, ids, mask, place in zip(illustrated, made["input_ids"], masks, places, strict=True):
+        written, processed = torch.tensor(row["prompt_ids"]), ids[mask]
+        if place is not None:
+            written, place = written[place >= 0], place[place >= 0]
+            processed = processed[place] if int(place.max()) < len(processed) else processed
+        if not torch.equal(written, processed):
             raise UserError(
                 f"Pair {row['index']}: the processor makes {int(mask.sum())} tokens of its prompt and images, and the "
                 f"data set holds {len(row['prompt_ids'])} others. Tokenise the rows with the processor that is "
@@ -99,12 +105,20 @@ def process_prompts(processor: Any, rows: Sequence[dict[str, Any]]) -> PromptIma
     token_types = {}
     for name in TOKEN_TYPES:
         if name in made:
-            found = iter(types[mask] for types, mask in zip(made[name], masks, strict=True))
+            found = iter(
+                types[mask] if place is None else F.pad(types[mask], (0, 1))[place]  # ADDED is -1, the padding's place
+                for types, mask, place in zip(made[name], masks, places, strict=True)
+            )
             token_types[name] = [
                 next(found) if count else torch.zeros(len(row["prompt_ids"]), dtype=torch.long)
                 for row, count in zip(rows, counts, strict=True)
             ]
     return PromptImages({name: made[name] for name in made if name not in _OF_THE_TEXT}, token_types, counts)
+
+
+def _places(row: dict[str, Any]) -> torch.Tensor | None:
+    """Which of the processor's tokens the prompt keeps, where it keeps not all of them: `prompt_places` of the row."""
+    return torch.tensor(row["prompt_places"]) if row.get("prompt_places") else None
 
 
 @dataclass(frozen=True)

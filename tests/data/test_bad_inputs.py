@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from orpo_dist.data.options import PrepareOptions
 from orpo_dist.data.prepare import prepare_pairs
 from orpo_dist.data.sources import load_rows
 from orpo_dist.errors import UserError
+from tests.data.processors import qwen_processor
+from tests.data.test_images import png_of
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "data.md"
 USER = {"role": "user", "content": "Hi"}
@@ -25,6 +28,7 @@ SHAREGPT = {
     "chosen": {"from": "gpt", "value": "Hello"},
     "rejected": {"from": "gpt", "value": "Go"},
 }
+PICTURE = {"images": ["a.png"], "prompt": [USER], "chosen": [HELLO], "rejected": [GO]}
 DIALOGUE = {"chosen": "Q: 2+2?\nA: 4", "rejected": "Q: 2+2?\nA: 5"}
 CONVERSATION = {"chosen": [USER, HELLO], "rejected": [USER, GO]}
 
@@ -40,6 +44,23 @@ class Input:
     name: str = "pairs.jsonl"
     split: str = "train"
     policy: str = "error"
+
+
+def pictures(folder: Path) -> None:
+    """a.png, sound; half.png, text.png, bomb.png, wide.png and large.png, each with its fault; secret.png outside."""
+    Image.effect_noise((64, 64), 80).save(folder / "a.png")
+    content = (folder / "a.png").read_bytes()
+    (folder / "half.png").write_bytes(content[: len(content) // 2])
+    (folder / "text.png").write_text("<html>404</html>")
+    (folder / "bomb.png").write_bytes(png_of(60_000, 60_000))
+    (folder.parent / "secret.png").write_bytes(content)
+    Image.new("RGB", (1000, 2)).save(folder / "wide.png")
+    Image.new("RGB", (256, 256)).save(folder / "large.png")
+
+
+def image(good: dict[str, Any] = PICTURE, options: dict[str, Any] | None = None, **bad: Any) -> Input:
+    """As `second`, with a processor."""
+    return second(good, "vlm", {"max_length": None, **(options or {})}, **bad)
 
 
 def second(good: dict[str, Any], tokenizer: str = "chat", options: dict[str, Any] | None = None, **bad: Any) -> Input:
@@ -60,7 +81,7 @@ INPUTS = {
     "NaN instead of an answer": second(TEXT, rejected=float("nan")),
     "a fraction instead of an answer": second(TEXT, chosen=4.5),
     "text against messages": second(TEXT, rejected=[GO]),
-    "an image in a message": second(CHAT, prompt=[{"role": "user", "content": [{"type": "image"}]}]),
+    "a video in a message": second(CHAT, prompt=[{"role": "user", "content": [{"type": "video"}]}]),
     "chosen and rejected the same": second(TEXT, chosen="5"),
     "the same up to where they are cut": second(
         {**TEXT, "chosen": "one two three", "rejected": "four five six"},
@@ -85,6 +106,33 @@ INPUTS = {
     "a row the template refuses": second(
         CHAT, options={"chat_template": REFUSING}, prompt=[{"role": "user", "content": "No"}]
     ),
+    "an image column for a text-only model": Input([PICTURE]),
+    "an image in a message, text-only model": second(CHAT, prompt=[{"role": "user", "content": [{"type": "image"}]}]),
+    "the first image behind 200 rows, text-only model": Input([{**TEXT, "images": []}] * 200 + [{**TEXT, **PICTURE}]),
+    "an image file that is not there": image(images=["gone.png"]),
+    "an image without content": image(images=[None]),
+    "a file that is no image": image(images=["text.png"]),
+    "an image that ends too early": image(images=["half.png"]),
+    "a decompression bomb": image(images=["bomb.png"]),
+    "a number instead of an image": image(images=7),
+    "an image path that leaves the folder": image(images=["../secret.png"]),
+    "an image's web address": image(images=["https://example.org/a.png"]),
+    "an image's address in a message": image(
+        {**CHAT, "images": []},
+        prompt=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://example.org/a.png"}}]}],
+    ),
+    "more images than places": image(
+        images=["a.png", "a.png"], prompt=[{"role": "user", "content": [{"type": "image"}]}]
+    ),
+    "a place without an image": image(images=[], prompt=[{"role": "user", "content": "<image>Hi"}]),
+    "the model's own image token in the text": image(prompt=[{"role": "user", "content": "Hi <|image_pad|>"}]),
+    "an image in an answer": image(chosen=[{"role": "assistant", "content": [{"type": "image"}]}, HELLO]),
+    "the model's image token in an answer": image(chosen=[{"role": "assistant", "content": "<|image_pad|>"}]),
+    "an image that the processor refuses": image(images=["wide.png"]),
+    "images with more tokens than max_prompt_length": image(options={"max_prompt_length": 40}, images=["large.png"]),
+    "images that leave no room within max_length": image(options={"max_length": 60}, images=["large.png"]),
+    "images that differ between the answers": Input([{**PICTURE, "rejected_images": ["a.png"]}]),
+    "an image column that is missing": Input([PICTURE], {"image_column": "photo"}),
     "a column that is missing": Input([{"prompt": "p", "chosen": "a"}]),
     "a mapped column that is missing": Input([TEXT], {"chosen_column": "good"}),
     "a prompt under another name": Input([{"question": "2+2=", "chosen": "4", "rejected": "5"}]),
@@ -106,7 +154,7 @@ INPUTS = {
 def table() -> dict[str, str]:
     """Input and message of each line of the table in docs/data.md."""
     section = DOCS.read_text(encoding="utf-8").split("## Bad input and its message")[1].split("\n## ")[0]
-    lines = re.findall(r"^\| (.+?) \| ``(.+)`` \|$", section, flags=re.MULTILINE)
+    lines = re.findall(r"^\| (.+?) \| `` ?(.+)`` \|$", section, flags=re.MULTILINE)
     return {what: message.replace("\\|", "|") for what, message in lines}
 
 
@@ -124,8 +172,9 @@ def test_message(what, chat_tokenizer, plain_tokenizer, tmp_path, monkeypatch, c
     if case.content is not None:
         path.write_bytes(case.content)
     elif case.rows:
+        pictures(path.parent)
         path.write_text("".join(json.dumps(row) + "\n" for row in case.rows))
-    tokenizer = {"chat": chat_tokenizer, "plain": plain_tokenizer}.get(case.tokenizer)
+    tokenizer = {"chat": chat_tokenizer, "plain": plain_tokenizer, "vlm": qwen_processor()}.get(case.tokenizer)
     if tokenizer is None:
         tokenizer = copy.deepcopy(plain_tokenizer)
         tokenizer.bos_token = None
