@@ -231,7 +231,7 @@ job_port() { echo $((10000 + (SLURM_JOB_ID + RESTARTS) % 20000)); }
 attempt_code() { # attempt_code STEP_CODE: of the nodes' exit codes the one to act on
     local codes code
     codes=" $(cat "$STATE/exit/$ATTEMPT".* 2>/dev/null | tr '\n' ' ') "
-    for code in $BAD_INPUT $NOT_FINITE $STOPPED; do
+    for code in "$BAD_INPUT" "$NOT_FINITE" "$STOPPED"; do
         [[ $codes != *" $code "* ]] || { echo "$code"; return; }
     done
     echo "$1"
@@ -248,7 +248,7 @@ conclude() { # what follows from CODE
         say "finished: $RUN"
         exit 0
     fi
-    [ "$CODE" = $STOPPED ] || show_ends
+    [ "$CODE" = "$STOPPED" ] || show_ends
     if [ -e "$STATE/cancel.$SLURM_JOB_ID" ]; then
         echo "cancelled at $newest" >"$STATE/outcome"
         say "cancelled; newest checkpoint: $newest. Submit the same recipe again to go on."

@@ -32,8 +32,8 @@ CASES = {
     "vlm_multi_node": ("vlm_multi_node", replace(PLAIN, nodes=2, max_restarts=3), [RECIPE, *END]),
     "sweep": ("sweep", replace(PLAIN, gpus=1, array="0-2%2"), [RECIPE, "/shared/project/sweep.txt", *END]),
     "prefetch": ("prefetch", replace(PLAIN, gpus=0, time="04:00:00"), [RECIPE, *END]),
-    "multi_node_pyxis": ("multi_node_pyxis", replace(PLAIN, nodes=2, container="/shared/orpo d.sqsh"), [RECIPE, *END]),
-    "multi_node_apptainer": ("multi_node_apptainer", replace(PLAIN, nodes=2, container="/shared/o.sif"), [RECIPE, *END]),
+    "multi_node_pyxis": ("multi_node_pyxis", replace(PLAIN, nodes=2, container="/shared/o d.sqsh"), [RECIPE, *END]),
+    "multi_node_apptainer": ("multi_node_apptainer", replace(PLAIN, nodes=2, container="/o/o.sif"), [RECIPE, *END]),
     "chain": ("single_node", replace(PLAIN, chain="1700000000", dependency="afterok:7"), [RECIPE, *END]),
     "site": ("multi_node", replace(PLAIN, nodes=2, qos="urgent"), [RECIPE, "--run_name", "it's mine", *END]),
 }  # fmt: skip
