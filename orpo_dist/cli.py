@@ -6,9 +6,19 @@ import sys
 from collections.abc import Sequence
 
 from orpo_dist import __version__
-from orpo_dist.errors import UserError
-
-FINISHED, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+from orpo_dist.errors import (
+    BAD_INPUT,
+    FAILED,
+    FINISHED,
+    GAVE_UP,
+    INTERRUPTED,
+    STOPPED,
+    NonFiniteRun,
+    RankError,
+    RunStopped,
+    SaveError,
+    UserError,
+)
 
 # Command: module, line of help. Imported when it is called: `--help` should not wait for torch.
 COMMANDS = {
@@ -29,7 +39,8 @@ _DEBUG_VALUES = {"underflow_overflow", "tpu_metrics_debug"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Exit codes: 0 finished, 2 bad input (one readable message), 1 anything else that failed.
+    """Run a command. Exit codes: 0 finished, 2 bad input (one readable message), 3 too many non-finite steps, 75
+    stopped and resumable, 1 anything else that failed.
 
     `--debug` anywhere shows the traceback of bad input too.
     """
@@ -50,6 +61,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _print_error(error)
         return BAD_INPUT
+    except (NonFiniteRun, SaveError) as error:
+        if debug:
+            raise
+        _print_error(error)
+        return GAVE_UP if isinstance(error, NonFiniteRun) else FAILED
+    except RunStopped as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"orpo-dist: {stop}", file=sys.stderr)
+        return STOPPED
     except SystemExit as stop:  # argparse, after --help or a wrong flag
         return stop.code if isinstance(stop.code, int) else FINISHED if stop.code is None else FAILED
     except KeyboardInterrupt:
@@ -69,9 +89,9 @@ def _without_debug_flag(arguments: list[str]) -> tuple[list[str], bool]:
     return rest, debug
 
 
-def _print_error(error: UserError) -> None:
-    """Once per node: every rank fails alike, but what is missing on one node may be there on another."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+def _print_error(error: Exception) -> None:
+    """Once per node, where every rank fails alike (what is missing on one node may be there on another)."""
+    if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, RankError | SaveError):
         rank = os.environ.get("RANK", "0")
         where = f" (rank {rank})" if rank != "0" else ""
         print(f"orpo-dist: error{where}: {error}", file=sys.stderr)
@@ -87,7 +107,7 @@ def _help() -> str:
             *lines,
             "",
             "`orpo-dist COMMAND --help` lists a command's arguments; `--version` prints the version.",
-            "Exit codes: 0 finished, 2 bad input, 1 failed.",
+            "Exit codes: 0 finished, 2 bad input, 3 too many non-finite steps, 75 stopped and resumable, 1 failed.",
         ]
     )
 

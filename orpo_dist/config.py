@@ -7,6 +7,7 @@ import torch
 from transformers import TrainingArguments
 
 from orpo_dist.errors import UserError
+from orpo_dist.runtime.stop import seconds_of
 
 TRUNCATION_SIDES = ("left", "right")
 BAD_ROW_POLICIES = ("drop", "error")
@@ -131,6 +132,16 @@ class ORPOConfig(TrainingArguments):
         True, "Compare the packed with the padded layout on a tiny batch at start-up, and fall back if they differ."
     )
 
+    # -- this project's fields: runs that survive (docs/runs.md) --
+    max_runtime: str | None = _option(
+        None, "Save and stop before this much time since the process began: seconds, 1h30m or HH:MM:SS."
+    )
+    max_nonfinite_steps: int = _option(
+        5, "End the run after so many steps in a row whose loss or gradient norm is no number; none is applied."
+    )
+    allow_changed: bool = _option(False, "Resume although model, data, loss, batch or optimizer have changed.")
+    strict_versions: bool = _option(False, "Refuse to resume with other library versions (a warning otherwise).")
+
     def __post_init__(self):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bf16_is_supported(self.use_cpu)
@@ -164,6 +175,10 @@ class ORPOConfig(TrainingArguments):
             raise UserError(f"max_bad_rows={self.max_bad_rows} is negative; 0 allows no bad row.")
         if self.loss_chunk_size is not None and self.loss_chunk_size < 1:
             raise UserError(f"loss_chunk_size={self.loss_chunk_size} must be at least 1, or None for the default.")
+        if self.max_nonfinite_steps < 1:
+            raise UserError(f"max_nonfinite_steps={self.max_nonfinite_steps} must be at least 1.")
+        if self.max_runtime is not None:
+            seconds_of(self.max_runtime)
         for name in ("max_length", "max_prompt_length", "max_completion_length"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -72,6 +72,9 @@ class PairEvaluation(Trainer):
             PairDataset(rows, filler_id=self._tokenizer.pad_token_id or 0),
             batch_sampler=sampler,
             collate_fn=self.forward,
+            # Of its own: each pass draws a seed for its workers, which must not move the generator of dropout. A run
+            # that is resumed makes other passes than one that was not.
+            generator=torch.Generator(),
             num_workers=workers,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
             persistent_workers=self.args.dataloader_persistent_workers and workers > 0,

@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str]) -> int:
     """`orpo-dist train`. Returns 0 when the run has finished."""
     recipe = Recipe.parse(argv)
-    train(recipe)
+    from orpo_dist.runtime.stop import raising_on_signals
+
+    with raising_on_signals():
+        train(recipe)
     from accelerate import PartialState
 
     PartialState().destroy_process_group()
@@ -42,20 +45,22 @@ def train(recipe: Recipe) -> "RunSummary":
     Raises:
         UserError: data that cannot be trained on, a model that cannot be loaded, options that contradict each other,
             a folder with the checkpoints of another run.
+        RunStopped, NonFiniteRun, SaveError: see docs/runs.md.
     """
     from accelerate import PartialState
     from transformers import PrinterCallback, ProgressCallback
 
     from orpo_dist import finish
     from orpo_dist.runtime.hub import check_login, move_token_to_environment
-    from orpo_dist.runtime.report import FinalEvaluation, RunLog, ShortProgress
+    from orpo_dist.runtime.ranks import on_first_rank
+    from orpo_dist.runtime.report import SUMMARY_NAME, FinalEvaluation, RunLog, ShortProgress
     from orpo_dist.runtime.resume import checkpoint_to_resume
     from orpo_dist.runtime.trackers import tensorboard_folder, usable_trackers
     from orpo_dist.trainer import ORPOTrainer
 
     args, state = recipe.training, PartialState()
     folder = Path(str(args.output_dir))
-    checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, folder)
+    checkpoint = on_first_rank(lambda: checkpoint_to_resume(args.resume_from_checkpoint, folder))
     _check_evaluation(recipe)
     move_token_to_environment(args)
     if args.push_to_hub:
@@ -63,6 +68,7 @@ def train(recipe: Recipe) -> "RunSummary":
     args.report_to = usable_trackers(list(args.report_to or []))
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / SUMMARY_NAME).unlink(missing_ok=True)  # it says that a run has finished, and this one has not
         recipe.save(folder / "recipe.yaml")
 
     tokenizer, pairs = prepare(recipe, folder)

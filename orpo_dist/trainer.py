@@ -1,7 +1,7 @@
 """ORPOTrainer: a transformers.Trainer whose gradients do not depend on how the global batch is cut.
 
     rows -> prepare_pairs -> GlobalBatchSampler (one bin of pairs per rank and micro-step) -> collator (+ layout)
-         -> get_batch_samples: one all-reduce of (tokens, pairs) per optimizer step, written into each layout
+         -> get_batch_samples: one all-reduce of (tokens, pairs, stop, last loss) per optimizer step
          -> compute_loss: this micro-batch's share of the global loss, times the data-parallel size
 
 DDP, ZeRO and FSDP2 all average gradients over the ranks while the shares of the loss add up: hence the last factor.
@@ -34,6 +34,7 @@ from orpo_dist.packing.sampler import (
     pair_lengths,
     sharing_gain,
 )
+from orpo_dist.resumable import ResumableTrainer
 from orpo_dist.runtime.metrics import MetricSums
 from orpo_dist.runtime.throughput import ModelFlops, Throughput
 
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from orpo_dist.data.prepare import PreparedPairs
 
 
-class ORPOTrainer(PairEvaluation):
+class ORPOTrainer(PairEvaluation, ResumableTrainer):
     """Trainer for odds-ratio preference optimisation; a drop-in for `trl.experimental.orpo.ORPOTrainer`.
 
     Args:
@@ -133,6 +134,7 @@ class ORPOTrainer(PairEvaluation):
         self.args._n_gpu = min(self.args.n_gpu, 1)  # DataParallel would tear pairs apart; accelerate launch shares them
         self._global_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.model.add_model_tags(self._tag_names)
+        self._prepare_to_survive()
         self.add_callback(_VerifyLayout(self))
         if args.generate_during_eval:
             from orpo_dist.runtime.samples import SampleReplies
@@ -210,13 +212,17 @@ class ORPOTrainer(PairEvaluation):
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor | None]:
         """All micro-batches of one optimizer step are here at once: the place to learn the totals of the global batch.
-        One all-reduce per step; they travel inside the layouts, where nobody casts them to bf16."""
+        One all-reduce per step, which also agrees on stopping; the totals travel inside the layouts, where nobody
+        casts them to bf16."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
         layouts = [batch["orpo_layout"] for batch in batches]
         counts = torch.stack([layout.counts() for layout in layouts]).sum(0)
-        tokens, pairs = self.accelerator.reduce(counts.to(device), reduction="sum").unbind()
+        facts = torch.cat([counts.to(device), self.step_report(device)])
+        facts = self.accelerator.reduce(facts, reduction="sum")
+        tokens, pairs = facts[:2].unbind()
+        self.begin_step(facts[2:], [i for layout in layouts for i in layout.index if i != FILLER])
         for layout in layouts:
             layout.tokens, layout.pairs = tokens, pairs
             self._throughput.add(self._lengths[i] for i in layout.index if i != FILLER)
@@ -227,7 +233,8 @@ class ORPOTrainer(PairEvaluation):
     ) -> Any:
         result = self.forward.run(model, inputs, self.args.device)
         self._train_sums.add(pair_sums(result.scores, self.objective))
-        loss = result.loss * self.accelerator.num_processes
+        assert result.loss is not None, "get_batch_samples has written the totals"
+        loss = self.poisoned(result.loss) * self.accelerator.num_processes
         return (loss, result.scores) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -235,6 +242,9 @@ class ORPOTrainer(PairEvaluation):
             metrics = self._train_sums.drain(self.accelerator, self.objective)
             logs |= {name: value for name, value in metrics.items() if name != "loss"}
             logs |= self._throughput.drain(self.accelerator)
+        if "train_loss" in logs:  # the sum is of the whole run, and the Trainer divides by the steps of this call
+            steps = self.state.global_step - self._initial_global_step
+            logs["train_loss"] *= max(steps, 0.001) / max(self.state.global_step, 0.001)
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

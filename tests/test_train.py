@@ -15,6 +15,7 @@ from orpo_dist import cli
 from orpo_dist.data.splits import load_splits
 from orpo_dist.errors import UserError
 from orpo_dist.recipe import DataArguments, Recipe
+from orpo_dist.runtime.checkpoint import seal
 from orpo_dist.runtime.resume import checkpoint_to_resume
 from orpo_dist.train import train
 from tests.pair_files import write_pairs
@@ -267,21 +268,25 @@ def test_a_stopped_run_resumes_to_the_same_end(options, tmp_path, monkeypatch, c
     assert [event["step"] for event in events if "eval_loss" in event] == [0, 2, 4, 6]
 
 
-def test_which_checkpoint_is_meant(tmp_path):
+def test_which_checkpoint_is_meant(tmp_path, capsys):
     folder = tmp_path / "run"
     for asked in (None, "auto", "AUTO", "false"):
         assert checkpoint_to_resume(asked, folder) is None
     with pytest.raises(UserError, match="holds no checkpoint"):
         checkpoint_to_resume("true", folder)
-    for step in (9, 10):
+    for step in (9, 10, 11):
         (folder / f"checkpoint-{step}").mkdir(parents=True)
         (folder / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+        if step < 11:
+            seal(folder / f"checkpoint-{step}", step, 1, {})
     assert checkpoint_to_resume("auto", folder) == str(folder / "checkpoint-10")
+    assert "Skipping checkpoint-11: no complete.json" in capsys.readouterr().out
     assert checkpoint_to_resume("true", folder) == str(folder / "checkpoint-10")
     assert checkpoint_to_resume(str(folder / "checkpoint-9"), folder) == str(folder / "checkpoint-9")
-    with pytest.raises(UserError, match="is no checkpoint"):
-        checkpoint_to_resume(str(tmp_path), folder)
-    with pytest.raises(UserError, match="holds checkpoint-10 of an earlier run"):
+    for other in (tmp_path, folder / "checkpoint-11"):
+        with pytest.raises(UserError, match="is no checkpoint"):
+            checkpoint_to_resume(str(other), folder)
+    with pytest.raises(UserError, match="holds checkpoint-11 of an earlier run"):
         checkpoint_to_resume(None, folder)
 
 

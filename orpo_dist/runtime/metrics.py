@@ -25,3 +25,12 @@ class MetricSums:
         self._sums = None
         total = accelerator.reduce(sums, reduction="sum").tolist()
         return metrics_of(total, objective) if total[0] > 0 else {}
+
+    def state(self) -> torch.Tensor | None:
+        """This rank's sums, for a checkpoint."""
+        return None if self._sums is None else self._sums.detach().cpu()
+
+    def load(self, state: torch.Tensor | None, device: torch.device) -> None:
+        """Add the sums of a checkpoint."""
+        if state is not None:
+            self.add(state.to(device))

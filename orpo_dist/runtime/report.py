@@ -74,7 +74,9 @@ class RunSummary:
 
     def save(self, folder: Path) -> None:
         text = json.dumps(_finite(asdict(self)), indent=2, ensure_ascii=False)
-        (folder / SUMMARY_NAME).write_text(text + "\n", encoding="utf-8")
+        temporary = folder / f".{SUMMARY_NAME}"  # the file exists only after success, and then it is whole
+        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.replace(folder / SUMMARY_NAME)
 
     def table(self) -> str:
         """The evaluations side by side, for a terminal; empty without an evaluation set."""

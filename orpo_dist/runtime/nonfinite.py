@@ -1,0 +1,89 @@
+"""Steps whose numbers go wrong: not applied, written down with their pairs, and the end of a run that has too many.
+
+A loss that is no number makes its gradient NaN (trainer.compute_loss), so the global gradient norm, which every rank
+knows, tells all of them the same without another collective.
+"""
+
+import json
+import math
+import statistics
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate.logging import get_logger
+
+from orpo_dist.errors import NonFiniteRun
+
+NONFINITE_NAME, SPIKES_NAME = "nonfinite_steps.jsonl", "loss_spikes.jsonl"
+# A loss beyond mean + 6 deviations of the last 100, and half as much again as their mean, once 20 are known.
+WINDOW, LEAST_KNOWN, DEVIATIONS, FACTOR = 100, 20, 6.0, 1.5
+logger = get_logger(__name__)
+
+
+@dataclass
+class LossHistory:
+    """Losses of the last optimizer steps."""
+
+    losses: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
+
+    def add(self, loss: float) -> float | None:
+        """Remember a loss. Returns the mean of those before if it is a spike."""
+        known = list(self.losses)
+        if not math.isfinite(loss):
+            return None
+        self.losses.append(loss)
+        if len(known) < LEAST_KNOWN:
+            return None
+        mean = statistics.fmean(known)
+        spike = loss > mean + DEVIATIONS * statistics.pstdev(known) and loss > FACTOR * mean
+        return mean if spike else None
+
+
+class NonFiniteSteps:
+    """Counts steps that were not applied, in a row, and writes their pairs down.
+
+    Args:
+        folder: the run's folder.
+        limit: the run ends at this many in a row.
+        describe: index of a pair -> what is known of it, for the file.
+        writes: whether this rank writes the file.
+    """
+
+    def __init__(self, folder: Path, limit: int, describe: Callable[[int], dict[str, Any]], *, writes: bool):
+        self._folder, self._limit, self._describe, self._writes = folder, limit, describe, writes
+        self._in_a_row = 0
+
+    def good(self) -> None:
+        self._in_a_row = 0
+
+    def bad(self, step: int, loss: float, grad_norm: float, indices: Sequence[int]) -> None:
+        """A step that was not applied. Every rank calls it with the same arguments.
+
+        Raises:
+            NonFiniteRun: it was one too many.
+        """
+        self._in_a_row += 1
+        self._write(NONFINITE_NAME, {"step": step, "loss": str(loss), "grad_norm": str(grad_norm)}, indices)
+        path = self._folder / NONFINITE_NAME
+        logger.warning(f"Step {step} is not applied: loss {loss}, gradient norm {grad_norm}. Its pairs: {path}")
+        if self._in_a_row >= self._limit:
+            raise NonFiniteRun(
+                f"{self._in_a_row} steps in a row had a loss or gradient norm that is no number (max_nonfinite_steps="
+                f"{self._limit}). {path} lists their pairs. A lower learning_rate or max_grad_norm, or bf16 instead "
+                "of fp16, are the usual cures; pairs that stand out there may be broken."
+            )
+
+    def spike(self, step: int, loss: float, usual: float, indices: Sequence[int]) -> None:
+        self._write(SPIKES_NAME, {"step": step, "loss": loss, "usual_loss": usual}, indices)
+        path = self._folder / SPIKES_NAME
+        logger.warning(f"Loss spike at step {step}: {loss:.4f}, usually {usual:.4f}. Its pairs: {path}")
+
+    def _write(self, name: str, event: dict[str, Any], indices: Sequence[int]) -> None:
+        if self._writes:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with (self._folder / name).open("a", encoding="utf-8") as file:
+                pairs = [{"index": index, **self._describe(index)} for index in indices]
+                file.write(json.dumps({**event, "pairs": pairs}, ensure_ascii=False) + "\n")
