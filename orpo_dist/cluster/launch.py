@@ -8,6 +8,7 @@ launch/*.sh and the SLURM templates call it.
 
 import argparse
 import hashlib
+import json
 import os
 import platform
 import shlex
@@ -62,11 +63,9 @@ def main(argv: Sequence[str]) -> int:
     name = options.accelerate_config or choose_config(view, placement.world_size)
     if placement.world_size == 1 and name == "single":
         return _one_process(options.recipe, flags, options.dry_run)
-    # The name of a shipped config is a plain word; on a CPU a copy says so, which no flag of accelerate does.
     config = accelerate_config(name)
     with tempfile.TemporaryDirectory(prefix="orpo-dist-launch-") as folder:
-        if options.cpu:
-            config = _for_cpu(config, Path(folder))
+        config = fitted_config(config, placement, Path(folder), cpu=options.cpu)
         command = launcher_command(name, config, placement, options.recipe, flags, options.cpu)
         print(f"orpo-dist: {shlex.join(command)}", file=sys.stderr, flush=True)
         if options.dry_run:
@@ -167,11 +166,31 @@ def _one_process(recipe: str, flags: list[str], dry_run: bool) -> int:
     return train([recipe, *flags])
 
 
-def _for_cpu(config: Path, folder: Path) -> Path:
+def fitted_config(config: Path, placement: Placement, folder: Path, *, cpu: bool = False) -> Path:
+    """The accelerate config as this run needs it, in `folder` where it differs: on the CPU, which no flag of accelerate
+    says without starting one process only; weights sharded within a node (HSDP, ZeRO++ hpZ), whose group is a node."""
     settings = yaml.safe_load(config.read_text(encoding="utf-8"))
-    copy = folder / config.name
-    copy.write_text(yaml.safe_dump({**settings, "use_cpu": True}), encoding="utf-8")
-    return copy
+    before = json.dumps(settings)
+    if cpu:
+        settings["use_cpu"] = True
+    if "parallelism_config" in settings:
+        settings["parallelism_config"] |= {
+            "parallelism_config_dp_replicate_size": placement.nodes,
+            "parallelism_config_dp_shard_size": placement.processes,
+        }
+    deepspeed = settings.get("deepspeed_config", {}).get("deepspeed_config_file")
+    if deepspeed is not None:
+        # Beside the config: its own path is relative to a checkout.
+        file = config.parent / Path(deepspeed).name
+        options = json.loads((file if file.is_file() else Path(deepspeed)).read_text(encoding="utf-8"))
+        if "zero_hpz_partition_size" in options.get("zero_optimization", {}):
+            options["zero_optimization"]["zero_hpz_partition_size"] = placement.processes
+        (folder / file.name).write_text(json.dumps(options, indent=2), encoding="utf-8")
+        settings["deepspeed_config"]["deepspeed_config_file"] = str(folder / file.name)
+    if json.dumps(settings) == before:
+        return config
+    (folder / config.name).write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return folder / config.name
 
 
 def _report(placement: Placement, recipe: str, flags: Sequence[str]) -> NodeReport:
