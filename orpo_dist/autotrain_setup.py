@@ -77,11 +77,13 @@ def with_chat_template(setup: Setup, params: LLMTrainingParams) -> Setup:
     if params.chat_template == "none" or params.apply_chat_template is not None:
         return setup
     from orpo_dist.data.sources import load_rows
-    from orpo_dist.model.load import load_processing_class
+    from orpo_dist.model.processor import load_processing_class, tokenizer_of
 
     rows = load_rows(params.data_path, split=params.train_split, max_samples=1, token=params.token)
     row: dict[str, Any] = next(iter(rows), {})
-    tokenizer = load_processing_class(params.model, trust_remote_code=params.trust_remote_code, token=params.token)
+    tokenizer = tokenizer_of(
+        load_processing_class(params.model, trust_remote_code=params.trust_remote_code, token=params.token)
+    )
     choice = choose_chat_template(params, tokenizer, row)
     if choice is None:
         return setup

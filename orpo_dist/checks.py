@@ -2,11 +2,12 @@
 
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from orpo_dist.config import ORPOConfig
 from orpo_dist.errors import UserError
-from orpo_dist.model.load import load_config, load_processing_class
+from orpo_dist.model.load import load_config
+from orpo_dist.model.processor import ImageSizes, load_processing_class, set_image_sizes
 
 
 def refuse_contradictions(args: ORPOConfig, model: Any, model_init: Any, has_rows: bool) -> None:
@@ -80,19 +81,29 @@ def is_encoder_decoder(model: Any, args: ORPOConfig) -> bool:
     return args.is_encoder_decoder
 
 
-def tokenizer_of(model: Any, args: ORPOConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to the model.
+def processing_class_of(model: Any, args: ORPOConfig, given: Any) -> PreTrainedTokenizerBase | ProcessorMixin:
+    """The tokenizer or processor that was given, or the one that belongs to the model, with the run's image sizes.
 
     Raises:
-        UserError: nothing says where the model came from, or there is no tokenizer.
+        UserError: nothing says where the model came from, there is no tokenizer, or an image option that it lacks.
     """
+    sizes = image_sizes(args)
+    if given is not None:
+        set_image_sizes(given, sizes)
+        return given
     if model is None:
         raise UserError("With model_init, pass the tokenizer as processing_class.")
     name = model if isinstance(model, str) else model.config._name_or_path
     if not name:
         raise UserError("The model does not say where it came from: pass its tokenizer as processing_class.")
     revision = model_init_kwargs(args).get("revision")
-    return load_processing_class(name, revision=revision, trust_remote_code=args.trust_remote_code)
+    return load_processing_class(name, revision=revision, trust_remote_code=args.trust_remote_code, sizes=sizes)
+
+
+def image_sizes(args: ORPOConfig) -> ImageSizes:
+    kwargs = args.processor_kwargs
+    assert kwargs is None or isinstance(kwargs, dict)  # ORPOConfig has checked it
+    return ImageSizes(args.min_pixels, args.max_pixels, kwargs)
 
 
 def router_aux_loss_coef(config: Any, asked: float | None) -> float:

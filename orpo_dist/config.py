@@ -41,7 +41,7 @@ class ORPOConfig(TrainingArguments):
         UserError: a value that contradicts another, with the name of both.
     """
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "processor_kwargs"]  # noqa: RUF012
 
     # -- other defaults than TrainingArguments, as in TRL --
     learning_rate: float = _option(1e-6, "The initial learning rate.")
@@ -107,6 +107,17 @@ class ORPOConfig(TrainingArguments):
         "turn. False: strings only, message lists are refused.",
     )
     add_eos_token: bool = _option(True, "End every completion with EOS where it does not end with it already.")
+
+    # -- this project's fields: vision-language models --
+    train_vision_tower: bool = _option(False, "Train the vision tower too; with an adapter, by LoRA on its layers.")
+    train_projector: bool = _option(
+        False, "Train what brings image features to the language model too; with an adapter, by LoRA."
+    )
+    min_pixels: int | None = _option(None, "Smallest area of an image after resizing (Qwen-VL).")
+    max_pixels: int | None = _option(None, "Largest area of an image after resizing (Qwen-VL): bounds its tokens.")
+    processor_kwargs: dict[str, Any] | str | None = _option(  # noqa: RUF009
+        None, "Other options of the model's image processor: size, do_image_splitting, max_patches, ..."
+    )
 
     # -- this project's fields: loss --
     nll_scope: str = _option(
@@ -179,10 +190,12 @@ class ORPOConfig(TrainingArguments):
             raise UserError(f"max_nonfinite_steps={self.max_nonfinite_steps} must be at least 1.")
         if self.max_runtime is not None:
             seconds_of(self.max_runtime)
-        for name in ("max_length", "max_prompt_length", "max_completion_length"):
+        for name in ("max_length", "max_prompt_length", "max_completion_length", "min_pixels", "max_pixels"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name}={value} must be at least 1, or None for no bound.")
+        if self.processor_kwargs is not None and not isinstance(self.processor_kwargs, dict):
+            raise UserError(f"processor_kwargs={self.processor_kwargs!r} is not a mapping, nor a JSON object.")
         if self.max_length is not None and self.max_length < 2:
             raise UserError("max_length=1 leaves no room for a completion after the prompt.")
         if (

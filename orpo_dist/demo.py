@@ -136,9 +136,10 @@ def replies(model: str, prompts: list[list[dict[str, str]]], adapter: Path | Non
     import torch
     from peft import PeftModel
 
-    from orpo_dist.model.load import load_model, load_processing_class
+    from orpo_dist.model.load import load_model
+    from orpo_dist.model.processor import load_processing_class, tokenizer_of
 
-    tokenizer = load_processing_class(model)
+    tokenizer = tokenizer_of(load_processing_class(model))
     tokenizer.padding_side = "left"
     rendered = [tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False) for prompt in prompts]
     device = torch.device("cuda" if has_gpu() else "cpu")

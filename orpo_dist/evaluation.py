@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
@@ -27,6 +27,7 @@ from orpo_dist.packing.sampler import (
     is_tokenised,
     pair_costs,
     pair_lengths,
+    token_counts,
 )
 from orpo_dist.runtime.metrics import MetricSums
 from orpo_dist.runtime.throughput import PairLengths, Throughput
@@ -44,6 +45,7 @@ class PairEvaluation(Trainer):
     objective: Objective
     forward: PairForward
     prepared: "dict[str, PreparedPairs]"
+    _processing_class: PreTrainedTokenizerBase | ProcessorMixin
     _tokenizer: PreTrainedTokenizerBase
     _prepare_options: PrepareOptions
     _run_folder: Path
@@ -81,8 +83,13 @@ class PairEvaluation(Trainer):
             prefetch_factor=self.args.dataloader_prefetch_factor,
         )
 
-    def _costs(self, lengths: list[PairLengths]) -> list[float]:
-        return pair_costs(lengths, self.model.config.get_text_config().hidden_size)
+    def _costs(self, rows: Any, lengths: list[PairLengths]) -> list[float]:
+        costs = pair_costs(lengths, self.model.config.get_text_config().hidden_size)
+        per_token = self.forward.vision_cost_per_token
+        if not per_token:
+            return costs
+        images = token_counts(rows, self.model.config.image_token_id)
+        return [cost + per_token * tokens for cost, tokens in zip(costs, images, strict=True)]
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -96,7 +103,7 @@ class PairEvaluation(Trainer):
         if not (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
             self.forward.verify(self.model)
         args, rows = self.args, self._tokenised(test_dataset, "test")
-        costs = self._costs(pair_lengths(rows))
+        costs = self._costs(rows, pair_lengths(rows))
         sampler = EvaluationSampler(
             costs, batch_size=args.eval_batch_size, world_size=args.world_size, rank=args.process_index
         )

@@ -6,19 +6,18 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig, PreTrainedModel
-from transformers.integrations import deepspeed as deepspeed_integration
+from transformers import AutoProcessor, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from orpo_dist.errors import UserError
 from orpo_dist.model.adapters import is_quantized, quiet_peft
 from orpo_dist.model.hub import hub_errors
-from orpo_dist.model.load import base_identity, load_model, parse_dtype
+from orpo_dist.model.load import auto_class_of, base_identity, load_config, load_model, parse_dtype, plain_loading
+from orpo_dist.model.vision import is_vision_language
 
 REPORT_NAME = "merge_report.json"
 # Of float32 logits, relative to the largest: the order of additions differs, nothing else may.
@@ -91,7 +90,7 @@ def merge_run(
     _check_output(run_folder, output)
     partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
     try:
-        with _plain_loading():
+        with plain_loading():
             report = _merge(run_folder, settings, output, partial, dtype, verify, trust_remote_code)
         (partial / REPORT_NAME).write_text(json.dumps(asdict(report), indent=2) + "\n")
         if output.exists():
@@ -226,9 +225,11 @@ def _write(
     model.save_pretrained(folder)
     in_run = (run_folder / "tokenizer_config.json").is_file()
     source, revision = (str(run_folder), None) if in_run else (str(settings.base_model_name_or_path), settings.revision)
+    # A tokenizer of a text model; of a vision-language model the processor, which holds one.
+    auto_class = AutoProcessor if is_vision_language(model.config) else AutoTokenizer
     with hub_errors(source, revision):
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
-    tokenizer.save_pretrained(folder)  # with the chat template
+        processing_class = auto_class.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    processing_class.save_pretrained(folder)  # with the chat template
 
 
 def _probe(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -244,7 +245,7 @@ def _logits(model: torch.nn.Module, probe: dict[str, torch.Tensor]) -> torch.Ten
 
 def _read_back(folder: Path, probe: dict[str, torch.Tensor], trust_remote_code: bool) -> torch.Tensor:
     """Logits of the written model in float32, loaded as a user would: plain transformers, no code of this package."""
-    auto_class = AutoModelForSeq2SeqLM if "decoder_input_ids" in probe else AutoModelForCausalLM
+    auto_class = auto_class_of(load_config(str(folder), trust_remote_code=trust_remote_code))
     with hub_errors(str(folder)):
         model = auto_class.from_pretrained(folder, dtype=torch.float32, trust_remote_code=trust_remote_code)
     return _logits(model.eval(), probe)
@@ -257,17 +258,3 @@ def _require_equal(expected: torch.Tensor, actual: torch.Tensor, what: str) -> N
             f"Merge refused: the logits of {what} differ by {difference:.3g}, so the merged model would not be the "
             "trained one. Nothing was written. Use the adapter unmerged, and please report this."
         )
-
-
-@contextmanager
-def _plain_loading() -> Iterator[None]:
-    """Load whole models although ZeRO-3 or FSDP is set up: one rank merges, and collectives would wait for the rest."""
-    deepspeed_config = deepspeed_integration._hf_deepspeed_config_weak_ref
-    deepspeed_integration.unset_hf_deepspeed_config()
-    fsdp = os.environ.pop("ACCELERATE_USE_FSDP", None)
-    try:
-        yield
-    finally:
-        deepspeed_integration._hf_deepspeed_config_weak_ref = deepspeed_config
-        if fsdp is not None:
-            os.environ["ACCELERATE_USE_FSDP"] = fsdp

@@ -15,7 +15,7 @@ from orpo_dist.recipe import Recipe
 # The libraries read variables such as HF_HOME when they are imported, and the recipe may set them: see recipe.py.
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
     from orpo_dist.config import ORPOConfig
     from orpo_dist.data.prepare import PreparedPairs
@@ -71,7 +71,7 @@ def train(recipe: Recipe) -> "RunSummary":
         (folder / SUMMARY_NAME).unlink(missing_ok=True)  # it says that a run has finished, and this one has not
         recipe.save(folder / "recipe.yaml")
 
-    tokenizer, pairs = prepare(recipe, folder)
+    processing_class, pairs = prepare(recipe, folder)
     model = _load_model(recipe.model, args)
     # The first evaluation is the trainer's own: inside the loop the model is wrapped, as ZeRO-1 and ZeRO-2 need.
     # A resumed run has it in its history.
@@ -83,7 +83,7 @@ def train(recipe: Recipe) -> "RunSummary":
             args=args,
             train_dataset=pairs.train.dataset,
             eval_dataset=pairs.evaluation.dataset if pairs.evaluation else None,
-            processing_class=tokenizer,
+            processing_class=processing_class,
             peft_config=_peft_config(recipe.model, model),
             callbacks=[log, FinalEvaluation()] if pairs.evaluation else [log],
         )
@@ -109,19 +109,23 @@ def train(recipe: Recipe) -> "RunSummary":
     return summary
 
 
-def prepare(recipe: Recipe, folder: Path) -> "tuple[PreTrainedTokenizerBase, RunPairs]":
-    """The tokenizer and the tokenised pairs of a run, from the cache where they are there. Raises UserError."""
+def prepare(recipe: Recipe, folder: Path) -> "tuple[PreTrainedTokenizerBase | ProcessorMixin, RunPairs]":
+    """The tokenizer or processor and the tokenised pairs of a run, from the cache where they are there. Raises
+    UserError."""
+    from orpo_dist.checks import image_sizes
     from orpo_dist.data.options import PrepareOptions
     from orpo_dist.data.prepare import prepare_pairs
     from orpo_dist.data.splits import RunPairs, load_splits
     from orpo_dist.data.tokenize import resolve_chat_template
-    from orpo_dist.model.load import load_config, load_processing_class
+    from orpo_dist.model.load import load_config
+    from orpo_dist.model.processor import load_processing_class, tokenizer_of
 
     name, args = str(recipe.model.model_name_or_path), recipe.training
     source: dict[str, Any] = {"revision": recipe.model.model_revision, "trust_remote_code": args.trust_remote_code}
-    tokenizer = load_processing_class(name, **source)
+    processing_class = load_processing_class(name, **source, sizes=image_sizes(args))
+    tokenizer = tokenizer_of(processing_class)
     if args.chat_template is not None:  # the one that is trained is saved with the model
-        tokenizer.chat_template = resolve_chat_template(args.chat_template, tokenizer)
+        processing_class.chat_template = tokenizer.chat_template = resolve_chat_template(args.chat_template, tokenizer)
     options = PrepareOptions.from_config(args, load_config(name, **source).is_encoder_decoder)
     train_rows, eval_rows = load_splits(recipe.data, args.seed)
 
@@ -129,7 +133,7 @@ def prepare(recipe: Recipe, folder: Path) -> "tuple[PreTrainedTokenizerBase, Run
         return prepare_pairs(rows, tokenizer, options, name=split, dropped_rows_path=folder / "dropped_rows.jsonl")
 
     train_pairs = prepared(train_rows, "train")
-    return tokenizer, RunPairs(train_pairs, prepared(eval_rows, "eval") if eval_rows is not None else None)
+    return processing_class, RunPairs(train_pairs, prepared(eval_rows, "eval") if eval_rows is not None else None)
 
 
 def _load_model(arguments: "ModelArguments", args: "ORPOConfig") -> "PreTrainedModel | PeftModel":

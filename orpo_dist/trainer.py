@@ -8,32 +8,33 @@ DDP, ZeRO and FSDP2 all average gradients over the ranks while the shares of the
 Between two log lines nothing is read on the host: metrics are one small vector on the device.
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from accelerate.logging import get_logger
+from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalPrediction
 
 from orpo_dist import checks
 from orpo_dist.config import ORPOConfig
 from orpo_dist.data.options import PrepareOptions
+from orpo_dist.errors import UserError
 from orpo_dist.evaluation import PairEvaluation
 from orpo_dist.loss import Objective, pair_sums
 from orpo_dist.model.adapters import add_adapter, disable_base_dropout
-from orpo_dist.model.forward import ForwardOptions, PairForward
+from orpo_dist.model.forward import ForwardOptions, ImageSetup, PairForward
 from orpo_dist.model.load import compute_dtype, load_model
-from orpo_dist.packing.sampler import (
-    FILLER,
-    GlobalBatchSampler,
-    pair_lengths,
-    sharing_gain,
-)
+from orpo_dist.model.processor import tokenizer_of
+from orpo_dist.model.vision import freeze, frozen_parts, without_parts
+from orpo_dist.packing.images import shortest_with_images
+from orpo_dist.packing.sampler import FILLER, GlobalBatchSampler, pair_lengths, sharing_gain
 from orpo_dist.resumable import ResumableTrainer
 from orpo_dist.runtime.metrics import MetricSums
 from orpo_dist.runtime.throughput import ModelFlops, Throughput
@@ -54,7 +55,7 @@ class ORPOTrainer(PairEvaluation, ResumableTrainer):
         data_collator: a collator written for TRL's trainer; unset, the built-in one.
         train_dataset, eval_dataset: rows of preference pairs in any format of docs/data.md, or rows that are tokenised
             already (`prompt_ids`, `chosen_ids`, `rejected_ids`). `eval_dataset` may be a dict or a DatasetDict.
-        processing_class: the tokenizer; unset, the one of the model.
+        processing_class: the tokenizer, or the processor of a vision-language model; unset, the one of the model.
         model_init: a function that returns the model, instead of `model`.
         compute_metrics: receives an `EvalPrediction` whose predictions are two (n,) arrays, the mean log-probabilities
             of the chosen and of the rejected completions, in the order of the evaluation set.
@@ -78,7 +79,7 @@ class ORPOTrainer(PairEvaluation, ResumableTrainer):
         data_collator: Callable[[list[dict]], dict[str, Any]] | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         model_init: Callable[..., PreTrainedModel] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
@@ -95,7 +96,8 @@ class ORPOTrainer(PairEvaluation, ResumableTrainer):
         self.objective = Objective(beta=args.beta, label_smoothing=args.label_smoothing)
         self._peft_config = peft_config
         self.is_encoder_decoder = checks.is_encoder_decoder(model, args)
-        self._tokenizer = processing_class or checks.tokenizer_of(model, args)
+        self._processing_class = checks.processing_class_of(model, args, processing_class)
+        self._tokenizer = tokenizer_of(self._processing_class)
         self._prepare_options = PrepareOptions.from_config(args, self.is_encoder_decoder)
         self.prepared: dict[str, PreparedPairs] = {}
         self._run_folder = Path(str(args.output_dir))
@@ -106,6 +108,7 @@ class ORPOTrainer(PairEvaluation, ResumableTrainer):
         elif eval_dataset is not None:
             eval_dataset = self._tokenised(eval_dataset, "eval")
         self._lengths = pair_lengths(train_dataset) if train_dataset is not None else []
+        self._image_setup = self._images_of(args, train_dataset, eval_dataset)
         self.forward = PairForward(self._forward_options(args, data_collator))
 
         set_seed(args.seed)  # a new adapter is initialised at random
@@ -122,7 +125,7 @@ class ORPOTrainer(PairEvaluation, ResumableTrainer):
             data_collator=self.forward,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=self._tokenizer,
+            processing_class=self._processing_class,
             model_init=model_init,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
@@ -157,7 +160,22 @@ class ORPOTrainer(PairEvaluation, ResumableTrainer):
             max_length=args.max_length or longest,
             compute_dtype=compute_dtype(args.bf16, args.fp16),
             foreign=foreign,
+            images=self._image_setup,
         )
+
+    def _images_of(self, args: ORPOConfig, train_rows: Any, eval_rows: Any) -> ImageSetup | None:
+        """How images enter the forward; None where no row has one."""
+        sets = [train_rows, *(eval_rows.values() if isinstance(eval_rows, dict) else [eval_rows])]
+        example = next((row for rows in sets if (row := shortest_with_images(rows)) is not None), None)
+        if example is None:
+            return None
+        if not isinstance(self._processing_class, ProcessorMixin):
+            raise UserError(
+                "The rows have images, and the processing class is a tokenizer: pass the model's AutoProcessor. Where "
+                "it cannot be loaded, it usually lacks torchvision: install the build that fits your torch."
+            )
+        sharded = is_deepspeed_zero3_enabled() or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
+        return ImageSetup(self._processing_class, example, sharded, args.world_size)
 
     def _sharing_pays(self, args: ORPOConfig) -> bool:
         gain = sharing_gain(self._lengths)
@@ -171,9 +189,10 @@ class ORPOTrainer(PairEvaluation, ResumableTrainer):
     def _adapt(self, model: nn.Module, args: ORPOConfig) -> nn.Module:
         if args.disable_dropout:
             disable_base_dropout(model)
+        peft_config = self._train_parts(model, args)
         model = add_adapter(
             model,  # type: ignore[arg-type]
-            self._peft_config,
+            peft_config,
             gradient_checkpointing=args.gradient_checkpointing,
             gradient_checkpointing_kwargs=cast(dict | None, args.gradient_checkpointing_kwargs),
             zero3=is_deepspeed_zero3_enabled(),
@@ -187,11 +206,22 @@ class ORPOTrainer(PairEvaluation, ResumableTrainer):
         self._throughput = Throughput(ModelFlops.of(model), args.nll_scope)
         return model
 
+    def _train_parts(self, model: Any, args: ORPOConfig) -> Any:
+        """Freeze the parts of a vision-language model that are not to train. Returns the settings of the adapter, which
+        stays out of them."""
+        if isinstance(model, PeftModel):
+            if args.train_vision_tower or args.train_projector:
+                logger.warning("train_vision_tower and train_projector have no effect: the adapter is there already.")
+            return self._peft_config
+        frozen = frozen_parts(model, train_vision_tower=args.train_vision_tower, train_projector=args.train_projector)
+        freeze(model, frozen)
+        return without_parts(self._peft_config, frozen)
+
     def get_train_dataloader(self) -> DataLoader:
         args = self.args
         per_micro_step = self._train_batch_size * args.world_size
         sampler = GlobalBatchSampler(
-            self._costs(self._lengths),
+            self._costs(self.train_dataset, self._lengths),
             global_batch=self._global_batch,
             accumulation=-(-self._global_batch // per_micro_step),
             world_size=args.world_size,

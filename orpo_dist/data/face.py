@@ -108,10 +108,11 @@ def _prepared(
     arguments: argparse.Namespace, rows: "Dataset | IterableDataset", options: PrepareOptions
 ) -> "PreparedPairs":
     from orpo_dist.data.prepare import prepare_pairs
-    from orpo_dist.model.load import load_config, load_processing_class
+    from orpo_dist.model.load import load_config
+    from orpo_dist.model.processor import load_processing_class, tokenizer_of
 
     source = {"revision": arguments.model_revision, "trust_remote_code": arguments.trust_remote_code}
-    tokenizer = load_processing_class(arguments.model, **source)
+    tokenizer = tokenizer_of(load_processing_class(arguments.model, **source))
     if load_config(arguments.model, **source).is_encoder_decoder:
         limit = options.max_completion_length or ENCODER_DECODER_COMPLETION_LENGTH
         options = replace(options, is_encoder_decoder=True, max_completion_length=limit)

@@ -22,10 +22,10 @@ from orpo_dist.model.head import install_head
 from orpo_dist.model.packed import PackingVerdict, use_packed_layout
 from orpo_dist.model.verify import LayoutCheck, verify_layout
 from orpo_dist.model.verify_images import drawn_row, verify_images
-from orpo_dist.model.vision import features_for_both, image_rules, shares_features, trains_vision
+from orpo_dist.model.vision import features_for_both, image_rules, shares_features, trains_vision, vision_cost
 from orpo_dist.packing.collate import PackedCollator
 from orpo_dist.packing.foreign import ForeignCollator
-from orpo_dist.packing.images import ImageCollator
+from orpo_dist.packing.images import ImageCollator, process_prompts
 from orpo_dist.packing.layout import PackedLayout
 from orpo_dist.packing.padded import EncoderDecoderCollator, PaddedCollator, PaddedLayout, score_padded
 from orpo_dist.packing.sampler import FILLER
@@ -83,6 +83,8 @@ class PairResult:
 class PairForward:
     """Collator and forward of one layout, decided when the model is known and confirmed when it is ready to run.
 
+    vision_cost_per_token: of an image token, beside a token's cost in the language model; 0 without images.
+
     As a collator it is given to data loaders, whose workers start after the decision.
     """
 
@@ -92,6 +94,7 @@ class PairForward:
         self._collator: Callable[[Rows], dict[str, Any]] | None = None
         self._base: PreTrainedModel | None = None
         self._router_aux_loss_coef = 0.0
+        self.vision_cost_per_token = 0.0
         self._verified = False
 
     @property
@@ -229,10 +232,13 @@ class PairForward:
         images, base = self.options.images, self._base
         if images is None or base is None:
             return collator
+        prompt = drawn_row(images.example, images.processor)
+        made = process_prompts(images.processor, [{**prompt, "index": FILLER}])
+        image_tokens = prompt["prompt_ids"].count(base.config.image_token_id)
+        self.vision_cost_per_token = vision_cost(base, made.tensors["pixel_values"].numel(), image_tokens)
         filler = None
         if images.world_size > 1 and (images.partitioned or trains_vision(base)):
             token = [self.options.pad_token_id]
-            prompt = drawn_row(images.example, images.processor)
             filler = {**prompt, "chosen_ids": token, "rejected_ids": token, "weight": 0.0, "index": FILLER}
         twice = isinstance(collator, PaddedCollator) and not shares_features(base)
         if twice:

@@ -1,7 +1,9 @@
-"""From a name to a model and its tokenizer: precision, quantisation, devices."""
+"""From a name to a model: precision, quantisation, devices."""
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,17 +14,19 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
-    AutoTokenizer,
     BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
+from transformers.integrations import deepspeed as deepspeed_integration
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from orpo_dist.errors import UserError
 from orpo_dist.model.hub import hub_errors
+from orpo_dist.model.vision import is_vision_language, vision_parts
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 QUANT_STORAGES = {**DTYPES, "uint8": torch.uint8}
@@ -167,28 +171,6 @@ def quantization_config(arguments: ModelArguments, compute_dtype: torch.dtype) -
     )
 
 
-def load_processing_class(
-    name: str, *, revision: str | None = None, trust_remote_code: bool = False, token: str | bool | None = None
-) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, with a pad token: EOS where it has none, since adding a token would resize the model.
-
-    Raises:
-        UserError: not found, gated, offline, or neither a pad nor an EOS token.
-    """
-    with hub_errors(name, revision):
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=revision, trust_remote_code=trust_remote_code, token=token
-        )
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise UserError(
-                f"The tokenizer of {name} has neither a pad nor an EOS token. Pass a processing_class with "
-                "tokenizer.pad_token set to a token of its vocabulary."
-            )
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
 def load_config(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False, token: str | bool | None = None
 ) -> PretrainedConfig:
@@ -218,7 +200,9 @@ def load_model(
     token: str | bool | None = None,
     **model_init_kwargs: Any,
 ) -> PreTrainedModel:
-    """A causal or an encoder-decoder language model, as its config says.
+    """A causal, an encoder-decoder or a vision-language model, as its config says.
+
+    Of a vision-language model, quantisation takes the language model alone; tower and projector keep `dtype`.
 
     dtype None means float32, "auto" that of the checkpoint. On a GPU a quantised model goes to this process's device
     at once; every other one stays where transformers puts it, and the trainer moves or shards it. Under ZeRO-3 (once
@@ -230,13 +214,14 @@ def load_model(
     config = load_config(name, revision=revision, trust_remote_code=trust_remote_code, token=token)
     _check_shardable(name, quantization_config, getattr(config, "quantization_config", None))
     if quantization_config is not None:
+        if is_vision_language(config):
+            quantization_config.llm_int8_skip_modules = _unquantised_modules(config)
         model_init_kwargs["quantization_config"] = quantization_config
         if torch.cuda.is_available() and not is_deepspeed_zero3_enabled():
             # Each rank would otherwise fill GPU 0 when its device has not been selected yet.
             model_init_kwargs.setdefault("device_map", {"": int(os.environ.get("LOCAL_RANK", "0"))})
-    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with hub_errors(name, revision):
-        model = auto_class.from_pretrained(
+        model = auto_class_of(config).from_pretrained(
             name,
             revision=revision,
             dtype=torch.float32 if dtype is None else dtype,
@@ -248,6 +233,37 @@ def load_model(
     # transformers 5.17 notes the commit here; later ones do not, and still leave it out of what they save.
     model.config._commit_hash = _cached_commit(name, revision)
     return model
+
+
+def auto_class_of(config: PretrainedConfig) -> Any:
+    """transformers' auto class for the kind of model a config describes."""
+    if is_vision_language(config):
+        return AutoModelForImageTextToText
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def _unquantised_modules(config: PretrainedConfig) -> list[str]:
+    """Names of tower, projector and output head, from a model without weights."""
+    with plain_loading(), torch.device("meta"):
+        model_class: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+        model = model_class(config)
+    parts, head = vision_parts(model), model.get_output_embeddings()
+    heads = [name for name, module in model.named_modules() if module is head]
+    return [re.escape(name) for name in (*parts.tower, *parts.projector, *heads)]
+
+
+@contextmanager
+def plain_loading() -> Iterator[None]:
+    """Whole models although ZeRO-3 or FSDP is set up, for what one rank does alone."""
+    deepspeed_config = deepspeed_integration._hf_deepspeed_config_weak_ref
+    deepspeed_integration.unset_hf_deepspeed_config()
+    fsdp = os.environ.pop("ACCELERATE_USE_FSDP", None)
+    try:
+        yield
+    finally:
+        deepspeed_integration._hf_deepspeed_config_weak_ref = deepspeed_config
+        if fsdp is not None:
+            os.environ["ACCELERATE_USE_FSDP"] = fsdp
 
 
 def base_identity(model: PreTrainedModel) -> BaseIdentity:

@@ -7,6 +7,7 @@
 Shape legend: B pairs.
 """
 
+import copy
 import inspect
 import re
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import LoraConfig, PeftConfig
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -51,16 +53,20 @@ class VisionParts:
 
 def vision_parts(base: PreTrainedModel) -> VisionParts:
     """The parts of a bare model; both empty for a text model."""
-    text = {id(parameter) for parameter in base.get_decoder().parameters()}
-    for layer in (base.get_output_embeddings(), base.get_input_embeddings()):
-        text |= {id(parameter) for parameter in layer.parameters()} if layer is not None else set()
-    if base.get_decoder() is base:
+    if not is_vision_language(base.config) or base.config.is_encoder_decoder:
         return VisionParts((), ())
+    text = set(map(id, _text_parameters(base)))
     parts: dict[str, list[str]] = {"tower": [], "projector": []}
     for name, part in _pure_parts(base, "", text):
         if part != "text":
             parts[part].append(name)
     return VisionParts(tuple(parts["tower"]), tuple(parts["projector"]))
+
+
+def _text_parameters(base: PreTrainedModel) -> Iterator[nn.Parameter]:
+    for part in (base.get_decoder(), base.get_output_embeddings(), base.get_input_embeddings()):
+        if part is not None:
+            yield from part.parameters()
 
 
 def _pure_parts(module: nn.Module, path: str, text: set[int]) -> Iterator[tuple[str, str]]:
@@ -105,18 +111,52 @@ def freeze(base: PreTrainedModel, names: tuple[str, ...]) -> None:
             parameter.requires_grad_(False)
 
 
-def pattern_of(names: tuple[str, ...]) -> str:
-    """A regular expression for peft's `exclude_modules`: those modules and everything in them."""
-    return rf"({'|'.join(map(re.escape, names))})(\..*)?"
+def without_parts(peft_config: PeftConfig | None, names: tuple[str, ...]) -> PeftConfig | None:
+    """The settings of an adapter, kept out of those parts; as they are where they exclude modules of their own choice,
+    and for kinds of adapters that choose no modules."""
+    if not names or not isinstance(peft_config, LoraConfig) or peft_config.exclude_modules is not None:
+        return peft_config
+    config = copy.deepcopy(peft_config)
+    config.exclude_modules = rf"({'|'.join(map(re.escape, names))})(\..*)?"
+    return config
+
+
+def vision_modules(base: PreTrainedModel) -> set[nn.Module]:
+    """Every module of tower and projector."""
+    parts = vision_parts(base)
+    outermost = [module for name, module in base.named_modules() if name in parts.tower + parts.projector]
+    return {inner for module in outermost for inner in module.modules()}
 
 
 def trains_vision(base: PreTrainedModel) -> bool:
     """Whether the tower, the projector or an adapter in them trains."""
-    text = set(base.get_decoder().parameters())
-    head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
-    for layer in (head, embeddings):
-        text |= set(layer.parameters()) if layer is not None else set()
-    return any(parameter.requires_grad for parameter in set(base.parameters()) - text)
+    text = set(map(id, _text_parameters(base)))
+    return any(parameter.requires_grad and id(parameter) not in text for parameter in base.parameters())
+
+
+def vision_cost(base: PreTrainedModel, pixels: int, image_tokens: int) -> float:
+    """Work of the tower and the projector per image token, in units of one token through the language model.
+
+    A linear layer costs 2 FLOPs per weight and token forward and as many again for each gradient, of its input and of
+    its weight where it is trained. The tower works on patches, of which several make one image token.
+
+    pixels: numbers in the pixel values of an image of `image_tokens` tokens.
+    """
+    config = base.config.vision_config
+    patch = config.patch_size
+    side = patch if isinstance(patch, int) else next(iter(patch.values() if isinstance(patch, dict) else patch))
+    per_patch = 3 * side * side * getattr(config, "temporal_patch_size", 1)  # videos have depth, most towers do not
+    in_vision, trained = vision_modules(base), trains_vision(base)
+    head = base.get_output_embeddings()
+    vision = language = 0.0
+    for module in base.modules():
+        if isinstance(module, nn.Linear) and module is not head:
+            weights = module.in_features * module.out_features
+            if module in in_vision:
+                vision += weights * (3 if trained else 1)
+            else:
+                language += weights * (3 if module.weight.requires_grad else 2)
+    return pixels / per_patch / image_tokens * vision / language
 
 
 def image_rules(base: PreTrainedModel) -> ImageRules:

@@ -17,6 +17,7 @@ from orpo_dist.errors import UserError
 from orpo_dist.packing.collate import PackedCollator
 from orpo_dist.packing.layout import PackedLayout
 from orpo_dist.packing.padded import PaddedCollator
+from orpo_dist.packing.sampler import pair_lengths
 
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")  # the processors' names for the kind of every token
 _OF_THE_TEXT = {"input_ids", "attention_mask", "labels", *TOKEN_TYPES}
@@ -56,6 +57,22 @@ class ImageRules:
     attention: str = CAUSAL
 
 
+def shortest_with_images(rows: Any) -> dict[str, Any] | None:
+    """The row with the shortest prompt among those with images; None without any.
+
+    rows: a list of tokenised rows or a datasets.Dataset of them, or None.
+    """
+    columns = (rows[0].keys() if rows else ()) if isinstance(rows, list) else getattr(rows, "column_names", ())
+    if "images" not in columns:
+        return None
+    images = rows if isinstance(rows, list) else rows.select_columns(["images"])
+    lengths = pair_lengths(rows)
+    for index in sorted(range(len(rows)), key=lambda i: lengths[i].prompt):
+        if images[index]["images"]:
+            return rows[index]
+    return None
+
+
 @dataclass(frozen=True)
 class PromptImages:
     """What a processor made of the prompts of a micro-batch.
@@ -76,7 +93,16 @@ def process_prompts(processor: Any, rows: Sequence[dict[str, Any]]) -> PromptIma
         UserError: an image cannot be read any more, or the processor makes other tokens of a prompt than the data step
             did (another version or other options of the processor).
     """
+    from orpo_dist.data.audit import BadRow
     from orpo_dist.data.images import open_image
+
+    def opened(row: dict[str, Any]) -> list[Any]:
+        try:
+            return [open_image(image) for image in row["images"]]
+        except BadRow as bad:
+            raise UserError(
+                f"Pair {row['index']}: {bad.kind}: {bad.reason}. It could be read when data was prepared."
+            ) from bad
 
     counts = [len(row.get("images") or ()) for row in rows]
     illustrated = [row for row, count in zip(rows, counts, strict=True) if count]
@@ -84,7 +110,7 @@ def process_prompts(processor: Any, rows: Sequence[dict[str, Any]]) -> PromptIma
         return PromptImages({}, {}, counts)
     made = processor(
         text=[row["prompt_text"] for row in illustrated],
-        images=[[open_image(image) for image in row["images"]] for row in illustrated],
+        images=[opened(row) for row in illustrated],
         padding=True,
         return_tensors="pt",
         add_special_tokens=False,  # BOS is in the text, or the data step has put it there

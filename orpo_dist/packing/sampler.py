@@ -45,6 +45,16 @@ def pair_costs(lengths: Sequence[PairLengths], hidden_size: int) -> list[float]:
     return [pair.shared_tokens + pair.query_keys / (6 * hidden_size) for pair in lengths]
 
 
+def token_counts(rows: Any, token_id: int) -> list[int]:
+    """How often a token stands in each prompt: of a vision-language model's image token, its image tokens."""
+    if isinstance(rows, list):
+        return [list(row["prompt_ids"]).count(token_id) for row in rows]
+    counts: list[int] = []
+    for batch in rows.select_columns(["prompt_ids"]).with_format("numpy").iter(10_000):
+        counts += [int((ids == token_id).sum()) for ids in batch["prompt_ids"]]
+    return counts
+
+
 def sharing_gain(lengths: Sequence[PairLengths]) -> float:
     """(2P + C + R) / (P + C + R) over all pairs: what computing each prompt once saves in tokens. 2 at most."""
     shared = sum(pair.shared_tokens for pair in lengths)

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from orpo_dist.config import ORPOConfig
 from orpo_dist.errors import UserError
+from orpo_dist.model.processor import tokenizer_of
 
 if TYPE_CHECKING:
     from orpo_dist.trainer import ORPOTrainer
@@ -73,7 +74,7 @@ class SampleReplies(TrainerCallback):
     def _generate(self, step: int) -> list[Sample]:
         trainer = self._trainer
         args = cast(ORPOConfig, trainer.args)
-        tokenizer: Any = trainer.processing_class
+        tokenizer: Any = tokenizer_of(cast(PreTrainedTokenizerBase, trainer.processing_class))
         model: Any = trainer.model
         device = args.device
         limit = min(MAX_REPLY_TOKENS, args.max_completion_length or MAX_REPLY_TOKENS)

@@ -22,7 +22,9 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 from torch import nn
+from transformers import PreTrainedModel
 
+from orpo_dist.model.vision import vision_modules
 from orpo_dist.packing.sampler import PairLengths
 
 # Dense bf16 peak of one device, FLOP/s, from the vendors' datasheets.
@@ -62,10 +64,11 @@ class ModelFlops:
         """Read off a model before it is wrapped. Quantised and partitioned layers are counted by their features."""
         config = model.config.get_text_config()  # type: ignore[union-attr,operator]
         head = model.get_output_embeddings()  # type: ignore[operator]
-        head_parts = set(head.modules()) if head is not None else set()
+        base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+        not_counted = vision_modules(base) | (set(head.modules()) if head is not None else set())
         per_token = 0.0
         for module in model.modules():
-            if isinstance(module, nn.Linear) and module not in head_parts:
+            if isinstance(module, nn.Linear) and module not in not_counted:
                 trained = module.weight.requires_grad
                 per_token += (6.0 if trained else 4.0) * module.in_features * module.out_features
         per_token += sum(_expert_flops(model, config))

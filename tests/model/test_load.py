@@ -17,10 +17,10 @@ from orpo_dist.model.load import (
     base_identity,
     load_config,
     load_model,
-    load_processing_class,
     quantization_config,
     resolve_dtype,
 )
+from orpo_dist.model.processor import load_processing_class
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
