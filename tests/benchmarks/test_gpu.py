@@ -79,8 +79,8 @@ def test_resume_runs_what_is_missing_and_no_more(tmp_path, monkeypatch):
 
 
 def figures(speed, above=None, mfu=None):
-    return {"pairs_per_second": speed, "above_static": above, "mfu": mfu, "peak_allocated": above, "peak_reserved": above,
-            "note": ""}  # fmt: skip
+    memory = {"above_static": above, "peak_allocated": above, "peak_reserved": above}
+    return {"pairs_per_second": speed, "mfu": mfu, "note": "", **memory}
 
 
 def state_with(version="2.13.0", device=True, **parts):
@@ -120,7 +120,10 @@ def test_a_cpu_is_not_judged_and_out_of_memory_is_not_a_figure():
 
 
 def test_a_gate_that_fails_names_its_cases(tmp_path):
-    rows = [{"case": "sinks", "kernel": "FlexAttention", "error": 0.3, "ok": False}, {"case": "plain", "kernel": "torch varlen", "error": 1e-3, "ok": True}]  # fmt: skip
+    rows = [
+        {"case": "sinks", "kernel": "FlexAttention", "error": 0.3, "ok": False},
+        {"case": "plain", "kernel": "torch varlen", "error": 1e-3, "ok": True},
+    ]
     state = state_with(**{"gate-kernels": {"ok": False, "rows": rows}})
     assert found(state, "gate-kernels").met is False and found(state, "gate-kernels").found == "sinks"
     text = markdown(state)
