@@ -119,8 +119,9 @@ def _trainers(result: dict[str, Any]) -> list[str]:
     if "tokens" in result:
         tokens = result["tokens"]
         lines += [
-            f"Micro-batches of {result['micro_batch']} pairs, {result['pairs']} pairs a round. "
-            f"Tokens: {tokens['shared']} with shared prompts, {tokens['padded']} padded, {tokens['padded, grouped']} padded by similar length.",
+            f"Micro-batches of {result['micro_batch']} pairs, {result['pairs']} pairs a round.",
+            f"Tokens: {tokens['shared']} with shared prompts, {tokens['padded']} padded,",
+            f"{tokens['padded, grouped']} padded in batches of similar length.",
             f"Weights, gradients and AdamW's moments: {result['static_bytes'] / GIB:.1f} GiB.",
             "TRL's forward and loss are written again (benchmarks/trl_forward.py); nothing of its Trainer is in them.",
         ]
