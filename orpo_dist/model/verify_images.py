@@ -28,7 +28,13 @@ _SIZES = ((40, 24), (24, 56), (32, 32), (64, 24))  # width, height of the drawn 
 
 def drawn_row(example: dict[str, Any], processor: Any, first: int = 0) -> dict[str, Any]:
     """The prompt of a row of the data set with small drawn images in place of its own. No completions yet."""
-    images = [_drawing(*_SIZES[(first + i) % len(_SIZES)], first + i) for i in range(len(example["images"]))]
+    from orpo_dist.data.images import open_image
+
+    if processor.image_processor.do_resize is False:  # its images must have the size that they have
+        sizes = [open_image(stored).size for stored in example["images"]]
+    else:
+        sizes = [_SIZES[(first + i) % len(_SIZES)] for i in range(len(example["images"]))]
+    images = [_drawing(*size, first + i) for i, size in enumerate(sizes)]
     made = processor(text=[example["prompt_text"]], images=[images], add_special_tokens=False)
     return {
         "prompt_ids": list(map(int, made["input_ids"][0])),
