@@ -51,7 +51,8 @@ class LLMTrainingParams:
     """What AutoTrain's `LLMTrainingParams` says about an ORPO run.
 
     Takes keyword arguments under AutoTrain's names. Options of AutoTrain's other trainers are kept out and remembered
-    in `ignored`: `AutoTrainProject.create` warns of them by name.
+    in `ignored`: `AutoTrainProject.create` warns of them by name. `asks_block_size`: a limit on tokens was given; the
+    default one does not hold for vision-language models.
 
     Raises:
         UserError: an unknown name, a value of the wrong type, options that contradict each other.
@@ -69,7 +70,14 @@ class LLMTrainingParams:
     prompt_text_column: str | None = _option(None, "Column of the prompt. Unset: detected, or part of the messages.")
     text_column: str = _option("text", "Column of the chosen answer.")
     rejected_text_column: str | None = _option(None, "Column of the rejected answer.")
-    image_column: str | None = _option(None, "Column of images: not in this version.")
+    image_column: str | None = _option(
+        None, "Column of images, one or a list per row, for a vision-language model. Unset: images or image."
+    )
+    image_folder: str | None = _option(
+        None, "Folder that image paths start from and cannot leave. Unset: the folder of the row's file."
+    )
+    allow_image_urls: bool = _option(False, "Fetch images at http(s) addresses in the rows.")
+    allow_outside_image_folder: bool = _option(False, "Read images at paths outside of the image folder too.")
     chat_template: str | None = _option(
         None, "tokenizer (the model's own), chatml, zephyr, a Jinja file or template, or none."
     )
@@ -135,6 +143,7 @@ class LLMTrainingParams:
 
     def __init__(self, **values: Any) -> None:
         self.ignored = [name for name in values if name in FOREIGN]
+        self.asks_block_size = {"block_size", "model_max_length"} & values.keys() != set()
         unknown = [name for name in values if name not in FOREIGN and name not in FIELD_TYPES]
         if unknown:
             raise UserError("\n".join(explain_unknown(name) for name in unknown))
@@ -159,11 +168,6 @@ class LLMTrainingParams:
             raise UserError(f"logging_steps={self.logging_steps} must be at least 1, or -1.")
         if not self.project_name:
             raise UserError("project_name is empty: it is the folder of the run.")
-        if self.image_column is not None:
-            raise UserError(
-                f"image_column={self.image_column!r}: vision-language models are not in this version of orpo_dist. "
-                "Leave image_column out to train on the text."
-            )
         if self.quantization and not self.peft:
             raise UserError(
                 f"quantization={self.quantization} needs peft: quantised weights are rounded to a few levels and "

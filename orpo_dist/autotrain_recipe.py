@@ -19,6 +19,10 @@ RENAMED = {
     "valid_split": "dataset_test_split",
     "max_samples": "max_samples",
     "prompt_text_column": "prompt_column",
+    "image_column": "image_column",
+    "image_folder": "image_folder",
+    "allow_image_urls": "allow_image_urls",
+    "allow_outside_image_folder": "allow_outside_image_folder",
     "add_eos_token": "add_eos_token",
     "on_bad_row": "on_bad_row",
     "max_bad_rows": "max_bad_rows",
@@ -58,7 +62,8 @@ def recipe_mapping(params: "LLMTrainingParams") -> dict[str, Any]:
     lengths = token_lengths(params)
     recipe = {theirs: getattr(params, ours) for ours, theirs in RENAMED.items()}
     recipe |= {
-        "max_length": lengths.block_size,
+        # The recipe's own default is the same number, and knows that it holds for text alone.
+        "max_length": lengths.block_size if params.asks_block_size else None,
         "max_prompt_length": lengths.max_prompt_length,
         "max_completion_length": lengths.max_completion_length,
         "logging_steps": 0.01 if params.logging_steps == -1 else params.logging_steps,

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from orpo_dist.autotrain_foreign import warn_of
 from orpo_dist.autotrain_params import LLMTrainingParams
+from orpo_dist.data.place_images import PLACEHOLDER
 from orpo_dist.errors import UserError
 
 # Option -> what must be on for it to matter.
@@ -77,13 +78,14 @@ def with_chat_template(setup: Setup, params: LLMTrainingParams) -> Setup:
     if params.chat_template == "none" or params.apply_chat_template is not None:
         return setup
     from orpo_dist.data.sources import load_rows
+    from orpo_dist.data.tokenize import resolve_chat_template
     from orpo_dist.model.processor import load_processing_class, tokenizer_of
 
     rows = load_rows(params.data_path, split=params.train_split, max_samples=1, token=params.token)
     row: dict[str, Any] = next(iter(rows), {})
-    tokenizer = tokenizer_of(
-        load_processing_class(params.model, trust_remote_code=params.trust_remote_code, token=params.token)
-    )
+    loaded = load_processing_class(params.model, trust_remote_code=params.trust_remote_code, token=params.token)
+    tokenizer = tokenizer_of(loaded)
+    tokenizer.chat_template = resolve_chat_template(None, loaded)  # a processor may be the one that has it
     choice = choose_chat_template(params, tokenizer, row)
     if choice is None:
         return setup
@@ -109,7 +111,9 @@ def choose_chat_template(
     prompt, answer = row.get(prompt_column), row.get(answer_column)
     if not (isinstance(prompt, str) and isinstance(answer, str)):
         return None
-    marker = next((token for token in tokenizer.all_special_tokens if token in prompt), None)
+    # An image's place is no sign of a template.
+    special = [token for token in tokenizer.all_special_tokens if token != PLACEHOLDER]
+    marker = next((token for token in special if token in prompt), None)
     if marker is not None:
         return TemplateChoice(
             False, f"column {prompt_column!r} holds {marker}: it is rendered already, and no chat template is applied."

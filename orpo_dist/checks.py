@@ -5,6 +5,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from orpo_dist.config import ORPOConfig
+from orpo_dist.data.options import asked_length
 from orpo_dist.errors import UserError
 from orpo_dist.model.load import load_config
 from orpo_dist.model.processor import ImageSizes, load_processing_class, set_image_sizes
@@ -98,6 +99,13 @@ def processing_class_of(model: Any, args: ORPOConfig, given: Any) -> PreTrainedT
         raise UserError("The model does not say where it came from: pass its tokenizer as processing_class.")
     revision = model_init_kwargs(args).get("revision")
     return load_processing_class(name, revision=revision, trust_remote_code=args.trust_remote_code, sizes=sizes)
+
+
+def resolve_max_length(args: ORPOConfig, processing_class: Any) -> None:
+    """Writes into `args` what max_length means for this model, see `asked_length`. Raises UserError where
+    max_prompt_length leaves no room within it."""
+    args.max_length = asked_length(args.max_length, isinstance(processing_class, ProcessorMixin))
+    args.check_prompt_length()
 
 
 def image_sizes(args: ORPOConfig) -> ImageSizes:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from orpo_dist.data.options import MAX_LENGTH, Unasked
 from orpo_dist.errors import UserError
 from orpo_dist.runtime.stop import seconds_of
 
@@ -55,7 +56,10 @@ class ORPOConfig(TrainingArguments):
     logging_nan_inf_filter: bool = _option(False, "Hide non-finite losses in the log (costs a device sync per step).")
 
     # -- TRL's ORPO fields --
-    max_length: int | None = _option(1024, "Most tokens of prompt + completion. None: no bound.")
+    max_length: int | None = _option(
+        MAX_LENGTH,
+        "Most tokens of prompt + completion. None: no bound, the default of vision-language models.",
+    )
     max_completion_length: int | None = _option(
         None, "Most tokens of a completion (cut at its end). Encoder-decoder models default to 128."
     )
@@ -198,6 +202,11 @@ class ORPOConfig(TrainingArguments):
             raise UserError(f"processor_kwargs={self.processor_kwargs!r} is not a mapping, nor a JSON object.")
         if self.max_length is not None and self.max_length < 2:
             raise UserError("max_length=1 leaves no room for a completion after the prompt.")
+        if not isinstance(self.max_length, Unasked):  # else it depends on the model, see checks.resolve_max_length
+            self.check_prompt_length()
+
+    def check_prompt_length(self) -> None:
+        """Raises UserError where max_prompt_length leaves no room within max_length."""
         if (
             self.max_length is not None
             and self.max_prompt_length is not None

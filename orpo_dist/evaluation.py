@@ -63,7 +63,7 @@ class PairEvaluation(Trainer):
 
         dropped_rows = self._run_folder / "dropped_rows.jsonl"
         prepared = prepare_pairs(
-            rows, self._tokenizer, self._prepare_options, name=name, dropped_rows_path=dropped_rows
+            rows, self._processing_class, self._prepare_options, name=name, dropped_rows_path=dropped_rows
         )
         self.prepared[name] = prepared
         return prepared.dataset

@@ -323,4 +323,6 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    return value if isinstance(value, str | int | float | bool | type(None)) else str(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return int(value)  # YAML knows no subclass of it
+    return value if isinstance(value, str | float | bool | type(None)) else str(value)

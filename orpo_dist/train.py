@@ -72,6 +72,8 @@ def train(recipe: Recipe) -> "RunSummary":
         recipe.save(folder / "recipe.yaml")
 
     processing_class, pairs = prepare(recipe, folder)
+    if state.is_main_process:
+        recipe.save(folder / "recipe.yaml")  # with what the processor decided
     model = _load_model(recipe.model, args)
     # The first evaluation is the trainer's own: inside the loop the model is wrapped, as ZeRO-1 and ZeRO-2 need.
     # A resumed run has it in its history.
@@ -112,7 +114,7 @@ def train(recipe: Recipe) -> "RunSummary":
 def prepare(recipe: Recipe, folder: Path) -> "tuple[PreTrainedTokenizerBase | ProcessorMixin, RunPairs]":
     """The tokenizer or processor and the tokenised pairs of a run, from the cache where they are there. Raises
     UserError."""
-    from orpo_dist.checks import image_sizes
+    from orpo_dist.checks import image_sizes, resolve_max_length
     from orpo_dist.data.options import PrepareOptions
     from orpo_dist.data.prepare import prepare_pairs
     from orpo_dist.data.splits import RunPairs, load_splits
@@ -125,12 +127,17 @@ def prepare(recipe: Recipe, folder: Path) -> "tuple[PreTrainedTokenizerBase | Pr
     processing_class = load_processing_class(name, **source, sizes=image_sizes(args))
     tokenizer = tokenizer_of(processing_class)
     if args.chat_template is not None:  # the one that is trained is saved with the model
-        processing_class.chat_template = tokenizer.chat_template = resolve_chat_template(args.chat_template, tokenizer)
+        processing_class.chat_template = tokenizer.chat_template = resolve_chat_template(
+            args.chat_template, processing_class
+        )
+    resolve_max_length(args, processing_class)
     options = PrepareOptions.from_config(args, load_config(name, **source).is_encoder_decoder)
     train_rows, eval_rows = load_splits(recipe.data, args.seed)
 
     def prepared(rows: Any, split: str) -> "PreparedPairs":
-        return prepare_pairs(rows, tokenizer, options, name=split, dropped_rows_path=folder / "dropped_rows.jsonl")
+        return prepare_pairs(
+            rows, processing_class, options, name=split, dropped_rows_path=folder / "dropped_rows.jsonl"
+        )
 
     train_pairs = prepared(train_rows, "train")
     return processing_class, RunPairs(train_pairs, prepared(eval_rows, "eval") if eval_rows is not None else None)

@@ -98,6 +98,7 @@ class ORPOTrainer(PairEvaluation, ResumableTrainer):
         self.is_encoder_decoder = checks.is_encoder_decoder(model, args)
         self._processing_class = checks.processing_class_of(model, args, processing_class)
         self._tokenizer = tokenizer_of(self._processing_class)
+        checks.resolve_max_length(args, self._processing_class)
         self._prepare_options = PrepareOptions.from_config(args, self.is_encoder_decoder)
         self.prepared: dict[str, PreparedPairs] = {}
         self._run_folder = Path(str(args.output_dir))

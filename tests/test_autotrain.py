@@ -22,6 +22,7 @@ from orpo_dist.autotrain_launch import (
     smaller_batches,
 )
 from orpo_dist.autotrain_setup import choose_chat_template, set_up
+from orpo_dist.data.options import asked_length
 from orpo_dist.errors import UserError
 from orpo_dist.recipe import Recipe
 
@@ -90,6 +91,10 @@ MAPPED = {
     "prompt_text_column": ("question", {}, {"prompt_column": "question"}),
     "text_column": ("good", {"rejected_text_column": "bad"}, {"chosen_column": "good"}),
     "rejected_text_column": ("bad", {}, {"chosen_column": "text", "rejected_column": "bad"}),
+    "image_column": ("photo", {}, {"image_column": "photo"}),
+    "image_folder": ("photos", {}, {"image_folder": "photos"}),
+    "allow_image_urls": (True, {}, {"allow_image_urls": True}),
+    "allow_outside_image_folder": (True, {}, {"allow_outside_image_folder": True}),
     "chat_template": ("chatml", {}, {"chat_template": "chatml"}),
     "apply_chat_template": (True, {}, {"apply_chat_template": True}),
     "add_eos_token": (False, {}, {"add_eos_token": False}),
@@ -140,7 +145,6 @@ MAPPED = {
 # Options that act elsewhere; each has a test of its own below.
 ELSEWHERE = {
     "trainer": "refused unless orpo",
-    "image_column": "refused in this version",
     "padding": "a note",
     "distributed_backend": "chooses the accelerate config",
     "token": "environment",
@@ -190,6 +194,16 @@ def test_block_size(values, expected):
     assert tuple(mapping.get(f"max_{part}length") for part in ("", "prompt_", "completion_")) == expected
 
 
+def test_only_a_block_size_that_was_asked_for_bounds_images():
+    """The default of 1024 is less than one image of Qwen2-VL."""
+    assert "max_length" not in recipe(image_column="images")
+    default = Recipe.from_mapping(recipe(image_column="images")).training.max_length
+    assert (asked_length(default, reads_images=True), asked_length(default, reads_images=False)) == (None, 1024)
+    for values in ({"block_size": 1024}, {"block_size": "1024"}, {"model_max_length": 1024}):
+        asked = Recipe.from_mapping(recipe(image_column="images", **values)).training.max_length
+        assert asked_length(asked, reads_images=True) == 1024
+
+
 def test_without_columns_the_data_step_detects_them():
     assert not {"chosen_column", "rejected_column", "prompt_column"} & recipe().keys()
 
@@ -230,7 +244,6 @@ def test_the_best_checkpoint_is_kept_only_when_saving_and_evaluating_go_together
     ("values", "message"),
     [
         ({"trainer": "sft"}, "trainer='sft' is not in orpo_dist"),
-        ({"image_column": "image"}, "vision-language models are not in this version"),
         ({"quantization": "int4"}, r"quantization=int4 needs peft: quantised weights .* cannot be trained"),
         ({"quantization": "int3", "peft": True}, "is not one of int4, int8"),
         ({"log": "mlflow"}, "log='mlflow' is not one of wandb, tensorboard"),
@@ -390,7 +403,7 @@ REQUIRED = ["--train", "--model", "m", "--data-path", "d", "--project-name", "p"
 @pytest.mark.parametrize("spelling", [lambda flag: flag, lambda flag: "--" + flag[2:].replace("-", "_")])
 def test_both_spellings_of_every_flag(spelling, created):
     argv, expected = [*REQUIRED], {"model": "m", "data_path": "d", "project_name": "p"}
-    skip = {"trainer", "image_column", "attn_implementation", *expected}
+    skip = {"trainer", "attn_implementation", *expected}
     values = {name: value for name, (value, _, _) in MAPPED.items()} | {"padding": "left", "token": "t"}
     for name, value in values.items():
         if name in skip:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 EXAMPLES = 3  # bad rows shown for each kind
 
 _HELP = {
-    "max_length": "most tokens of prompt + completion; check: 1024, stats: no bound; `none` for no bound",
+    "max_length": "most tokens of prompt + completion; check: 1024 for text models, stats: no bound; `none`: no bound",
     "max_prompt_length": "most tokens of a prompt",
     "max_completion_length": "most tokens of a completion",
     "truncation_side": "which end of a long prompt is cut off: left or right",
@@ -31,6 +31,10 @@ _HELP = {
     "rejected_column": "column of the rejected completion",
     "system_column": "column of the system message",
     "tools_column": "column of the tools",
+    "image_column": "column of the images; '' ignores images",
+    "image_folder": "folder that image paths start from; default: the folder of the row's file",
+    "allow_image_urls": "true: fetch images at http(s) addresses",
+    "allow_outside_image_folder": "true: read images outside of the image folder too",
 }
 
 
@@ -48,7 +52,9 @@ def main(argv: list[str]) -> int:
     elif arguments.model is None:
         _check(arguments, rows, options)
     else:
-        _show(_prepared(arguments, rows, options).dropped)
+        prepared = _prepared(arguments, rows, options)
+        _show(prepared.dropped)
+        _show_images(prepared)
         print("The data can be trained on.")
     return 0
 
@@ -64,6 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     _add(parser, "config", help="configuration of a hub data set")
     _add(parser, "max_samples", type=int, help="only the first so many rows")
     _add(parser, "batch_size", type=int, default=4, help="stats: pairs of a padded batch (default: 4)")
+    _add(parser, "min_pixels", type=int, help="smallest area of an image after resizing (Qwen-VL)")
+    _add(parser, "max_pixels", type=int, help="largest area of an image after resizing (Qwen-VL)")
     _add(parser, "dropped_rows", type=Path, help="write the bad rows to this JSON lines file")
     for name, text in _HELP.items():
         _add(parser, name, help=text)
@@ -109,10 +117,11 @@ def _prepared(
 ) -> "PreparedPairs":
     from orpo_dist.data.prepare import prepare_pairs
     from orpo_dist.model.load import load_config
-    from orpo_dist.model.processor import load_processing_class, tokenizer_of
+    from orpo_dist.model.processor import ImageSizes, load_processing_class
 
-    source = {"revision": arguments.model_revision, "trust_remote_code": arguments.trust_remote_code}
-    tokenizer = tokenizer_of(load_processing_class(arguments.model, **source))
+    source: dict[str, Any] = {"revision": arguments.model_revision, "trust_remote_code": arguments.trust_remote_code}
+    sizes = ImageSizes(arguments.min_pixels, arguments.max_pixels)
+    tokenizer = load_processing_class(arguments.model, **source, sizes=sizes)
     if load_config(arguments.model, **source).is_encoder_decoder:
         limit = options.max_completion_length or ENCODER_DECODER_COMPLETION_LENGTH
         options = replace(options, is_encoder_decoder=True, max_completion_length=limit)
@@ -128,27 +137,47 @@ def _stats(arguments: argparse.Namespace, rows: "Dataset | IterableDataset", opt
 
     prepared = _prepared(arguments, rows, options)
     print(describe(pair_stats(prepared.dataset, arguments.batch_size)))
+    _show_images(prepared)
 
 
 def _check(arguments: argparse.Namespace, rows: "Dataset | IterableDataset", options: PrepareOptions) -> None:
     """What can be said without a tokenizer: the format and the rows that no tokenizer can save."""
     from tqdm import tqdm
 
-    from orpo_dist.data.prepare import as_dataset, format_of, read_pair
+    from orpo_dist.data.pairs import Pair
+    from orpo_dist.data.prepare import as_dataset, format_of, image_sizes_of, read_pair
+    from orpo_dist.data.stats import describe_images, image_stats
 
     name = arguments.data
     dataset = as_dataset(rows, name)
     check_bad_rows([], len(dataset), options, name)
     pair_format = format_of(dataset, options)
-    outcomes = (read_pair(pair_format, row, index) for index, row in enumerate(tqdm(dataset, desc="Checking")))
-    dropped = [replace(item, source=item.source or name) for item in outcomes if isinstance(item, DroppedRow)]
+    dropped, sizes = [], []
+    for index, row in enumerate(tqdm(dataset, desc="Checking")):
+        outcome: Pair | DroppedRow | list[tuple[int, int]] = read_pair(pair_format, row, index)
+        if isinstance(outcome, Pair) and outcome.images:
+            outcome = image_sizes_of(pair_format, outcome, row, index)
+        if isinstance(outcome, DroppedRow):
+            dropped.append(replace(outcome, source=outcome.source or name))
+        elif isinstance(outcome, list):
+            sizes.append(outcome)
     if arguments.dropped_rows is not None:
         write_dropped_rows(arguments.dropped_rows, name, dropped)
     print(f"{name}: {pair_format.description}")
     print(f"{name}: {len(dataset)} rows, {len(dataset) - len(dropped)} usable, {len(dropped)} bad")
+    if sizes:
+        print("\n".join(describe_images(image_stats(sizes, len(dataset) - len(dropped)))))
     check_bad_rows(dropped, len(dataset), options, name, arguments.dropped_rows)
     _show(dropped)
     print("The data can be trained on, as far as can be told without a tokenizer; --model NAME checks lengths too.")
+
+
+def _show_images(prepared: "PreparedPairs") -> None:
+    from orpo_dist.data.stats import describe_images, image_stats_of
+
+    stats = image_stats_of(prepared.dataset)
+    if stats is not None:
+        print("\n".join(["", *describe_images(stats)]))
 
 
 def _show(dropped: list[DroppedRow]) -> None:

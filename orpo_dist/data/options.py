@@ -6,6 +6,23 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # `orpo-dist data check` needs no torch, and the config imports it
     from orpo_dist.config import ORPOConfig
 
+
+class Unasked(int):
+    """A default, told apart from the same number when somebody asks for it."""
+
+
+# TRL's default. Vision-language models have none unless one is asked for: an image of Qwen2-VL takes 1,280 tokens with
+# the settings of its model card, and up to 16,384 with those of its processor.
+MAX_LENGTH = Unasked(1024)
+
+
+def asked_length(max_length: int | None, reads_images: bool) -> int | None:
+    """The bound that option max_length means for a model that reads images or text alone."""
+    if isinstance(max_length, Unasked):
+        return None if reads_images else int(max_length)
+    return max_length
+
+
 ENCODER_DECODER_COMPLETION_LENGTH = 128  # TRL's default of max_completion_length for these models
 
 
@@ -16,7 +33,7 @@ class PrepareOptions:
     A column name of `""` means that there is no such column, whatever the data set holds.
     """
 
-    max_length: int | None = 1024
+    max_length: int | None = MAX_LENGTH
     max_prompt_length: int | None = None
     max_completion_length: int | None = None
     truncation_side: str = "left"

@@ -23,9 +23,10 @@ from orpo_dist import __version__
 from orpo_dist.data.audit import BadRow, DroppedRow, check_bad_rows, count_kinds, stop_at, write_dropped_rows
 from orpo_dist.data.cache import built_once, cache_root, digest, is_first_rank, on_first_rank
 from orpo_dist.data.detect import SAMPLE, detect_format
-from orpo_dist.data.images import image_identity, require_pillow
+from orpo_dist.data.image_source import fetch_all, is_url
+from orpo_dist.data.images import StoredImage, image_identity, open_image, require_pillow
 from orpo_dist.data.messages import decode
-from orpo_dist.data.options import PrepareOptions
+from orpo_dist.data.options import PrepareOptions, asked_length
 from orpo_dist.data.pairs import Pair, PairFormat
 from orpo_dist.data.rows import (
     ROW_COLUMN,
@@ -131,6 +132,7 @@ def prepare_pairs(
     """
     if isinstance(dataset, DatasetDict):
         raise UserError(f"{name}: a DatasetDict with the splits {', '.join(dataset)}: choose one of them.")
+    options = replace(options, max_length=asked_length(options.max_length, isinstance(tokenizer, ProcessorMixin)))
     if isinstance(dataset, Dataset) and set(TOKEN_COLUMNS) <= set(dataset.column_names):
         return PreparedPairs(dataset, [], "token ids", len(dataset), 0, 0)
     folder = on_first_rank(lambda: _prepared_folder(dataset, tokenizer, options, name))
@@ -181,6 +183,25 @@ def read_pair(pair_format: PairFormat, row: dict[str, Any], index: int) -> Pair 
         return _dropped(bad, row, index)
 
 
+def image_sizes_of(
+    pair_format: PairFormat, pair: Pair, row: dict[str, Any], index: int
+) -> list[tuple[int, int]] | DroppedRow:
+    """Width and height of each image of a pair, or why one cannot be read."""
+    column = pair_format.image or pair_format.prompt or pair_format.chosen
+    try:
+        fetched = fetch_all(pair.images, column)
+        return [open_image(_here(image, fetched), column).size for image in pair.images]
+    except BadRow as bad:
+        return _dropped(bad, row, index)
+
+
+def _here(image: StoredImage, fetched: dict[str, StoredImage | BadRow]) -> StoredImage:
+    here = fetched[str(image["path"])] if is_url(image) else image
+    if isinstance(here, BadRow):
+        raise here
+    return here
+
+
 def _dropped(bad: BadRow, row: dict[str, Any], index: int) -> DroppedRow:
     return DroppedRow(decode(row.get(SOURCE_COLUMN)) or "", _number(row, index), bad.column, bad.kind, bad.reason)
 
@@ -223,7 +244,8 @@ def _check_images(pair_format: PairFormat, tokenizer: ProcessingClass, options: 
         where = f"image_column={pair_format.image}" if pair_format.image else "its messages"
         raise UserError(
             f"{name}: the rows have images ({where}), and the model reads text only. Choose a vision-language model, "
-            "or set image_column='' to train on the text alone."
+            "or set image_column='' to train on the text alone. If the model is one, its processor could not be "
+            "loaded: a warning above says why (Pillow, pip install 'orpo-dist[vlm]', or torchvision may be missing)."
         )
 
 

@@ -1,9 +1,10 @@
-"""How long the pairs are, and what padding and doubled prompts cost with them."""
+"""How long the pairs are, what padding and doubled prompts cost with them, and how large their images are."""
 
 import math
 import random
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from datasets import Dataset
 
@@ -79,6 +80,64 @@ def pair_stats(dataset: Dataset, batch_size: int, seed: int = 0) -> PairStats:
     )
 
 
+@dataclass(frozen=True)
+class ImageStats:
+    """Images of `pairs` pairs. `per_pair`: pairs by their number of images; `tokens`: None without a processor."""
+
+    pairs: int
+    images: int
+    per_pair: dict[int, int]
+    width: Lengths
+    height: Lengths
+    tokens: Lengths | None = None
+    share_of_tokens: float = 0.0
+
+
+def image_stats(sizes: Sequence[Sequence[Sequence[int]]], pairs: int) -> ImageStats:
+    """sizes: (width, height) of each image, by pair, of at least one pair that has images."""
+    flat = [size for of_pair in sizes for size in of_pair]
+    counts = Counter(len(of_pair) for of_pair in sizes if of_pair)
+    without = pairs - sum(counts.values())
+    per_pair = ({0: without} if without else {}) | dict(sorted(counts.items()))
+    width, height = (Lengths.of([size[side] for size in flat]) for side in (0, 1))
+    return ImageStats(pairs, len(flat), per_pair, width, height)
+
+
+def image_stats_of(dataset: Dataset) -> ImageStats | None:
+    """Of a tokenised data set; None where no pair has an image. Tokens per image are a pair's image tokens over its
+    images."""
+    if "image_sizes" not in dataset.column_names:
+        return None
+    sizes, tokens = dataset["image_sizes"][:], dataset["image_tokens"][:]
+    if not any(sizes):
+        return None
+    each = [round(count / len(of_pair)) for of_pair, count in zip(sizes, tokens, strict=True) for _ in of_pair]
+    columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+    total = sum(len(ids) for name in columns for ids in dataset[name])
+    stats = image_stats(sizes, len(dataset))
+    return replace(stats, tokens=Lengths.of(each), share_of_tokens=sum(tokens) / total)
+
+
+def describe_images(stats: ImageStats) -> list[str]:
+    """The statistics as lines for the terminal."""
+    each = ", ".join(f"{pairs} with {count}" for count, pairs in stats.per_pair.items())
+    lines = [
+        f"{stats.images} images in {stats.pairs} pairs: {each}",
+        f"{'':10}{'mean':>8}" + "".join(f"{f'p{p}':>8}" for p in PERCENTILES) + f"{'max':>8}",
+        _line("width", stats.width),
+        _line("height", stats.height),
+    ]
+    if stats.tokens is not None:
+        lines.append(_line("tokens", stats.tokens))
+        lines.append(f"(width and height in pixels; images are {stats.share_of_tokens:.0%} of the packed tokens)")
+    return lines
+
+
+def _line(name: str, lengths: Lengths) -> str:
+    middle = "".join(f"{value:>8}" for value in lengths.percentiles)
+    return f"{name:10}{lengths.mean:>8.0f}{middle}{lengths.longest:>8}"
+
+
 def _padded_tokens(sequence: list[int], batch_size: int, seed: int) -> int:
     order = sequence[:]
     random.Random(seed).shuffle(order)
@@ -96,8 +155,7 @@ def describe(stats: PairStats) -> str:
         ("rejected", stats.rejected),
         ("sequence", stats.sequence),
     ):
-        middle = "".join(f"{value:>8}" for value in lengths.percentiles)
-        lines.append(f"{name:10}{lengths.mean:>8.0f}{middle}{lengths.longest:>8}")
+        lines.append(_line(name, lengths))
     lines += ["(sequence: prompt + the longer completion, which max_length bounds)", ""]
     longer = ", ".join(f"{count} over {bound}" for bound, count in stats.longer_than.items() if count)
     lines.append(f"Pairs with longer sequences: {longer or f'none over {BOUNDS[0]}'}")
