@@ -34,6 +34,7 @@ class JobRequest:
         chain: name of the chain of jobs this one belongs to; its jobs follow each other instead of being requeued.
         python: the interpreter on the nodes, outside of containers.
         stop_before: seconds before the time limit at which the run stops with a checkpoint.
+        share_nodes: other jobs may use what this one leaves of its nodes.
         options: further options of sbatch, without their dashes.
     """
 
@@ -58,6 +59,7 @@ class JobRequest:
     max_restarts: int | None = None
     chain: str | None = None
     python: str | None = None
+    share_nodes: bool = False
     options: dict[str, str | None] = field(default_factory=dict)
 
     @property
@@ -154,6 +156,8 @@ def directives(job: JobRequest, site: SiteProfile, of_template: dict[str, str | 
     if uses_gpus and job.gpus:
         name, value = gpu_option(site, job.gpus)
         options[name] = value
+    if job.share_nodes:
+        options.pop("exclusive", None)
     if job.chain:
         options.pop("requeue", None)
         options["no-requeue"] = None

@@ -28,7 +28,7 @@ from orpo_dist import __version__
 from orpo_dist.cluster.files import accelerate_config
 from orpo_dist.cluster.glance import Glance, glance
 from orpo_dist.cluster.meeting import NodeReport, meet
-from orpo_dist.errors import UserError
+from orpo_dist.errors import FAILED, UserError
 
 # Other versions of these on another node give other numbers, or a hang.
 SAME_EVERYWHERE = ("torch", "transformers", "accelerate", "peft", "trl", "deepspeed", "bitsandbytes")
@@ -73,7 +73,11 @@ def main(argv: Sequence[str]) -> int:
         if placement.nodes > 1:
             view.run_folder.mkdir(parents=True, exist_ok=True)
             report = _report(placement, options.recipe, options.flags)
-            meet(report, placement.head, placement.port, view.run_folder, options.wait)
+            try:
+                meet(report, placement.head, placement.port, view.run_folder, options.wait)
+            except UserError as error:  # not the recipe's fault: another start, another port or node may do
+                print(f"orpo-dist: error (node rank {placement.node_rank}): {error}", file=sys.stderr, flush=True)
+                return FAILED
         from orpo_dist.cluster.processes import run_launcher
 
         return run_launcher(command)

@@ -11,9 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from orpo_dist.cli import BAD_INPUT, FAILED, FINISHED
+from orpo_dist.errors import BAD_INPUT, FAILED, FINISHED, GAVE_UP, STOPPED
 
-NOT_FINITE, STOPPED = 3, 75
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # The processes get those from this launcher or from SLURM; torchrun's own handler would kill them after 30 s.
 _LEFT_TO_TORCHRUN = "SIGHUP,SIGQUIT"
@@ -49,7 +48,7 @@ def run_launcher(command: Sequence[str]) -> int:
 
 def telling_code(codes: Sequence[int]) -> int:
     """Of the exit codes of processes (negative: a signal), the one to act on."""
-    for code in (BAD_INPUT, NOT_FINITE, STOPPED):
+    for code in (BAD_INPUT, GAVE_UP, STOPPED):
         if code in codes:
             return code
     # The first process to fail is killed by nobody; the others get SIGTERM from the launcher.

@@ -69,7 +69,6 @@ def prepare(options: argparse.Namespace, flags: list[str]) -> Submission:
     check_request(job)
     if job.config is not None:
         accelerate_config(job.config)
-    _check_recipe(options.recipe, flags)
     runs = _sweep_size(options.sweep) if options.sweep else None
     if (options.array is not None or runs is not None) and options.chain:
         raise UserError("--chain is for a single run: an array's runs are requeued.")
@@ -83,6 +82,7 @@ def prepare(options: argparse.Namespace, flags: list[str]) -> Submission:
         job = _fitted(job, site)
         if runs is None:
             _refuse_second_job(view.run_folder, options.dependency)
+    _check_recipe(options.recipe, flags)  # last: it imports what takes seconds
     template = choose_template(job, site, images=view.values.get("image_column") is not None)
     recipe = view.run_folder / "slurm" / "recipe.yaml"
     rest = ["--output_dir", str(view.run_folder)]
@@ -287,6 +287,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--cpus-per-node", type=int, dest="cpus", help="Default: 8 per process, at most what a node has.")
     add("--time", help="Time limit, as SLURM writes it; the run goes on in the next attempt. Default: 24:00:00.")
     add("--stop-before", type=int, help="Seconds before the limit to save and stop. Default: 600, at most a quarter.")
+    add("--share-nodes", action="store_true", help="Other jobs may use what this one leaves of its nodes.")
     add("--partition")
     add("--account")
     add("--qos")
