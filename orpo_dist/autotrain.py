@@ -17,7 +17,7 @@ from orpo_dist.errors import UserError
 
 __all__ = ["AutoTrainProject", "LLMTrainingParams", "main"]
 
-BACKENDS = ("local",)
+BACKENDS = ("local", "slurm")
 _REQUIRED = ("model", "data_path", "project_name")
 _NOT_HERE = ("deploy", "inference", "interactive")
 
@@ -28,24 +28,30 @@ class AutoTrainProject:
 
     Args:
         params: the parameters.
-        backend: `local`: this machine, as many processes as it has GPUs.
+        backend: `local`: this machine, as many processes as it has GPUs. `slurm`: a job of SLURM, which is submitted
+            and not waited for.
         process: AutoTrain's switch for converting the data first. Data is always read, checked and tokenised here, so
             False only brings a note.
+        slurm: flags of `orpo-dist submit` for backend slurm, such as `--nodes 2 --time 04:00:00`; they follow, and win
+            over, those in the site profile (SITE_SUBMIT).
 
     Raises:
-        UserError: an unknown backend.
+        UserError: an unknown backend, or slurm for another one.
     """
 
     params: LLMTrainingParams
     backend: str = "local"
     process: bool = True
+    slurm: str = ""
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
-            raise UserError(f"backend={self.backend!r} is not in this version of orpo_dist: use backend='local'.")
+            raise UserError(f"backend={self.backend!r} is not in this version of orpo_dist: local or slurm.")
+        if self.slurm and self.backend != "slurm":
+            raise UserError(f"slurm={self.slurm!r} is for backend='slurm', and this is backend={self.backend!r}.")
 
     def create(self) -> Path:
-        """Train, and return the run's folder when it is done.
+        """Train, and return the run's folder when it is done; with backend slurm, when the job is submitted.
 
         Raises:
             UserError: bad parameters, data or model.
@@ -55,14 +61,20 @@ class AutoTrainProject:
         from orpo_dist.autotrain_launch import join_processes, print_note, run
         from orpo_dist.autotrain_setup import set_up, with_chat_template
 
-        setup = set_up(self.params)
-        join_processes(setup.recipe)
+        setup = set_up(self.params, trains_here=self.backend == "local")
+        if self.backend == "local":
+            join_processes(setup.recipe)
         setup = with_chat_template(setup, self.params)
         if not self.process:
             setup.notes.append("process=False changes nothing: data is always read, checked and tokenised.")
         for note in setup.notes:
             print_note(note)
-        run(setup, self.params.distributed_backend)
+        if self.backend == "slurm":
+            from orpo_dist.cluster.autotrain import submit_project
+
+            submit_project(setup, self.params.distributed_backend, self.slurm)
+        else:
+            run(setup, self.params.distributed_backend)
         return Path(self.params.project_name)
 
 
@@ -73,7 +85,7 @@ def main(argv: list[str]) -> int:
         UserError: bad flags, parameters, data or model.
     """
     given = vars(_parser().parse_args(argv))
-    train, backend = given.pop("train", False), given.pop("backend", "local")
+    train, backend, slurm = given.pop("train", False), given.pop("backend", "local"), given.pop("slurm", "")
     asked = [name for name in _NOT_HERE if given.pop(name, False)]
     if asked:
         raise UserError(f"--{asked[0]} is not part of orpo-dist, which trains: orpo-dist llm --train ...")
@@ -82,7 +94,7 @@ def main(argv: list[str]) -> int:
     missing = [_spellings(name)[0] for name in _REQUIRED if name not in given]
     if missing:
         raise UserError(f"{', '.join(missing)} missing: say what to train, on what, and where to write it.")
-    project = AutoTrainProject(LLMTrainingParams(**given), backend)
+    project = AutoTrainProject(LLMTrainingParams(**given), backend, slurm=slurm)
 
     from orpo_dist.autotrain_launch import TrainingFailed
 
@@ -124,7 +136,8 @@ def _parser() -> argparse.ArgumentParser:
         *((name, argparse.SUPPRESS) for name in _NOT_HERE),
     ]:
         parser.add_argument(f"--{name}", action="store_true", help=help)
-    parser.add_argument("--backend", help="local: this machine (default).")
+    parser.add_argument("--backend", help="local: this machine (default). slurm: submit a job.")
+    parser.add_argument("--slurm", metavar="FLAGS", help='Flags of orpo-dist submit: "--nodes 2 --time 04:00:00".')
     for option in fields(LLMTrainingParams):
         help = f"{option.metadata['help']} Default: {option.default}.".replace("%", "%%")
         if is_flag(option.name):

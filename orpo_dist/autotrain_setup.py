@@ -44,8 +44,11 @@ class Setup:
     notes: list[str]
 
 
-def set_up(params: LLMTrainingParams) -> Setup:
+def set_up(params: LLMTrainingParams, *, trains_here: bool = True) -> Setup:
     """Recipe, environment and notes of a run; neither data nor model is read.
+
+    Args:
+        trains_here: whether this machine's GPUs, or their absence, are the run's.
 
     Raises:
         UserError: fp16 without a GPU, contradicting token limits.
@@ -60,11 +63,11 @@ def set_up(params: LLMTrainingParams) -> Setup:
         environment["WANDB_API_KEY"] = params.wandb_token
     if params.log == "wandb" and params.wandb_run_id:
         environment |= {"WANDB_RUN_ID": params.wandb_run_id, "WANDB_RESUME": "allow"}
-    if params.mixed_precision and not torch.accelerator.is_available():
+    if trains_here and params.mixed_precision and not torch.accelerator.is_available():
         if params.mixed_precision == "fp16":
             raise UserError("mixed_precision=fp16 needs a GPU, and none was found: use bf16 or leave it out.")
         recipe["use_cpu"] = True  # transformers refuses bf16 on a CPU that was not asked for
-    if not params.mixed_precision and torch.cuda.is_available():
+    if not params.mixed_precision and (torch.cuda.is_available() or not trains_here):
         notes.append("mixed_precision is not set: training in float32; --mixed-precision bf16 is faster.")
     return Setup(recipe, environment, notes)
 

@@ -281,8 +281,10 @@ def test_lengths_that_contradict_each_other():
 
 
 def test_unknown_backend_is_a_clear_error():
-    with pytest.raises(UserError, match="backend='slurm' is not in this version"):
-        AutoTrainProject(params(), backend="slurm")
+    with pytest.raises(UserError, match="backend='spaces' is not in this version"):
+        AutoTrainProject(params(), backend="spaces")
+    with pytest.raises(UserError, match="is for backend='slurm'"):
+        AutoTrainProject(params(), slurm="--nodes 2")
 
 
 # ---------------------------------------------------------------- notes: nothing is ignored in silence

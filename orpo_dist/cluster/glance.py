@@ -41,7 +41,7 @@ class Glance:
 
 
 def glance(recipe: str | Path, flags: Sequence[str] = ()) -> Glance:
-    """Read a recipe and its flags (`--name value`, `--name=value`, `--switch`).
+    """Read a recipe and its flags (`--name value`, `--name=value`, `--switch`, `--no_switch`).
 
     Raises:
         UserError: no such file, or no valid YAML in it.
@@ -57,8 +57,11 @@ def _values_of(flags: Sequence[str]) -> dict[str, Any]:
             continue
         name, equals, value = flag[2:].partition("=")
         following = flags[position + 1] if position + 1 < len(flags) else "--"
-        text = value if equals else "true" if following.startswith("--") else following
-        values[name.replace("-", "_")] = yaml.safe_load(text)
+        name, switch = name.replace("-", "_"), not equals and following.startswith("--")
+        if switch and name.startswith("no_"):
+            values[name.removeprefix("no_")] = False
+        else:
+            values[name] = True if switch else yaml.safe_load(value if equals else following)
     return values
 
 

@@ -45,8 +45,8 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: the recipe, the resources or the folders cannot work, or SLURM refuses.
     """
-    options, flags = _parser().parse_known_args(argv)
-    submission = prepare(options, [word for word in flags if word != "--"])
+    options, flags = parse(argv)
+    submission = prepare(options, flags)
     for note in submission.notes:
         print(f"orpo-dist: {note}", file=sys.stderr)
     if options.dry_run:
@@ -55,6 +55,12 @@ def main(argv: Sequence[str]) -> int:
     job_ids = submit(submission, options.dependency, chain=options.chain or 1)
     print("\n".join(what_now(submission, job_ids)))
     return 0
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options of `submit`, and the rest, which are the recipe's flags."""
+    options, flags = _parser().parse_known_args(argv)
+    return options, [word for word in flags if word != "--"]
 
 
 def prepare(options: argparse.Namespace, flags: list[str]) -> Submission:

@@ -29,6 +29,7 @@ def test_glance_reads_file_and_flags(recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert glance(recipe).run_folder == tmp_path / "runs" / "tiny"
     assert not glance(recipe).trains_adapter
+    assert not glance(recipe, ["--use_peft", "--no_use_peft"]).trains_adapter
     view = glance(recipe, ["--output_dir=elsewhere", "--use_peft", "--beta", "0.2", "--load-in-4bit", "true"])
     assert view.run_folder == tmp_path / "elsewhere"
     assert view.trains_adapter and view.quantised and view.values["beta"] == 0.2
