@@ -96,7 +96,7 @@ def prepare(options: argparse.Namespace, flags: list[str]) -> Submission:
     scripts = {}
     if options.prefetch:
         fetch = dataclasses.replace(
-            job, name=f"{job.name}-prefetch", nodes=1, gpus=0, cpus=None, time=options.prefetch_time, array=None,
+            job, name=f"{job.name}-prefetch", nodes=1, gpus=0, cpus=job.cpus, time=options.prefetch_time, array=None,
             stop_before=None, chain=None, dependency=None,
         )  # fmt: skip
         scripts["prefetch"] = render("prefetch", fetch, site, [str(recipe), *flags, *rest])
