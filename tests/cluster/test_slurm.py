@@ -5,6 +5,7 @@ file run, and looked at last.
 """
 
 import json
+import re
 
 import pytest
 
@@ -191,6 +192,22 @@ def test_submit_status_cancel(slurm):
     assert "last outcome: cancelled at checkpoint-" in said and "job " not in said
     code, told = slurm.workplace.here("cancel", job_id)
     assert code == 2 and "no job of orpo-dist waits or runs" in told
+
+
+def test_autotrain_backend(slurm):
+    folder = slurm.run_folder("autotrain")
+    data = ["--data-path", str(slurm.workplace.folder / "pairs.jsonl"), "--prompt-text-column", "prompt"]
+    columns = ["--text-column", "chosen", "--rejected-text-column", "rejected"]
+    where = ["--model", str(slurm.workplace.folder / "model"), "--project-name", str(folder), "--log", "none"]
+    flags = ["--epochs", "1", "--block-size", "64", "--save-strategy", "no", "--token", "hf_abcdefghijk"]
+    resources = ["--slurm", "--gpus-per-node 0 --processes-per-node 1 --time 30:00"]
+    command = ["llm", "--train", "--backend", "slurm", *where, *data, *columns, *flags, *resources]
+    code, said = slurm.workplace.here(*command)
+    assert code == 0, said
+    job_id = re.search(r"^Submitted job (\d+)$", said, re.MULTILINE)[1]
+    slurm.finished("autotrain", job_id, attempts=1)
+    assert summary(folder)["pairs"] == 32
+    assert not any("hf_abcdefghijk" in path.read_text() for path in (folder / "slurm").rglob("*") if path.is_file())
 
 
 @pytest.mark.parametrize(
