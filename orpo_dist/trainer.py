@@ -274,8 +274,7 @@ class ORPOTrainer(PairEvaluation, ResumableTrainer):
             logs |= {name: value for name, value in metrics.items() if name != "loss"}
             logs |= self._throughput.drain(self.accelerator)
         if "train_loss" in logs:  # the sum is of the whole run, and the Trainer divides by the steps of this call
-            steps = self.state.global_step - self._initial_global_step
-            logs["train_loss"] *= max(steps, 0.001) / max(self.state.global_step, 0.001)
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 0.001)
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

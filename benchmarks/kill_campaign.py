@@ -1,0 +1,291 @@
+"""Kill training runs at random moments, resume them, and compare their end with that of a run nobody touched.
+
+    python benchmarks/kill_campaign.py [--kills 42] [--seed 0] [--topologies plain,lora,zero2,zero3,fsdp2]
+                                       [--out benchmarks/results/kill_campaign.json]
+
+For each topology one run goes to its end in peace. A second one is killed with SIGKILL again and again, half of the
+times while a checkpoint is being written: one rank, or everything at once as when a node loses power. Between kills
+every checkpoint that is visible under its name must be whole, and the next start must resume from the newest of them.
+At the end weights must be equal bit by bit, and the logged losses equal too. Exit code 1 when they are not.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
+
+from orpo_dist.runtime.checkpoint import STAGING, checkpoint_folders, step_of, verify  # noqa: E402
+from tests.conftest import CHATML_WITH_TOOLS, train_bpe  # noqa: E402
+from tests.pair_files import write_pairs  # noqa: E402
+
+STEPS, START_SECONDS, END_SECONDS = 16, 600, 300
+PROCESSES = {"plain": 1, "lora": 2, "ddp": 2, "zero1": 2, "zero2": 2, "zero3": 2, "fsdp2": 2}
+OF_THE_MACHINE = ("time", "runtime", "per_second", "memory", "preparation_time", "padded_tokens_ratio", "total_flos")
+
+
+@dataclass
+class Kill:
+    """One SIGKILL. resumed_from: step of the checkpoint that the next start took, 0 for the beginning."""
+
+    victim: str
+    after_step: int
+    inside_saving: bool
+    resumed_from: int
+    seconds_to_end: float
+
+
+@dataclass
+class Result:
+    topology: str
+    processes: int
+    kills: list[Kill] = field(default_factory=list)
+    whole_checkpoints_seen: int = 0
+    equal_weights: bool = False
+    equal_losses: bool = False
+    seconds: float = 0.0
+
+
+def make_inputs(folder: Path) -> None:
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=train_bpe(["<pad>", "<s>", "<|im_start|>", "<|im_end|>"]),
+        bos_token="<s>",
+        eos_token="<|im_end|>",
+        pad_token="<pad>",
+        additional_special_tokens=["<|im_start|>"],
+    )
+    tokenizer.chat_template = CHATML_WITH_TOOLS
+    torch.manual_seed(0)
+    model = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=1,
+        eos_token_id=3,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(model).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    write_pairs(folder / "train.jsonl", 22, seed=1)
+    write_pairs(folder / "test.jsonl", 4, seed=2)
+
+
+def recipe(folder: Path, output: Path, topology: str) -> dict[str, Any]:
+    return {
+        "model_name_or_path": str(folder / "model"),
+        "dataset_name": str(folder),
+        "dataset_test_split": "test",
+        "output_dir": str(output),
+        "resume_from_checkpoint": "auto",
+        "per_device_train_batch_size": 4 // PROCESSES[topology],
+        "gradient_accumulation_steps": 2,
+        "max_steps": STEPS,
+        "learning_rate": 1e-3,
+        "logging_steps": 3,
+        "eval_strategy": "steps",
+        "eval_steps": 8,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "save_total_limit": 3,
+        "gradient_checkpointing": False,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **({"use_peft": True, "lora_r": 4, "lora_dropout": 0.3} if topology == "lora" else {}),
+    }
+
+
+def command(folder: Path, topology: str, path: Path) -> list[str]:
+    script = [str(REPOSITORY / "benchmarks" / "survivor.py"), "train", str(path)]
+    if topology == "plain":
+        return [sys.executable, *script]
+    if topology in ("lora", "ddp"):
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *script]
+    config = yaml.safe_load((REPOSITORY / "accelerate_configs" / f"{topology}.yaml").read_text())
+    on_cpu = folder / f"{topology}.accelerate.yaml"
+    on_cpu.write_text(yaml.safe_dump({**config, "use_cpu": True, "num_processes": PROCESSES[topology]}))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={on_cpu}", "--main_process_port=0"]
+    return [*launch, *script]
+
+
+class Run:
+    """A started run and the processes it consists of."""
+
+    def __init__(self, folder: Path, output: Path, topology: str):
+        path = folder / f"{output.name}.yaml"
+        path.write_text(yaml.safe_dump(recipe(folder, output, topology)))
+        self.said = folder / f"{output.name}.txt"
+        environment = {
+            **os.environ,
+            "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "DS_ACCELERATOR": "cpu",
+            "ORPO_DIST_CACHE": str(folder / "cache"),
+        }
+        self._file = self.said.open("w")
+        self.process = subprocess.Popen(
+            command(folder, topology, path), env=environment, stdout=self._file, stderr=subprocess.STDOUT
+        )
+
+    def workers(self) -> list[psutil.Process]:
+        """The ranks: processes that run survivor.py."""
+        found = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
+        return [p for p in found if "survivor.py" in " ".join(p.cmdline()[:3]) and "launch" not in " ".join(p.cmdline())]
+
+    def everything(self) -> list[psutil.Process]:
+        return [*psutil.Process(self.process.pid).children(recursive=True), psutil.Process(self.process.pid)]
+
+    def wait(self, seconds: float) -> int:
+        code = self.process.wait(timeout=seconds)
+        self._file.close()
+        return code
+
+    def text(self) -> str:
+        return self.said.read_text(errors="replace")
+
+
+def newest(output: Path) -> int:
+    folders = checkpoint_folders(output)
+    return step_of(folders[-1]) if folders else 0
+
+
+def kill_once(run: Run, output: Path, chance: random.Random, already: int) -> tuple[str, int] | None:
+    """Wait for a random moment and kill. Returns the victim and the newest step then; None when the run was faster."""
+    step = chance.randint(already, min(already + 4, STEPS - 1))
+    in_saving, pause = chance.random() < 0.5, chance.random()
+    deadline = time.monotonic() + START_SECONDS
+    while newest(output) < step or (in_saving and not any((output / STAGING).glob("*"))):
+        if run.process.poll() is not None or time.monotonic() > deadline:
+            return None
+        time.sleep(0.001)
+    time.sleep(pause * (0.1 if in_saving else 1.0))
+    workers = run.workers()
+    if run.process.poll() is not None or not workers:
+        return None
+    if len(workers) > 1 and chance.random() < 0.5:
+        rank = chance.randrange(len(workers))
+        workers[rank].kill()
+        return f"rank {rank}", newest(output)
+    for process in run.everything():
+        process.kill()
+    return "all processes", newest(output)
+
+
+def campaign(topology: str, kills: int, folder: Path, chance: random.Random) -> Result:
+    began, result = time.monotonic(), Result(topology, PROCESSES[topology])
+    whole, broken = folder / f"{topology}-whole", folder / f"{topology}-killed"
+    peaceful = Run(folder, whole, topology)
+    assert peaceful.wait(START_SECONDS) == 0, peaceful.text()[-5000:]
+    while True:
+        run = Run(folder, broken, topology)
+        before = newest(broken)
+        hit = kill_once(run, broken, chance, before) if len(result.kills) < kills else None
+        killed_at = time.monotonic()
+        run.wait(START_SECONDS)
+        took = time.monotonic() - killed_at
+        resumed = f"Resuming from {broken / f'checkpoint-{before}'}" in run.text()
+        assert resumed or not before or "Resuming" not in run.text(), run.text()[-5000:]
+        if result.kills:
+            result.kills[-1].resumed_from = before
+        for checkpoint in checkpoint_folders(broken):
+            verify(checkpoint)
+            result.whole_checkpoints_seen += 1
+        if hit is None:
+            assert run.process.returncode == 0, run.text()[-5000:]
+            assert resumed or not before, run.text()[-5000:]
+            if len(result.kills) >= kills:
+                break
+            shutil.rmtree(broken)  # it came to its end between two kills: another one
+            continue
+        inside = any((broken / STAGING).glob("*"))
+        result.kills.append(Kill(*hit, inside, 0, round(took, 1)))
+        print(f"{topology}: {result.kills[-1]}", flush=True)
+        assert took < END_SECONDS, f"the other ranks outlived the dead one by {took:.0f} s"
+    result.equal_weights = same_weights(whole, broken)
+    result.equal_losses = same_losses(whole, broken)
+    result.seconds = round(time.monotonic() - began, 1)
+    for output in (whole, broken):
+        shutil.rmtree(output)
+    return result
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    ours, theirs = ({}, {})
+    for folder, found in ((one, ours), (other, theirs)):
+        for file in folder.glob("*.safetensors"):
+            found |= load_file(file)
+    return bool(ours) and ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def same_losses(one: Path, other: Path) -> bool:
+    ours, theirs = losses(one), losses(other)
+    for event, twin in zip(ours, theirs, strict=False):
+        if event != twin:
+            print(f"{one.name}: {event}\n{other.name}: {twin}", flush=True)
+    return bool(ours) and ours == theirs
+
+
+def losses(output: Path) -> list[dict[str, Any]]:
+    events = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return [
+        {name: value for name, value in event.items() if not any(word in name for word in OF_THE_MACHINE)}
+        for event in events
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--kills", type=int, default=42, help="of all topologies together")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--topologies", default="plain,lora,zero2,zero3,fsdp2")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    chance, topologies = random.Random(options.seed), options.topologies.split(",")
+    results = []
+    with tempfile.TemporaryDirectory(prefix="kill_campaign") as name:
+        folder = Path(name)
+        make_inputs(folder)
+        for number, topology in enumerate(topologies):
+            share = options.kills // len(topologies) + (number < options.kills % len(topologies))
+            results.append(campaign(topology, share, folder, chance))
+    kills = [kill for result in results for kill in result.kills]
+    summary = {
+        "seed": options.seed,
+        "kills": len(kills),
+        "inside_saving": sum(kill.inside_saving for kill in kills),
+        "of_one_rank": sum(kill.victim != "all processes" for kill in kills),
+        "slowest_end_after_a_dead_rank": max((kill.seconds_to_end for kill in kills), default=0.0),
+        "equal_weights": all(result.equal_weights for result in results),
+        "equal_losses": all(result.equal_losses for result in results),
+        "seconds": round(sum(result.seconds for result in results), 1),
+        "topologies": [asdict(result) for result in results],
+    }
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(summary, indent=1) + "\n")
+    print(json.dumps({name: value for name, value in summary.items() if name != "topologies"}))
+    return 0 if summary["equal_weights"] and summary["equal_losses"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
