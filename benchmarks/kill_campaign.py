@@ -150,7 +150,9 @@ class Run:
     def workers(self) -> list[psutil.Process]:
         """The ranks: processes that run survivor.py."""
         found = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
-        return [p for p in found if "survivor.py" in " ".join(p.cmdline()[:3]) and "launch" not in " ".join(p.cmdline())]
+        return [
+            p for p in found if "survivor.py" in " ".join(p.cmdline()[:3]) and "launch" not in " ".join(p.cmdline())
+        ]
 
     def everything(self) -> list[psutil.Process]:
         return [*psutil.Process(self.process.pid).children(recursive=True), psutil.Process(self.process.pid)]

@@ -31,6 +31,7 @@ COMMANDS = {
     "status": ("orpo_dist.cluster.status", "where jobs and their runs stand: [RUN|JOB ...]"),
     "cancel": ("orpo_dist.cluster.cancel", "end jobs, with a checkpoint: RUN|JOB ..."),
     "merge": ("orpo_dist.merge", "merge a run's adapter into its base model: RUN"),
+    "convert-checkpoint": ("orpo_dist.convert", "let a ZeRO run go on with another number of processes: CHECKPOINT"),
     "doctor": ("orpo_dist.doctor", "what this machine has, what is missing and how to mend it"),
     "demo": ("orpo_dist.demo", "a small model, a small preference set, before and after"),
 }

@@ -11,12 +11,13 @@ _save_checkpoint     into RUN/_saving, sealed and renamed (runtime/checkpoint.py
 import math
 import shutil
 import time
+from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import gather_object
 from torch.distributed.tensor import DTensor
 from transformers import (
     PreTrainedTokenizerBase,
@@ -40,6 +41,7 @@ from orpo_dist.runtime.nonfinite import LossHistory, NonFiniteSteps
 from orpo_dist.runtime.ranks import on_first_rank
 from orpo_dist.runtime.resume import check_same_run, check_topology, checkpoint_to_resume
 from orpo_dist.runtime.stop import StopRequests, ignore_signals, seconds_of
+from orpo_dist.runtime.zero import load_universal, mend_universal, safe_pickles, weight_decays, zero_stage
 
 TRAINER_STATE, METRICS = "trainer_state.json", "metrics_{}.pt"
 
@@ -75,9 +77,10 @@ class ResumableTrainer(Trainer):
         self._last_indices: list[int] = []
         self._report = torch.zeros(2, dtype=torch.float64)
         self._refused = self._stops = False
+        self._under_zero = zero_stage(self.accelerator) is not None
         self._guarded: Any = None  # the optimizer whose steps can be left out
         self._fingerprint = {
-            "topology": topology(self.accelerator.distributed_type, self._zero_stage()),
+            "topology": topology(self.accelerator.distributed_type, zero_stage(self.accelerator)),
             **fingerprint(args, self.model, self.train_dataset, self._lengths, self._global_batch),
         }
         self.add_callback(_Survival(self))
@@ -94,11 +97,11 @@ class ResumableTrainer(Trainer):
             UserError: no such checkpoint, or one of another run.
         """
         folder = self._first_rank_resumes(resume_from_checkpoint)
-        with self._stop.listening():
+        with self._stop.listening(), safe_pickles() if self._under_zero else nullcontext():
             return super().train(folder, *args, **kwargs)
 
     def _first_rank_resumes(self, asked: str | bool | None) -> str | None:
-        self._resumed = None
+        self._resumed, self._universal = None, False
         if not asked:
             on_first_rank(lambda: checkpoints.sweep(self._run) and None)
             return None
@@ -113,7 +116,10 @@ class ResumableTrainer(Trainer):
         if found is None:
             return None
         folder, manifest = found
-        check_topology(manifest, self._fingerprint["topology"], self.args.world_size, folder, universal=False)
+        check_topology(manifest, self._fingerprint["topology"], self.args.world_size, folder)
+        if self._under_zero:
+            self._universal = manifest.world_size != self.args.world_size
+            load_universal(self.accelerator, self._universal)
         check_same_run(
             manifest,
             self._fingerprint,
@@ -123,9 +129,11 @@ class ResumableTrainer(Trainer):
         self._resumed = folder, manifest.world_size
         return folder
 
-    def _zero_stage(self) -> int | None:
-        plugin = self.accelerator.state.deepspeed_plugin
-        return plugin.zero_stage if self.accelerator.distributed_type == DistributedType.DEEPSPEED else None
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Also the moment between wrapping the optimizer and loading a checkpoint into it."""
+        if self._under_zero and optimizer is None:
+            self._weight_decays = weight_decays(self.optimizer)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     # ------------------------------------------------------------------ one step
 
@@ -183,17 +191,17 @@ class ResumableTrainer(Trainer):
         if self.args.fp16 and math.isfinite(loss):
             return  # the loss scale was too high: it is halved, and the scaler or ZeRO leaves the step out
         self._bad_steps.bad(step, loss, norm, gather_object(self._step_indices))
-        if self._zero_stage() is not None and not self._zero_left_out():
+        if self._under_zero and not self._zero_left_out():
             raise NonFiniteRun(f"DeepSpeed applied step {step} with a gradient norm of {norm}: resume from before it.")
 
     def _zero_left_out(self) -> bool:
         """DeepSpeed has stepped inside backward; its own flag says whether the step was applied."""
-        return self._zero_stage() is not None and self.accelerator.optimizer_step_was_skipped
+        return self._under_zero and self.accelerator.optimizer_step_was_skipped
 
     def _guard_optimizer(self) -> None:
         """Leave out the steps of `_refused`. A gradient scaler and ZeRO do that themselves."""
         optimizer: Any = self.optimizer
-        if self._zero_stage() is not None or optimizer.scaler is not None or optimizer is self._guarded:
+        if self._under_zero or optimizer.scaler is not None or optimizer is self._guarded:
             return
         step, self._guarded = optimizer.step, optimizer
 
@@ -352,6 +360,8 @@ class _Survival(TrainerCallback):
         trainer._step_indices = []
         if trainer._resumed is not None:
             trainer._restore_metrics(Path(trainer._resumed[0]), trainer._resumed[1])
+            if trainer._universal:
+                mend_universal(trainer.optimizer, trainer._weight_decays)
             if trainer._evaluation_is_due():
                 trainer._evaluate(None, None)
         trainer._guard_optimizer()

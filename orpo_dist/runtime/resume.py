@@ -9,6 +9,7 @@ from accelerate.logging import get_logger
 from orpo_dist.errors import UserError
 from orpo_dist.runtime.checkpoint import Manifest, checkpoint_folders, verify
 from orpo_dist.runtime.fingerprint import differences
+from orpo_dist.runtime.zero import LATEST_UNIVERSAL
 
 logger = get_logger(__name__)
 _NO, _NEWEST = ("false", "no", "none"), ("auto", "true")
@@ -90,19 +91,19 @@ def check_same_run(manifest: Manifest, now: dict[str, Any], *, allow_changed: bo
         logger.warning("Versions differ from the checkpoint's, so results may too: %s", "; ".join(versions))
 
 
-def check_topology(manifest: Manifest, topology: str, world_size: int, checkpoint: str, *, universal: bool) -> None:
+def check_topology(manifest: Manifest, topology: str, world_size: int, checkpoint: str) -> None:
     """Whether a checkpoint can be loaded by this kind of run on this number of ranks.
 
     Raises:
         UserError: it was written by another kind of run, or holds ZeRO partitions of another number of ranks.
     """
     saved = manifest.fingerprint.get("topology")
-    if saved != topology and not (universal and topology.startswith("zero")):
+    if saved != topology:
         raise UserError(
             f"{checkpoint} was written by a {saved} run and this is a {topology} one: their files differ. Use the "
             "same accelerate config as before."
         )
-    if manifest.world_size != world_size and topology.startswith("zero") and not universal:
+    if manifest.world_size != world_size and topology.startswith("zero") and LATEST_UNIVERSAL not in manifest.files:
         raise UserError(
             f"{checkpoint} holds DeepSpeed partitions of {manifest.world_size} ranks, and this run has {world_size}. "
             f"Convert it once, then start again: orpo-dist convert-checkpoint {checkpoint}"

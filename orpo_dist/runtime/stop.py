@@ -132,12 +132,12 @@ class StopRequests:
             self._signal, self._signalled_at = name, time.monotonic()
             if not self._in_steps:
                 raise RunStopped(name)
-            os.write(2, f"orpo-dist: {name}: stopping after this step. Once more stops at once.\n".encode())
             if self._launcher is None:
                 # By the kernel: Python's own handlers wait while the main thread is inside a collective.
                 for other in SIGNALS:
                     signal.signal(other, signal.SIG_DFL)
-        elif time.monotonic() - self._signalled_at > ECHO_SECONDS:
+            os.write(2, f"orpo-dist: {name}: stopping after this step. Once more stops at once.\n".encode())
+        elif self._launcher is None or time.monotonic() - self._signalled_at > ECHO_SECONDS:
             _die_of(number)
 
 
