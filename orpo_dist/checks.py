@@ -3,6 +3,7 @@
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils import is_liger_kernel_available
 
 from orpo_dist.config import ORPOConfig
 from orpo_dist.data.options import asked_length
@@ -48,6 +49,30 @@ def refuse_unsupported_parallelism(args: ORPOConfig) -> None:
             "out of memory leaves the others waiting in a collective. Set per_device_train_batch_size and "
             "gradient_accumulation_steps instead."
         )
+
+
+def refuse_missing_kernels(args: ORPOConfig, zero3: bool) -> None:
+    """Raises UserError for kernels that are not installed or have no device, and for compiled blocks under ZeRO-3."""
+    if args.torch_compile and zero3:
+        raise UserError(
+            "torch_compile does not work with ZeRO-3, whose hooks gather the weights inside the blocks: leave it unset, "
+            "or take ZeRO-2 or FSDP2."
+        )
+    if not args.use_liger_kernel:
+        return
+    if not is_liger_kernel_available():
+        raise UserError("use_liger_kernel=true needs a package that is not here: pip install liger-kernel.")
+    if args.device.type == "cpu":
+        raise UserError(
+            "use_liger_kernel=true needs a GPU: Liger's kernels are written in Triton. Leave it unset on a CPU."
+        )
+
+
+def liger_knows(model: Any) -> bool:
+    """Whether Liger has kernels for this kind of model; for another one it does nothing and says so at level INFO."""
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    return model.config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN
 
 
 def no_evaluation_rows() -> UserError:

@@ -26,6 +26,23 @@ def bf16_is_supported(use_cpu: bool) -> bool:
     return torch.xpu.is_available()
 
 
+def without_loss_kernels(liger_kernel_config: dict[str, bool] | None) -> dict[str, bool]:
+    """Liger's settings for norms, rotary embeddings and MLPs alone: its loss kernels replace the model's forward, and
+    with it the loss head that is in there (model/head.py).
+
+    Raises:
+        UserError: one of the loss kernels is asked for.
+    """
+    config = dict(liger_kernel_config or {})
+    for name in ("cross_entropy", "fused_linear_cross_entropy"):
+        if config.get(name):
+            raise UserError(
+                f"liger_kernel_config: {name} cannot be used, the loss has a fused head of its own. Drop it."
+            )
+        config[name] = False
+    return config
+
+
 def _option(default: Any, help: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help, **metadata})
 
@@ -169,6 +186,8 @@ class ORPOConfig(TrainingArguments):
             if self.activation_checkpointing_kwargs is None:
                 self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
         self.remove_unused_columns = False  # the collator reads token columns that no forward names
+        if self.use_liger_kernel:
+            self.liger_kernel_config = without_loss_kernels(self.liger_kernel_config)
         super().__post_init__()
         self._check()
 

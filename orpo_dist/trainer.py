@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import TorchDynamoPlugin
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
@@ -29,6 +30,7 @@ from orpo_dist.errors import UserError
 from orpo_dist.evaluation import PairEvaluation
 from orpo_dist.loss import Objective, pair_sums
 from orpo_dist.model.adapters import add_adapter, disable_base_dropout
+from orpo_dist.model.compile import compile_blocks
 from orpo_dist.model.forward import ForwardOptions, ImageSetup, PairForward
 from orpo_dist.model.load import compute_dtype, load_model
 from orpo_dist.model.processor import tokenizer_of
@@ -90,6 +92,7 @@ class ORPOTrainer(PairEvaluation, ResumableTrainer):
         args = ORPOConfig("trainer_output") if args is None else args
         checks.refuse_what_needs_logits(args, preprocess_logits_for_metrics)
         checks.refuse_unsupported_parallelism(args)
+        checks.refuse_missing_kernels(args, zero3=is_deepspeed_zero3_enabled())
         has_rows = train_dataset is not None or eval_dataset is not None
         checks.refuse_contradictions(args, model, model_init, has_rows)
 
@@ -204,8 +207,17 @@ class ORPOTrainer(PairEvaluation, ResumableTrainer):
             args.ddp_find_unused_parameters = False
         coefficient = checks.router_aux_loss_coef(model.config, args.router_aux_loss_coef)
         self.forward.adapt(model, router_aux_loss_coef=coefficient)
+        if args.use_liger_kernel and not checks.liger_knows(model):
+            logger.warning(f"use_liger_kernel has no effect: Liger has no kernels for {model.config.model_type}.")
+        if args.torch_compile:
+            compile_blocks(model, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         self._throughput = Throughput(ModelFlops.of(model), args.nll_scope)
         return model
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        # The blocks are compiled (model/compile.py); accelerate would compile the whole model around them.
+        self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
 
     def _train_parts(self, model: Any, args: ORPOConfig) -> Any:
         """Freeze the parts of a vision-language model that are not to train. Returns the settings of the adapter, which

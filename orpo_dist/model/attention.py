@@ -21,7 +21,7 @@ PACKED_ATTENTION = "orpo_packed"
 _NOT_UNDERSTOOD = ("position_bias", "sinks", "block_indices", "indices")
 
 
-@torch.compiler.disable  # a compiled block breaks here: the layout is host data of each micro-batch
+@torch.compiler.disable  # a compiled block breaks here, see model/compile.py
 def packed_attention(
     module: nn.Module,
     query: torch.Tensor,

@@ -188,12 +188,12 @@ class PairForward:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """The model with its own attention, for generate()."""
-        if self._verdict is None:
+        """The model with its own attention, for generate(), whose caches would be compiled in vain (torch_compile)."""
+        with (
+            torch.compiler.set_stance("force_eager"),
+            nullcontext() if self._verdict is None else self._verdict.paused(),
+        ):
             yield
-        else:
-            with self._verdict.paused():
-                yield
 
     def run(self, model: nn.Module, batch: dict[str, Any], device: torch.device) -> PairResult:
         """Forward of one micro-batch. The layout's `tokens` and `pairs` normalise the loss; without them the packed
