@@ -55,8 +55,8 @@ def refuse_missing_kernels(args: ORPOConfig, zero3: bool) -> None:
     """Raises UserError for kernels that are not installed or have no device, and for compiled blocks under ZeRO-3."""
     if args.torch_compile and zero3:
         raise UserError(
-            "torch_compile does not work with ZeRO-3, whose hooks gather the weights inside the blocks: leave it unset, "
-            "or take ZeRO-2 or FSDP2."
+            "torch_compile does not work with ZeRO-3, whose hooks gather the weights inside the blocks: "
+            "leave it unset, or take ZeRO-2 or FSDP2."
         )
     if not args.use_liger_kernel:
         return
