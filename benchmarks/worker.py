@@ -1,6 +1,8 @@
 """One measurement in a process of its own: `worker.py SETTINGS.json` prints one line of JSON.
 
-A step is what a trainer does for one micro-batch of pairs: collate, forward, backward, optimizer.
+Both trainers run their own `train()`: collation, forward, backward, gradient clipping, optimizer, schedule. Only the
+loader is replaced, so that they get the same batches. Time is taken from the end of one optimizer step to the end of the
+next; the first step (on the shortest pairs) fills the optimizer's state and is not counted.
 """
 
 import json
@@ -13,9 +15,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, logging
-
-TRAINERS = ("trl", "padded", "unshared", "packed")
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback, logging
 
 
 def rows_of(lengths: list[list[int]], vocabulary: int) -> list[dict[str, list[int]]]:
@@ -36,50 +36,58 @@ def words() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="b", unk_token="<pad>")
 
 
+class StepTimes(TrainerCallback):
+    """When each optimizer step ended, and the peak memory of all but the first."""
+
+    def __init__(self, device: str):
+        self.device = device
+        self.ends: list[float] = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+            if not self.ends:
+                torch.cuda.reset_peak_memory_stats()
+        self.ends.append(time.perf_counter())
+
+
 def arguments(settings: dict, folder: str) -> dict:
     on_gpu = settings["device"] == "cuda"
     return dict(
         output_dir=folder,
         per_device_train_batch_size=settings["batch"],
+        max_steps=len(settings["batches"]),
         bf16=on_gpu,
         use_cpu=not on_gpu,
         report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
         gradient_checkpointing=settings["checkpointing"],
-        max_length=None if settings["trainer"] != "trl" else 1_000_000,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
     )
 
 
-def our_steps(settings: dict, model, folder: str):
+def our_trainer(settings: dict, model, folder: str, clock: StepTimes):
     from orpo_dist import ORPOConfig, ORPOTrainer
 
+    class SameBatches(ORPOTrainer):
+        def get_train_dataloader(self):
+            return self._loader(self.train_dataset, settings["batches"])
+
     layout = {"padded": dict(padding_free=False), "unshared": dict(prefix_sharing=False), "packed": {}}
-    trainer = ORPOTrainer(
+    return SameBatches(
         model,
-        ORPOConfig(**arguments(settings, folder), **layout[settings["trainer"]]),
+        ORPOConfig(**arguments(settings, folder), max_length=None, **layout[settings["trainer"]]),
         train_dataset=rows_of(settings["lengths"], model.config.vocab_size),
         processing_class=words(),
+        callbacks=[clock],
     )
-    trainer.forward.verify(trainer.model)
-    loader = trainer._loader(trainer.train_dataset, settings["batches"])
-
-    def steps():
-        iterator = iter(loader)
-        for _ in settings["batches"]:
-            yield trainer.get_batch_samples(iterator, 1, trainer.args.device)[0][0]
-
-    return trainer, steps
 
 
-def trl_steps(settings: dict, model, folder: str):
+def trl_trainer(settings: dict, model, folder: str, clock: StepTimes):
     from datasets import Dataset
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-    trainer = ORPOTrainer(
-        model,
-        ORPOConfig(**arguments(settings, folder), remove_unused_columns=False),
-        train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "a"}]),
-        processing_class=words(),
-    )
     features = []
     for row in rows_of(settings["lengths"], model.config.vocab_size):
         prompt = row["prompt_ids"]
@@ -91,11 +99,20 @@ def trl_steps(settings: dict, model, folder: str):
             feature[f"{side}_labels"] = [-100] * len(prompt) + completion
         features.append(feature)
 
-    def steps():
-        for batch in settings["batches"]:
-            yield trainer.data_collator([features[i] for i in batch])
+    class SameBatches(ORPOTrainer):
+        def get_train_dataloader(self):
+            loader = torch.utils.data.DataLoader(
+                features, batch_sampler=settings["batches"], collate_fn=self.data_collator
+            )
+            return self.accelerator.prepare(loader)
 
-    return trainer, steps
+    return SameBatches(
+        model,
+        ORPOConfig(**arguments(settings, folder), max_length=1_000_000, remove_unused_columns=False),
+        train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "a"}]),
+        processing_class=words(),
+        callbacks=[clock],
+    )
 
 
 def peak_memory_gib(device: str) -> float:
@@ -104,51 +121,50 @@ def peak_memory_gib(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def static_memory_gib(model: torch.nn.Module) -> float:
+    """Weights, and for the trained ones gradients and AdamW's two moments: what no layout can save."""
+    held = sum(p.numel() * p.element_size() * (4 if p.requires_grad else 1) for p in model.parameters())
+    return held / 2**30
+
+
+def flops_of_first_step(trainer) -> int:
+    """By FlopCounterMode, which does not see the fused attention kernels of a CPU."""
+    loader = iter(trainer.get_train_dataloader())
+    next(loader)
+    batches, tokens = trainer.get_batch_samples(loader, 1, trainer.args.device)
+    trainer.current_gradient_accumulation_steps = 1
+    with FlopCounterMode(display=False) as counter:
+        trainer.training_step(trainer.model_wrapped, batches[0], tokens)
+    return counter.get_total_flops()
+
+
 def main() -> None:
     settings = json.loads(Path(sys.argv[1]).read_text())
     logging.set_verbosity_error()
     torch.set_num_threads(settings["threads"])
     torch.manual_seed(0)
-    dtype = torch.bfloat16 if settings["device"] == "cuda" else torch.float32
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings["model"]), dtype=dtype)
+    device = settings["device"]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings["model"]), dtype=torch.float32)
     if settings["lora"]:
         model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+    clock = StepTimes(device)
     with tempfile.TemporaryDirectory() as folder:
-        make = trl_steps if settings["trainer"] == "trl" else our_steps
-        trainer, steps = make(settings, model, folder)
-        if settings["checkpointing"]:
-            trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
-        device = settings["device"]
-        model = trainer.accelerator.prepare(trainer.model)
-        trainer.create_optimizer()
-        trainer.accelerator.gradient_state._set_sync_gradients(True)
-        trainer.current_gradient_accumulation_steps = 1
-
-        def step(batch) -> None:
-            trainer.training_step(model, batch)
-            trainer.optimizer.step()
-            model.zero_grad()
-
-        for batch in list(steps())[: settings["warmup"]]:
-            step(batch)
-        if device == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        start = time.perf_counter()
-        for batch in steps():
-            step(batch)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
+        make = trl_trainer if settings["trainer"] == "trl" else our_trainer
+        trainer = make(settings, model, folder, clock)
+        trainer.train()
         memory = peak_memory_gib(device)
-        flops = None
-        if settings["count_flops"]:
-            with FlopCounterMode(display=False) as counter:
-                for batch in steps():
-                    trainer.training_step(model, batch)
-            flops = counter.get_total_flops()
-    pairs = sum(map(len, settings["batches"]))
-    print(json.dumps({"pairs_per_second": pairs / seconds, "peak_memory_gib": memory, "flops": flops}))
+        flops = flops_of_first_step(trainer) if settings["count_flops"] else None
+    steps = [after - before for before, after in zip(clock.ends, clock.ends[1:], strict=False)]
+    pairs = sum(map(len, settings["batches"][1:]))
+    figures = {
+        "pairs_per_second": pairs / sum(steps),
+        "seconds_per_step": steps,
+        "peak_memory_gib": memory,
+        "static_memory_gib": static_memory_gib(model),
+        "loss": trainer.state.log_history[-1]["train_loss"],
+        "flops": flops,
+    }
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":

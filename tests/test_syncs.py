@@ -61,3 +61,29 @@ def test_one_reduction_per_optimizer_step_and_two_per_log_line(trainer):
     with mock.patch.object(trainer.accelerator, "reduce", wraps=trainer.accelerator.reduce) as reduce:
         trainer.train()
     assert reduce.call_count == 3 + 2  # three steps; at the log line metrics and throughput
+
+
+class Operations(TorchDispatchMode):
+    """Counts every operation that does something: views and allocations are left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not (func.is_view or func in (torch.ops.aten.empty.memory_format, torch.ops.aten.detach.default))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_adds_few_operations_to_the_bare_forward_and_backward(trainer):
+    """The times are in benchmarks/overhead.py; what can be tested without a clock is what is computed."""
+    trainer.model.train()
+    (batch,), tokens = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, trainer.args.device)
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.training_step(trainer.model, batch, tokens)  # measures the logit transform
+    with Operations() as bare:
+        trainer.model(**batch, use_cache=False).backward()
+    with Operations() as step:
+        trainer.training_step(trainer.model, batch, tokens)
+    added = step.count - bare.count
+    assert 0 < added < 80  # metrics, by the batch and not by the layer: about 3% of a model of 30 layers

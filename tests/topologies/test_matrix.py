@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from launch import run_worker
+from tests.model.tiny_models import VOCAB, tiny_model
 
 STEPS = 8
 CONFIG = dict(
@@ -138,6 +139,48 @@ def test_4bit_lora(setting, qlora_reference, launcher):
     outcome = run(setting, f"qlora_{launcher}", GENTLE_SPLIT, launcher, lora=LORA, load_in_4bit=True)
     assert outcome.facts["quantized_layers"] > 0
     assert_same(outcome, qlora_reference, weight_tolerance=1e-4)
+
+
+def test_collectives(setting):
+    """One reduction per optimizer step and two per log line; a micro-step asks for none (DDP's own reducer aside)."""
+    config = {**SPLIT, "max_steps": 6, "logging_steps": 3, "eval_strategy": "no"}
+    asked = run(setting, "collectives", config, "torchrun", count_collectives=True).facts["collectives"]
+    ours = {what: number for what, number in asked.items() if not what.startswith("elsewhere")}
+    assert ours == {"get_batch_samples all_reduce": 6, "log all_reduce": 2 * 2}
+
+
+FAMILIES = {"gemma2": "window and softcap", "qwen3_moe": "experts and routers"}
+
+
+@pytest.fixture(scope="module")
+def padded_references(setting):
+    """One process, one micro-batch, padded: TRL's layout."""
+    outcomes = {}
+    for family in FAMILIES:
+        tiny_model(family).save_pretrained(setting["folder"] / family)
+        outcomes[family] = run_family(setting, f"{family}_padded", family, {**FAMILY, "padding_free": False})
+    return outcomes
+
+
+# The weights of these models are large (see tiny_model): a step of 0.1 would be chaos.
+FAMILY = {**CONFIG, "learning_rate": 1e-3, "router_aux_loss_coef": 0.0}
+FAMILY_SPLIT = {**FAMILY, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+
+
+def run_family(setting, name, family, config, launcher=None):
+    settings = {**setting, "model": str(setting["folder"] / family), "train": pairs(60, VOCAB, 0)}
+    return run({**settings, "eval": pairs(7, VOCAB, 1)}, name, config, launcher)
+
+
+@pytest.mark.topology
+@pytest.mark.parametrize("launcher", ["zero3", "fsdp2"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_shards_equal_one_padded_process(setting, padded_references, family, launcher):
+    assert not padded_references[family].facts["is_packed"]
+    outcome = run_family(setting, f"{family}_{launcher}", family, FAMILY_SPLIT, launcher)
+    assert outcome.facts["is_packed"]
+    assert outcome.facts["partitioned_parameters"] > 0 or outcome.facts["sharded_parameters"] > 0
+    assert_same(outcome, padded_references[family])
 
 
 def assert_reloads(outcome, reference):

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+import collectives
 import fsdp_on_cpu
 
 if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
@@ -47,6 +48,7 @@ def main() -> None:
         processing_class=AutoTokenizer.from_pretrained(settings["tokenizer"]),
         peft_config=peft_config,
     )
+    asked = collectives.count() if settings.get("count_collectives") else {}
     trainer.train(resume_from_checkpoint=settings.get("resume"))
     facts = {
         "distributed_type": str(trainer.accelerator.distributed_type),
@@ -54,6 +56,8 @@ def main() -> None:
         "zero_stage": trainer.accelerator.state.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else None,
         "sharded_parameters": sum(isinstance(p, DTensor) for p in trainer.model.parameters()),
         "partitioned_parameters": sum(hasattr(p, "ds_tensor") for p in trainer.model.parameters()),
+        "collectives": dict(asked),
+        "is_packed": trainer.forward.is_packed,
         "quantized_layers": sum(type(m).__name__ == "Linear4bit" for m in trainer.model.modules()),
     }
     trainer.save_model(str(out) + ".saved")
