@@ -128,8 +128,8 @@ def main() -> None:
     seconds = step_seconds(lengths, options.batch, options.repeats)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     lines = [
-        f"SmolLM2-135M's shape, {options.batch} pairs of real lengths, CPU, {options.threads} threads of {processor()}, "
-        f"commit {commit()}.\n",
+        f"SmolLM2-135M's shape, {options.batch} pairs of real lengths, CPU, {options.threads} threads of "
+        f"{processor()}, commit {commit()}.\n",
         "| | |",
         "|---|---|",
         f"| bare forward and backward of a packed batch | {medians['bare']:.2f} s |",

@@ -1,8 +1,8 @@
 """One measurement in a process of its own: `worker.py SETTINGS.json` prints one line of JSON.
 
 Both trainers run their own `train()`: collation, forward, backward, gradient clipping, optimizer, schedule. Only the
-loader is replaced, so that they get the same batches. Time is taken from the end of one optimizer step to the end of the
-next; the first step (on the shortest pairs) fills the optimizer's state and is not counted.
+loader is replaced, so that they get the same batches. Time is taken from the end of one optimizer step to the end of
+the next; the first step (on the shortest pairs) fills the optimizer's state and is not counted.
 """
 
 import json

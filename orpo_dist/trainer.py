@@ -38,6 +38,7 @@ from orpo_dist.model.vision import freeze, frozen_parts, without_parts
 from orpo_dist.packing.images import shortest_with_images
 from orpo_dist.packing.sampler import FILLER, GlobalBatchSampler, pair_lengths, sharing_gain
 from orpo_dist.resumable import ResumableTrainer
+from orpo_dist.runtime.heap import returning_freed_memory
 from orpo_dist.runtime.metrics import MetricSums
 from orpo_dist.runtime.throughput import ModelFlops, Throughput
 
@@ -245,6 +246,12 @@ class ORPOTrainer(PairEvaluation, ResumableTrainer):
         return self._loader(self.train_dataset, sampler)
 
     # ------------------------------------------------------------------ training
+
+    def _inner_training_loop(  # type: ignore[override]  # the Trainer calls it by these names
+        self, batch_size: int | None = None, **kwargs: Any
+    ) -> Any:
+        with returning_freed_memory(self.args.device):
+            return super()._inner_training_loop(batch_size, **kwargs)
 
     def _update_auto_batch_size(self, batch_size: int) -> None:
         """A smaller micro-batch means more of them: the global batch, and so the run, stays what was asked for."""

@@ -1,0 +1,62 @@
+import ctypes
+import platform
+import threading
+
+import pytest
+import torch
+
+from orpo_dist.runtime import heap
+from tests.test_trainer import pairs, trained
+
+__all__ = ["trained"]  # fixture
+
+
+def resident_mib() -> float:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096 / 2**20
+
+
+def trimmers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "malloc_trim"]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc_trim is glibc's")
+def test_holes_go_back_to_the_system(monkeypatch):
+    """Blocks below glibc's mapping threshold, every other one freed: the heap cannot shrink at its end."""
+    monkeypatch.setattr(heap, "SECONDS_BETWEEN_TRIMS", 0.01)
+    ctypes.CDLL(None).mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD at its largest, as glibc sets it by itself in a run
+    blocks = [torch.ones(2**18) for _ in range(200)]  # 1 MiB each
+    full = resident_mib()
+    del blocks[::2]
+    holes = resident_mib()
+    with heap.returning_freed_memory(torch.device("cpu")):
+        (trimmer,) = trimmers()
+        for _ in range(1000):
+            if resident_mib() < holes - 80:
+                break
+            trimmer.join(0.05)
+    assert holes > full - 20 and resident_mib() < holes - 80
+    assert not trimmers()
+
+
+def test_only_on_a_cpu_and_over_with_the_block():
+    with heap.returning_freed_memory(torch.device("cuda")):
+        assert not trimmers()
+    with pytest.raises(KeyError), heap.returning_freed_memory(torch.device("cpu")):
+        raise KeyError
+    assert not trimmers()
+
+
+def test_a_run_trims_its_heap(trained, chat_tokenizer, monkeypatch):
+    seen = []
+    monkeypatch.setattr("orpo_dist.trainer.returning_freed_memory", _noted(seen))
+    trained(pairs(8, len(chat_tokenizer)), max_steps=1)
+    assert seen == [torch.device("cpu")]
+
+
+def _noted(seen):
+    def noted(device):
+        seen.append(device)
+        return heap.returning_freed_memory(device)
+
+    return noted
