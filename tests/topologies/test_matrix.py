@@ -141,6 +141,7 @@ def test_4bit_lora(setting, qlora_reference, launcher):
     assert_same(outcome, qlora_reference, weight_tolerance=1e-4)
 
 
+@pytest.mark.topology
 def test_collectives(setting):
     """One reduction per optimizer step and two per log line; a micro-step asks for none (DDP's own reducer aside)."""
     config = {**SPLIT, "max_steps": 6, "logging_steps": 3, "eval_strategy": "no"}
