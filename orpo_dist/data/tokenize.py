@@ -68,12 +68,14 @@ class SplitPair:
 
     Attributes:
         fixed: places in `prompt` that no cut may take away: the tokens of images.
+        after_text: tokens at the end of `prompt` that are none of its text: a processor has written them.
     """
 
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
     fixed: frozenset[int] = frozenset()
+    after_text: int = 0
 
 
 def resolve_chat_template(chat_template: str | None, processing_class: ProcessingClass) -> str | None:
@@ -324,6 +326,7 @@ class PairTokenizer:
             tail = len(self._ids([generation_prompt])[0]) if generation_prompt else 0
             if self.options.is_encoder_decoder:
                 tail = int(prompt[-1] == self.tokenizer.eos_token_id)
+            tail += pair.after_text
             end, from_left = (end - tail, False) if tail < limit else (end, True)
         excess = len(prompt) - limit
         free = [place for place in range(first, end) if place not in pair.fixed]

@@ -197,6 +197,7 @@ class ImagePairTokenizer(PairTokenizer):
             chosen=chosen,
             rejected=rejected,
             fixed=frozenset(fixed),
+            after_text=int(self._ends_prompts),
             places=places,
             processed_tokens=len(processed),
             image_sizes=tuple(image.size for image in opened),
