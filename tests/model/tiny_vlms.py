@@ -17,9 +17,9 @@ import torch
 import transformers as t
 from PIL import Image, ImageDraw
 from transformers import processing_utils
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
-from transformers.video_processing_utils import VideoProcessorMixin
 
 from tests.conftest import train_bpe
 
@@ -65,9 +65,6 @@ SQUARE = {"height": 16, "width": 16}
 TILES = [[16, 32], [32, 16], [32, 32]]
 
 
-processing_utils.transformers_module.VideoProcessorMixin = (
-    VideoProcessorMixin  # where a processor looks for the class that its argument must have
-)
 sys.modules.setdefault(
     "transformers.models.pixtral.image_processing_pixtral",
     importlib.import_module("transformers.models.pixtral.image_processing_pil_pixtral"),
@@ -75,10 +72,16 @@ sys.modules.setdefault(
 PixtralProcessor = importlib.import_module("transformers.models.pixtral.processing_pixtral").PixtralProcessor
 
 
-class NoVideos(VideoProcessorMixin):
+class NoVideos(BaseImageProcessor):
     """Stands where a processor wants one for videos."""
 
     model_input_names = ()
+
+
+# A processor looks here for the class that its argument must have. Its name depends on the version of transformers.
+setattr(
+    processing_utils.transformers_module, processing_utils.MODALITY_TO_BASE_CLASS_MAPPING["video_processor"], NoVideos
+)
 
 
 @dataclass(frozen=True)
