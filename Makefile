@@ -21,13 +21,14 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # The path of the environment is for ninja, which compiles DeepSpeed's ops.
 TEST_ENV = PATH="$(abspath $(BIN)):$$PATH" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup demo test test-topologies test-cluster test-oldest bench bench-quick lint format clean
+.PHONY: help setup demo test test-topologies test-cluster test-vlm test-oldest bench bench-quick lint format clean
 
 help:
 	@echo "make demo              train SmolLM2-135M on a made-up support set; results in runs/demo/"
 	@echo "make test              the fast tests"
 	@echo "make test-topologies   the long tests: DDP, ZeRO 1/2/3, FSDP2, QLoRA on two processes"
 	@echo "make test-cluster      jobs on a SLURM of two nodes on this machine (root; installs slurm), two network namespaces"
+	@echo "make test-vlm          of those, the vision-language ones: learning from images, ranks without images, QLoRA"
 	@echo "make test-oldest       the smoke tests on the oldest versions that pyproject.toml admits"
 	@echo "make bench-quick       ours against TRL on the CPU, under 15 minutes; make bench: under 60"
 	@echo "make lint              ruff format --check, ruff check, mypy"
@@ -70,12 +71,16 @@ test-cluster: setup
 	bash tests/cluster/two_nodes.sh packages
 	$(TEST_ENV) $(BIN)/python -m pytest -m cluster $(PYTEST_ARGS)
 
+test-vlm: setup
+	$(TEST_ENV) $(BIN)/python -m pytest -s tests/vlm/test_learning.py tests/topologies/test_vlm.py $(PYTEST_ARGS)
+
 test-oldest: BIN := $(VENV_OLDEST)/bin
 test-oldest: $(VENV_OLDEST)/.installed
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not topology and not slow and not cluster" $(SMOKE_TESTS) $(PYTEST_ARGS)
 
 bench: setup
 	$(BIN)/python benchmarks/bench.py
+	$(BIN)/python benchmarks/vision.py
 
 bench-quick: setup
 	$(BIN)/python benchmarks/bench.py --quick --rounds 2

@@ -34,7 +34,7 @@ from orpo_dist.model.compile import compile_blocks
 from orpo_dist.model.forward import ForwardOptions, ImageSetup, PairForward
 from orpo_dist.model.load import compute_dtype, load_model
 from orpo_dist.model.processor import tokenizer_of
-from orpo_dist.model.vision import freeze, frozen_parts, without_parts
+from orpo_dist.model.vision import freeze, frozen_parts, name_present_layers, without_parts
 from orpo_dist.packing.images import shortest_with_images
 from orpo_dist.packing.sampler import FILLER, GlobalBatchSampler, pair_lengths, sharing_gain
 from orpo_dist.resumable import ResumableTrainer
@@ -202,6 +202,7 @@ class ORPOTrainer(PairEvaluation, ResumableTrainer):
             gradient_checkpointing_kwargs=cast(dict | None, args.gradient_checkpointing_kwargs),
             zero3=is_deepspeed_zero3_enabled(),
         )
+        name_present_layers(model)
         if args.gradient_checkpointing and args.ddp_find_unused_parameters is None:
             # transformers decides so for plain models only; for an adapter DDP would search, which reentrant
             # checkpointing does not survive.

@@ -159,6 +159,15 @@ def vision_cost(base: PreTrainedModel, pixels: int, image_tokens: int) -> float:
     return pixels / per_patch / image_tokens * vision / language
 
 
+def name_present_layers(model: nn.Module) -> None:
+    """Take the classes out of a model's `_no_split_modules` that it has no module of: FSDP2 wraps those that are named
+    there, and accelerate refuses a name it does not find (LLaVA names the text side of its CLIP tower)."""
+    present = {type(module).__name__ for module in model.modules()}
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and module._no_split_modules:
+            module._no_split_modules = [name for name in module._no_split_modules if name in present]
+
+
 def image_rules(base: PreTrainedModel) -> ImageRules:
     """What the collator must know of a bare model."""
     inner = base.base_model

@@ -13,6 +13,7 @@ from transformers.integrations import TensorBoardCallback
 from orpo_dist.config import ORPOConfig
 from orpo_dist.errors import UserError
 from orpo_dist.model.processor import tokenizer_of
+from orpo_dist.packing.images import process_prompts
 
 if TYPE_CHECKING:
     from orpo_dist.trainer import ORPOTrainer
@@ -78,11 +79,6 @@ class SampleReplies(TrainerCallback):
         model: Any = trainer.model
         device = args.device
         limit = min(MAX_REPLY_TOKENS, args.max_completion_length or MAX_REPLY_TOKENS)
-        prompts = [row["prompt_ids"] for row in self._rows]
-        longest = max(map(len, prompts))
-        pad = tokenizer.pad_token_id
-        input_ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
-        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
         was_training = model.training
         model.eval()
         # Training must not depend on whether replies are sampled, so its random state is set aside.
@@ -90,19 +86,40 @@ class SampleReplies(TrainerCallback):
         own_attention, autocast = trainer.forward.paused(), trainer.compute_loss_context_manager()
         with torch.random.fork_rng(devices=devices), torch.no_grad(), own_attention, autocast:
             torch.manual_seed(args.seed + step)
-            output = model.generate(
-                input_ids=input_ids, attention_mask=mask, do_sample=True, max_new_tokens=limit, pad_token_id=pad
-            )
+            replies: list[list[int]] = []
+            for inputs in _prompts(trainer, self._rows, tokenizer.pad_token_id):
+                inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+                output = model.generate(
+                    **inputs, do_sample=True, max_new_tokens=limit, pad_token_id=tokenizer.pad_token_id
+                )
+                prompt = 0 if trainer.is_encoder_decoder else inputs["input_ids"].shape[1]
+                replies += output[:, prompt:].tolist()
         model.train(was_training)
-        replies = output if trainer.is_encoder_decoder else output[:, longest:]
 
         def text(ids: Any) -> str:
             return tokenizer.decode(ids, skip_special_tokens=True).strip()
 
         return [
             Sample(step, text(row["prompt_ids"]), text(reply), text(row["chosen_ids"]))
-            for row, reply in zip(self._rows, replies.tolist(), strict=True)
+            for row, reply in zip(self._rows, replies, strict=True)
         ]
+
+
+def _prompts(trainer: "ORPOTrainer", rows: list[dict[str, Any]], pad: int) -> list[dict[str, torch.Tensor]]:
+    """Batches for generate(): all prompts padded on the left, or, where one has images, each by itself."""
+    if any(row.get("images") for row in rows):
+        batches = []
+        for number, row in enumerate(rows):
+            made = process_prompts(trainer.processing_class, [{**row, "index": number}])
+            types = {name: of_rows[0][None] for name, of_rows in made.token_types.items()}
+            ids = torch.tensor([row["prompt_ids"]])
+            batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), **types, **made.tensors})
+        return batches
+    longest = max(len(row["prompt_ids"]) for row in rows)
+    blanks = [longest - len(row["prompt_ids"]) for row in rows]
+    ids = torch.tensor([[pad] * blank + list(row["prompt_ids"]) for blank, row in zip(blanks, rows, strict=True)])
+    mask = torch.tensor([[0] * blank + [1] * (longest - blank) for blank in blanks])
+    return [{"input_ids": ids, "attention_mask": mask}]
 
 
 def _write(path: Path, samples: list[Sample]) -> None:

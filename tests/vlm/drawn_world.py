@@ -32,7 +32,11 @@ class Scene:
 
 SCENES = [Scene(*parts) for parts in product(COUNTS, COLOURS, SHAPES)]
 # Every colour, shape and count is seen in training, these combinations of the three never.
-UNSEEN = [scene for i, scene in enumerate(SCENES) if (i // 3 + i) % 4 == 0]
+UNSEEN = [
+    scene
+    for scene in SCENES
+    if (COUNTS.index(scene.count) + list(COLOURS).index(scene.colour) + SHAPES.index(scene.shape)) % 3 == 0
+]
 SEEN = [scene for scene in SCENES if scene not in UNSEEN]
 
 

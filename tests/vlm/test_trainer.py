@@ -161,3 +161,23 @@ def test_rows_without_images_need_no_image_collator(tmp_path):
     rows = [{name: row[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")} for row in image_rows("llava")]
     trainer = trained(tmp_path, "llava", [row for row in rows if len(row["prompt_ids"]) < 15])
     assert trainer.forward.is_packed and not isinstance(trainer.forward._collator, ImageCollator)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3", "idefics3"])
+def test_sampled_replies_see_the_image(tmp_path, name):
+    rows = image_rows(name)
+    trainer = ORPOTrainer(
+        tiny_vlm(name),
+        config(tmp_path, generate_during_eval=True, max_completion_length=5),
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=tiny_processor(name),
+    )
+    seen = []
+    generate = trainer.model.generate
+    trainer.model.generate = lambda **inputs: seen.append(inputs) or generate(**inputs)
+    trainer.evaluate()
+    trainer.train()
+    assert sum("pixel_values" in inputs for inputs in seen) == 3 and len(seen) == 4
+    samples = (tmp_path / "samples.jsonl").read_text().splitlines()
+    assert len(samples) == 4
