@@ -286,7 +286,7 @@ show_ends() {
 }
 
 restart() { # restart REASON: SLURM starts this job again, without the nodes in RUN/slurm/excluded
-    local limit=${MAX_RESTARTS:-$SITE_MAX_RESTARTS} excluded
+    local limit=${MAX_RESTARTS:-$SITE_MAX_RESTARTS} excluded answer
     if [ -n "${CHAIN-}" ]; then
         echo "waiting for the next job of the chain: $1" >"$STATE/outcome"
         say "$1; the next job of the chain goes on."
@@ -308,8 +308,11 @@ restart() { # restart REASON: SLURM starts this job again, without the nodes in 
     echo "restarting: $1" >"$STATE/outcome"
     say "$1; starting again."
     trap '' TERM USR1 # a requeue ends this script, perhaps before it has named the nodes
-    if ! scontrol requeue "$SLURM_JOB_ID"; then
-        fail 1 "$1; SLURM does not requeue here: submit a chain instead (orpo-dist submit --chain 5)."
+    if ! answer=$(scontrol requeue "$SLURM_JOB_ID" 2>&1); then
+        # After the loss of a node SLURM has requeued the job itself while its processes were ending.
+        [[ $answer == *"pending execution"* ]] ||
+            fail 1 "$1; SLURM does not requeue ($answer): submit a chain instead (orpo-dist submit --chain 5)."
+        say "SLURM has done so already."
     fi
     excluded=$(sort -u "$STATE/excluded" 2>/dev/null | paste -sd, -)
     if [ -n "$excluded" ]; then

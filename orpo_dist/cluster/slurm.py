@@ -62,7 +62,7 @@ def call(*command: str) -> str:
     except subprocess.TimeoutExpired as error:
         raise UserError(f"{command[0]} did not answer within {SECONDS} s: is slurmctld up?") from error
     if done.returncode != 0:
-        raise UserError(f"{' '.join(command)}\n{(done.stderr or done.stdout).strip()}")
+        raise UserError(f"{command[0]} refuses:\n{(done.stderr or done.stdout).strip()}")
     return done.stdout
 
 

@@ -91,15 +91,15 @@ def prepare(options: argparse.Namespace, flags: list[str]) -> Submission:
     _check_recipe(options.recipe, flags)  # last: it imports what takes seconds
     template = choose_template(job, site, images=view.values.get("image_column") is not None)
     recipe = view.run_folder / "slurm" / "recipe.yaml"
-    rest = ["--output_dir", str(view.run_folder)]
-    training = [str(recipe), *([str(Path(options.sweep).absolute())] if options.sweep else []), *flags, *rest]
+    flags = [*_without_output_dir(flags), "--output_dir", str(view.run_folder)]
+    training = [str(recipe), *([str(Path(options.sweep).absolute())] if options.sweep else []), *flags]
     scripts = {}
     if options.prefetch:
         fetch = dataclasses.replace(
             job, name=f"{job.name}-prefetch", nodes=1, gpus=0, cpus=job.cpus, time=options.prefetch_time, array=None,
             stop_before=None, chain=None, dependency=None,
         )  # fmt: skip
-        scripts["prefetch"] = render("prefetch", fetch, site, [str(recipe), *flags, *rest])
+        scripts["prefetch"] = render("prefetch", fetch, site, [str(recipe), *flags])
     scripts["job"] = render(template, job, site, training)
     return Submission(view.run_folder, recipe, view.path.read_text("utf-8"), scripts, notes)
 
@@ -143,6 +143,15 @@ def what_now(submission: Submission, job_ids: list[str]) -> list[str]:
         f"watch   orpo-dist status {shlex.quote(str(submission.run_folder))}",
         f"cancel  orpo-dist cancel {last}   (saves a checkpoint first)",
     ]
+
+
+def _without_output_dir(flags: list[str]) -> list[str]:
+    """The flags without that of the run's folder, which is added as an absolute path."""
+    for position, flag in enumerate(flags):
+        name, equals, _ = flag.replace("-", "_").partition("=")
+        if name == "__output_dir":
+            return flags[:position] + flags[position + (1 if equals else 2) :]
+    return flags
 
 
 def _request(options: argparse.Namespace, view: Glance) -> JobRequest:

@@ -136,9 +136,11 @@ def test_a_node_set_down_is_survived(slurm, reference):
     try:
         until(lambda: slurm.restarts(job_id) == 1, "the requeue", lambda: slurm.story("down"))
     finally:
-        slurm.command("scontrol", "update", "NodeName=n2", "State=RESUME")
+        # It may have returned to service by itself, which SLURM then calls an error.
+        slurm.workplace.run("scontrol", "update", "NodeName=n2", "State=RESUME", check=False)
     folder = slurm.finished("down", job_id, attempts=2)
-    assert resumed_from(slurm, "down", 2) == 10, slurm.story("down")  # the last that was saved before
+    # The last that was saved before, or one that the processes saved when SLURM ended them.
+    assert resumed_from(slurm, "down", 2) in (10, GATE, GATE + 1), slurm.story("down")
     assert_same_weights(folder, reference)
 
 

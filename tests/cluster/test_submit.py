@@ -1,0 +1,145 @@
+"""`submit`, `status` and `cancel` on a machine without SLURM: what is checked there, and what a dry run prints."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from orpo_dist.cli import main
+from orpo_dist.cluster.prefetch import without_gpu
+from orpo_dist.cluster.slurm import PartitionNodes, _gpus_of, partition_nodes
+from orpo_dist.cluster.status import RunState
+
+RECIPE = "model_name_or_path: owner/tiny\ndataset_name: pairs.jsonl\nlearning_rate: 1e-5\nbf16: true\n"
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch) -> Path:
+    """A project folder on a file system that the site calls shared, and no SLURM in sight."""
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    (tmp_path / "pairs.jsonl").write_text("{}\n")
+    site = tmp_path / "site.sh"
+    site.write_text(f'SITE_SHARED_FOLDERS="{tmp_path}"\nSITE_GPU_REQUEST="--gres=gpu:%d"\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ORPO_DIST_SITE", str(site))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path
+
+
+def dry_run(capsys, *arguments: str) -> tuple[int, str, str]:
+    code = main(["submit", "recipe.yaml", "--dry-run", *arguments])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def test_dry_run_prints_the_script_and_writes_nothing(project, capsys):
+    code, script, notes = dry_run(capsys, "--nodes", "2", "--gpus-per-node", "4", "--time", "2:00:00", "--beta", "0.2")
+    assert code == 0
+    for line in ("--job-name=orpo-recipe", "--nodes=2", "--gres=gpu:4", "--time=2:00:00", "--signal=B:USR1@600"):
+        assert f"#SBATCH {line}\n" in script
+    run = project / "runs" / "recipe"
+    assert script.endswith(f"\ntrain {run}/slurm/recipe.yaml --beta 0.2 --output_dir {run}\n")
+    assert "owner/tiny is not in the cache of this node" in notes and "--prefetch" in notes
+    assert not run.exists()
+    _, script, _ = dry_run(capsys, "--output_dir", "here", "--beta", "0.2")
+    assert script.endswith(f"\ntrain {project}/here/slurm/recipe.yaml --beta 0.2 --output_dir {project}/here\n")
+
+
+def test_dry_run_of_a_prefetch_pair(project, capsys):
+    code, scripts, notes = dry_run(capsys, "--prefetch", "--chain", "3")
+    assert code == 0 and notes == ""
+    first, second = scripts.split("#!/usr/bin/env bash\n")[1:]
+    assert "#SBATCH --job-name=orpo-recipe-prefetch\n" in first and "gres" not in first.split("\n\n")[0]
+    assert "#SBATCH --no-requeue\n" in second and "\nCHAIN=" in second
+
+
+def test_dry_run_of_a_sweep(project, capsys):
+    (project / "sweep.txt").write_text("# rates\n--learning_rate 1e-5\n\n--learning_rate 1e-6 --run_name 'a b'\n")
+    code, script, _ = dry_run(capsys, "--sweep", "sweep.txt")
+    assert code == 0 and "#SBATCH --array=0-1\n" in script
+    assert f"\nsweep {project}/runs/recipe/slurm/recipe.yaml {project}/sweep.txt --output_dir" in script
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--beta", "high"], "--beta: 'high' is not a number."),
+        (["--bete", "0.2"], "Unknown option --bete"),
+        (["--sweep", "none.txt"], "--sweep none.txt: there is no such file"),
+        (["--sweep", "empty.txt"], "--sweep empty.txt has no line of flags"),
+        (["--sweep", "folder.txt"], "a line holds flags, and never --output_dir"),
+        (["--sweep", "two.txt", "--array", "0-2"], "--array 0-2: the sweep has the runs 0 to 1"),
+        (["--sweep", "two.txt", "--chain", "2"], "--chain is for a single run"),
+        (["--output_dir", "/elsewhere/run"], "output_dir /elsewhere/run is in none of the shared folders"),
+        (["--model_name_or_path", "./none"], "model_name_or_path: ./none is not there"),
+        (["--accelerate-config", "zero4"], "no accelerate config 'zero4'"),
+        (["--sbatch", "mail"], "'mail' is not of the form --option or --option=value"),
+        (["--nodes", "two"], "orpo-dist submit: argument --nodes: invalid int value: 'two'"),
+    ],
+)
+def test_refused(project, capsys, arguments, said):
+    (project / "empty.txt").write_text("# nothing\n")
+    (project / "folder.txt").write_text("--output_dir elsewhere\n")
+    (project / "two.txt").write_text("--beta 0.1\n--beta 0.2\n")
+    code, _, told = dry_run(capsys, *arguments)
+    assert code == 2 and said in told
+
+
+def test_a_finished_run_is_not_submitted_again(project, capsys):
+    state = project / "runs" / "recipe" / "slurm"
+    state.mkdir(parents=True)
+    (state / "done").touch()
+    code, _, told = dry_run(capsys)
+    assert code == 2 and "is finished already" in told
+
+
+@pytest.mark.parametrize("command", [["submit", "recipe.yaml"], ["status"], ["cancel", "17"]])
+def test_without_slurm(project, capsys, monkeypatch, command):
+    (project / "bin").mkdir()
+    (project / "bin" / "bash").symlink_to(str(shutil.which("bash")))
+    monkeypatch.setenv("PATH", str(project / "bin"))
+    assert main(command) == 2
+    assert "run this on a login node of a SLURM cluster" in capsys.readouterr().err
+
+
+def test_a_run_folder_tells_its_state(tmp_path):
+    for step, files in ((5, ["complete.json"]), (10, ["complete.json"]), (15, [])):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        for file in files:
+            (tmp_path / f"checkpoint-{step}" / file).touch()
+    events = [{"step": 14, "loss": 5.0}, {"step": 15, "loss": 4.5}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events) + '{"step": 16, "lo')
+    state = tmp_path / "slurm"
+    state.mkdir()
+    for name, text in (("attempt", "2"), ("outcome", "restarting: unhealthy: n2"), ("excluded", "n2\nn1\nn2")):
+        (state / name).write_text(text + "\n")
+    read = RunState.read(tmp_path)
+    assert (read.attempt, read.step, read.loss, read.checkpoint) == (2, 15, 4.5, "checkpoint-10")
+    assert read.lines() == [
+        "  attempt 2, step 15, loss 4.5000, newest checkpoint: checkpoint-10",
+        "  last outcome: restarting: unhealthy: n2",
+        "  excluded nodes: n1 n2",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("gres", "count"), [("(null)", 0), ("gpu:8", 8), ("gpu:a100:4(S:0-1)", 4), ("tmp:1,gpu:h100:2,gpu:l4:1", 3)]
+)
+def test_gpus_of_a_node(gres, count):
+    assert _gpus_of(gres) == count
+
+
+def test_partitions(tmp_path, monkeypatch):
+    (tmp_path / "sinfo").write_text(
+        "#!/bin/sh\nprintf 'cpu*|4|64|(null)|infinite\\ngpu|2|96+|gpu:a100:8|1-00:00:00\\n'\n"
+    )
+    (tmp_path / "sinfo").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    assert partition_nodes(None) == [PartitionNodes(4, 64, 0, "infinite")]
+    assert partition_nodes("gpu") == [PartitionNodes(2, 96, 8, "1-00:00:00")]
+
+
+def test_recipes_for_gpus_can_be_read_without_one():
+    assert without_gpu({"bf16": True}) == ["--use_cpu", "true"]
+    assert without_gpu({"fp16": True, "tf32": True})[2:] == ["--fp16", "false", "--tf32", "false"]
