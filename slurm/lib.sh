@@ -100,6 +100,8 @@ open_run() { # open_run RECIPE [--field value ...]: RUN, STATE, LOGS and the num
     [[ " $* " != *" --resume_from_checkpoint"* ]] || RESUME=()
     # For `orpo-dist status`, which finds its jobs by it.
     scontrol update JobId="$SLURM_JOB_ID" Comment="orpo-dist:$RUN" >/dev/null 2>&1 || true
+    LIMIT_AT=$(date -d "$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.* EndTime=\([^ ]*\).*/\1/p')" +%s 2>/dev/null) ||
+        LIMIT_AT=9999999999 # no limit
     say "job $SLURM_JOB_ID, attempt $ATTEMPT (restart $RESTARTS) of $RUN on $SLURM_JOB_NODELIST"
 }
 
@@ -170,11 +172,12 @@ check_nodes() { # BAD_NODES: those that did not report "ok"
 
 # --- one attempt -----------------------------------------------------------------------------------------------------
 
-# Why the attempt was told to stop: USR1 (time limit, preemption, cancel) or TERM (SLURM ends the job). From the first
-# line on: with a short time limit the signal may come at once.
-STOPPING=""
+# USR1: the time limit, preemption or `orpo-dist cancel` asks the run to stop. TERM: SLURM is ending the job, because of
+# scancel, the loss of a node, the end of the preempted job's grace, or the limit itself. From the first line on: with a
+# short time limit the signal may come at once.
+STOPPING="" ENDED_AT=""
 trap 'STOPPING=USR1' USR1
-trap 'STOPPING=${STOPPING:-TERM}' TERM
+trap 'STOPPING=${STOPPING:-TERM} ENDED_AT=${ENDED_AT:-$(date +%s)}' TERM
 
 # Runs on every node. A stopped run (75) is no failure for srun, which would kill the nodes that are still at it; the
 # file says what it was.
@@ -292,18 +295,14 @@ restart() { # restart REASON: SLURM starts this job again, without the nodes in 
         say "$1; the next job of the chain goes on."
         exit "$STOPPED"
     fi
-    case $(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p') in
-    CANCELLED)
-        echo "cancelled: $1" >"$STATE/outcome"
-        say "$1; cancelled. Submit the same recipe again to go on."
+    # After scancel a requeue would undo the cancelling, and SLURM shows the same state (COMPLETING) for every end. After
+    # a preemption or the loss of a node it starts the job again itself. It does not after the time limit, whose end is
+    # known.
+    if [ -n "$ENDED_AT" ] && [ "$ENDED_AT" -lt $((LIMIT_AT - 5)) ]; then
+        echo "ended by SLURM: $1" >"$STATE/outcome"
+        say "$1; SLURM has ended the job, and starts it again unless it was cancelled. Submitting the recipe goes on, too."
         exit "$STOPPED"
-        ;;
-    PENDING | PREEMPTED | NODE_FAIL | REQUEUED)
-        echo "restarting: $1" >"$STATE/outcome"
-        say "$1; SLURM starts it again."
-        exit "$STOPPED"
-        ;;
-    esac
+    fi
     [ "$RESTARTS" -lt "$limit" ] || fail 1 "$1; started $RESTARTS times again already, the limit (SITE_MAX_RESTARTS)."
     echo "restarting: $1" >"$STATE/outcome"
     say "$1; starting again."
