@@ -57,9 +57,9 @@ class Case:
 
 QUICK = (Case("real lengths, full", "real", False, 1),)
 FULL = (
-    Case("real lengths, full", "real", False, 2),
-    Case("real lengths, LoRA", "real", True, 2),
-    Case("short prompts, full", "short", False, 4),
+    Case("real lengths, full", "real", False, 1),
+    Case("short prompts, full", "short", False, 2),
+    Case("real lengths, LoRA", "real", True, 1),
 )
 
 
@@ -218,33 +218,37 @@ def main() -> None:
     if options.quick:
         cases = QUICK
     start = time.perf_counter()
-    results, tables = {}, []
+    results: dict[str, dict] = {}
     for case in cases:
         print(case.name, flush=True)
         results[case.name] = run_case(case, options)
-        tables.append(table(case.name, results[case.name]))
-        print(tables[-1], flush=True)
-    packages = ("torch", "transformers", "trl", "peft", "accelerate")
-    about = {
-        "commit": commit(),
-        "date": time.strftime("%Y-%m-%d"),
-        "minutes": round((time.perf_counter() - start) / 60, 1),
-        "machine": processor(),
-        "options": asked,
-        "versions": {name: version(name) for name in packages},
-        "cases": [asdict(case) for case in cases],
-    }
+        print(table(case.name, results[case.name]), flush=True)
+        about = {
+            "commit": commit(),
+            "date": time.strftime("%Y-%m-%d"),
+            "minutes": round((time.perf_counter() - start) / 60, 1),
+            "machine": processor(),
+            "options": asked,
+            "shape": model or "SmolLM2-135M",
+            "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft", "accelerate")},
+            "cases": [asdict(case) for case in cases if case.name in results],
+        }
+        write(results, about, options)  # after each case: a run that is cut short leaves what it measured
+
+
+def write(results: dict[str, dict], about: dict, options: argparse.Namespace) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     name = "-".join(
         [options.device, *(["quick"] if options.quick else []), *(["unchecked"] if options.no_checkpointing else [])]
     )
     (options.out / f"{name}.json").write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
-    shape = model or "SmolLM2-135M"
     recomputed = "without" if options.no_checkpointing else "with"
+    versions = ", ".join(f"{package} {number}" for package, number in about["versions"].items())
+    tables = "\n".join(table(case, result) for case, result in results.items())
     (options.out / f"{name}.md").write_text(
-        f"{shape}'s shape, micro-batches of {options.batch} pairs, {recomputed} activation checkpointing in both "
-        f"trainers, {options.device}, {options.threads} threads of {about['machine']}, median of {options.rounds} "
-        f"rounds, commit {about['commit']}, versions {about['versions']}.\n" + "\n".join(tables) + "\n"
+        f"{about['shape']}'s shape, micro-batches of {options.batch} pairs, {recomputed} activation checkpointing in "
+        f"both trainers, {options.device}, {options.threads} threads of {about['machine']}, median of {options.rounds} "
+        f"rounds, commit {about['commit']}, {versions}; {about['minutes']} minutes.\n{tables}\n"
     )
     plot(results, options.out / f"{name}.png")
 
