@@ -4,7 +4,7 @@ Model FLOPs of one pair in the shared layout:
 
     linear layers   2 * parameters * (P + C + R) forward, the same for the gradient of the input, and once more for the
                     gradient of the weight where it is trained
-    attention       4 * query width * query-key pairs forward, twice that backward
+    attention       4 * query width * query-key pairs forward, twice that backward, per layer of attention
     loss head       2 * H * V * scored rows for the logits and for the gradient of the rows, and once more where the
                     head is trained
 
@@ -22,7 +22,8 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from orpo_dist.model.vision import vision_modules
 from orpo_dist.packing.sampler import PairLengths
@@ -68,16 +69,14 @@ class ModelFlops:
         not_counted = vision_modules(base) | (set(head.modules()) if head is not None else set())
         per_token = 0.0
         for module in model.modules():
-            if isinstance(module, nn.Linear) and module not in not_counted:
-                trained = module.weight.requires_grad
-                per_token += (6.0 if trained else 4.0) * module.in_features * module.out_features
+            if isinstance(module, nn.Linear | Conv1D) and module not in not_counted:
+                per_token += (6.0 if module.weight.requires_grad else 4.0) * _weights(module)
         per_token += sum(_expert_flops(model, config))
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        attention_layers = config.num_hidden_layers
         head_trained = head is not None and any(p.requires_grad for p in head.parameters())
         return cls(
             per_token=per_token,
-            per_query_key=12.0 * config.num_attention_heads * width * attention_layers,
+            per_query_key=12.0 * config.num_attention_heads * width * _attention_layers(config),
             per_scored_row=(6.0 if head_trained else 4.0) * config.hidden_size * config.vocab_size,
         )
 
@@ -85,6 +84,20 @@ class ModelFlops:
         scored = pair.chosen + pair.rejected + (pair.prompt - 1 if nll_scope == "sequence" else 0)
         tokens = self.per_token * pair.shared_tokens
         return tokens + self.per_query_key * pair.query_keys + self.per_scored_row * scored
+
+
+def _weights(layer: nn.Linear | Conv1D) -> int:
+    """By the features: a quantised or partitioned weight has another shape. GPT-2's Conv1D is never quantised."""
+    return layer.in_features * layer.out_features if isinstance(layer, nn.Linear) else layer.weight.numel()
+
+
+def _attention_layers(config: PreTrainedConfig) -> int:
+    """Layers in which every token sees every earlier one: not the linear attention, Mamba and convolutions of hybrids.
+    A sliding window counts as whole, as it does for sequences within it."""
+    kinds = getattr(config, "layer_types", None)
+    if not kinds:
+        return config.num_hidden_layers
+    return sum(kind.endswith("attention") and kind != "linear_attention" for kind in kinds)
 
 
 def _expert_flops(model: nn.Module, config) -> Iterable[float]:
