@@ -8,6 +8,7 @@ the keys of all other calls) the column holds {"__json__": text}; messages.decod
 import base64
 import json
 import sys
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy
 import pyarrow
+import pyarrow.parquet
 from datasets import (
     Dataset,
     Features,
@@ -37,6 +39,7 @@ from orpo_dist.errors import UserError
 SOURCE_COLUMN = "_source"  # the file a row came from
 ROW_COLUMN = "_row"  # its number there
 BATCH = 1000
+PARQUET_BATCH = 100  # rows with images are large
 
 
 def dataset_from_rows(rows: Sequence[dict[str, Any]]) -> Dataset:
@@ -108,6 +111,46 @@ def _undecoded(feature: Any) -> Any:
     if isinstance(feature, List | LargeList):
         return replace(feature, feature=_undecoded(feature.feature))
     return feature
+
+
+def parquet_schema(files: Sequence[Path]) -> pyarrow.Schema | None:
+    """The columns that the files have in common; None where one is no Parquet file, or they differ.
+
+    Raises:
+        UserError: a file that is not readable as what its name says.
+    """
+    if not files or any(file.suffix.lower() != ".parquet" for file in files):
+        return None
+    try:
+        schemas = [pyarrow.parquet.read_schema(file).remove_metadata() for file in files]
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
+        raise UserError(f"{', '.join(map(str, files))}: not a readable Parquet file: {error}") from None
+    return schemas[0] if all(schema.equals(schemas[0]) for schema in schemas) else None
+
+
+def save_parquet(files: Sequence[Path], schema: pyarrow.Schema, folder: Path) -> None:
+    """Writes the rows of Parquet files of one schema to `folder`, as `save` does, in constant memory: files with images
+    may be larger than it. Values keep their Arrow types, which one file cannot mix.
+
+    Raises:
+        UserError: there are no rows.
+    """
+    own = [pyarrow.field(SOURCE_COLUMN, pyarrow.string()), pyarrow.field(ROW_COLUMN, pyarrow.int64())]
+    whole, rows = pyarrow.schema([*schema, *own]), 0
+    with tempfile.TemporaryDirectory(prefix=".parquet.", dir=folder.parent) as temporary:
+        target = Path(temporary) / "rows.arrow"
+        with pyarrow.OSFile(str(target), "wb") as sink, pyarrow.ipc.new_stream(sink, whole) as writer:
+            for file in files:
+                number = 1
+                with pyarrow.parquet.ParquetFile(file) as table:
+                    for batch in table.iter_batches(batch_size=PARQUET_BATCH):
+                        count = batch.num_rows
+                        places = [pyarrow.array([str(file)] * count), pyarrow.array(range(number, number + count))]
+                        writer.write_batch(pyarrow.record_batch([*batch.columns, *places], schema=whole))
+                        number, rows = number + count, rows + count
+        if not rows:
+            raise UserError(f"{', '.join(map(str, files))}: no rows in it.")
+        save(Dataset.from_file(str(target)), folder)
 
 
 def content_digest(dataset: Dataset) -> str:

@@ -19,7 +19,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from orpo_dist.data.cache import built_once, digest, on_first_rank
 from orpo_dist.data.files import file_format, read_file, split_files
-from orpo_dist.data.rows import ROW_COLUMN, SOURCE_COLUMN, dataset_from_rows, save
+from orpo_dist.data.rows import ROW_COLUMN, SOURCE_COLUMN, dataset_from_rows, parquet_schema, save, save_parquet
 from orpo_dist.errors import UserError
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
@@ -99,16 +99,26 @@ def _read_into_cache(files: list[Path], split: str) -> Path:
     for file in files:
         if file_format(file) is None:
             next(read_file(file, split))  # says which types there are
-    contents = [part for file in files for part in (str(file).encode(), file.read_bytes())]
-    name = f"files-{digest([split.encode(), *contents])}"
+    name = f"files-{digest([split.encode(), *_contents(files)])}"
 
     def build(folder: Path) -> None:
+        if tables := parquet_schema(files):
+            save_parquet(files, tables, folder)
+            return
         rows = list(_rows(files, split))
         if not rows:
             raise UserError(f"{', '.join(map(str, files))}: no rows in it.")
         save(dataset_from_rows(rows), folder)
 
     return built_once(name, build)
+
+
+def _contents(files: list[Path]) -> Iterator[bytes]:
+    """Names and contents, a piece at a time: files with images are large."""
+    for file in files:
+        yield str(file).encode()
+        with file.open("rb") as stream:
+            yield from iter(lambda: stream.read(1 << 24), b"")
 
 
 def _rows(files: list[Path], split: str) -> Iterator[dict[str, Any]]:

@@ -1,9 +1,10 @@
 import math
 
+import pyarrow.parquet
 from datasets import Dataset, IterableDataset
 
 from orpo_dist.data.messages import decode
-from orpo_dist.data.rows import content_digest, dataset_from_rows, materialise
+from orpo_dist.data.rows import content_digest, dataset_from_rows, materialise, parquet_schema, save_parquet
 
 MIXED = [
     {"a": "42", "tools": [{"arguments": {"x": 1}}]},
@@ -49,3 +50,19 @@ def test_the_digest_is_of_the_content():
     assert content_digest(dataset_from_rows([*rows[:-1], {"a": "other"}])) != digest
     assert content_digest(dataset.shuffle(seed=1)) != digest
     assert content_digest(dataset.rename_column("a", "b")) != digest
+
+
+def test_parquet_files_of_one_schema_are_not_read_into_memory(tmp_path):
+    """Their rows are those of the other readers, in batches."""
+    tables = [{"prompt": [f"p{i}" for i in range(start, start + 250)]} for start in (0, 250)]
+    files = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+    for file, table in zip(files, tables, strict=True):
+        pyarrow.parquet.write_table(pyarrow.table(table), file)
+    schema = parquet_schema(files)
+    save_parquet(files, schema, tmp_path / "saved")
+    saved = Dataset.load_from_disk(str(tmp_path / "saved"))
+    assert saved["prompt"][:] == [f"p{i}" for i in range(500)]
+    assert saved["_row"][:] == [*range(1, 251)] * 2 and saved["_source"][249:251] == [str(file) for file in files]
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": [1]}), files[1])
+    assert parquet_schema(files) is None and parquet_schema([tmp_path / "c.jsonl"]) is None
+    assert list(tmp_path.glob(".*")) == []
