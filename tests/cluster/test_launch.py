@@ -1,5 +1,6 @@
 """`orpo-dist launch`: the command of a node, and what is refused before anything is started."""
 
+import json
 import shlex
 import signal
 import subprocess
@@ -8,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from orpo_dist.cli import main
 from orpo_dist.cluster.files import accelerate_config, shipped
 from orpo_dist.cluster.glance import glance
-from orpo_dist.cluster.launch import Placement, choose_config, launcher_command
+from orpo_dist.cluster.launch import Placement, choose_config, fitted_config, launcher_command
 from orpo_dist.cluster.processes import telling_code
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -72,6 +74,30 @@ def test_commands():
         "-m torch.distributed.run --nnodes=2 --nproc_per_node=2 --node_rank=1 --master_addr=n1 --master_port=12345 "
         "-m orpo_dist.cli train r.yaml"
     )
+
+
+def test_configs_are_fitted_to_the_nodes(tmp_path):
+    placement = Placement(4, 1, "n1", 12345, 2)
+    assert fitted_config(accelerate_config("zero3"), placement, tmp_path) == accelerate_config("zero3")
+    on_cpu = yaml.safe_load(fitted_config(accelerate_config("zero3"), placement, tmp_path, cpu=True).read_text())
+    assert on_cpu == yaml.safe_load(accelerate_config("zero3").read_text()) | {"use_cpu": True}
+    hsdp = yaml.safe_load(fitted_config(accelerate_config("fsdp2_hsdp"), placement, tmp_path).read_text())
+    assert hsdp["parallelism_config"] == {
+        "parallelism_config_dp_replicate_size": 4,
+        "parallelism_config_dp_shard_size": 2,
+    }
+    hpz = yaml.safe_load(fitted_config(accelerate_config("zero3_hpz"), placement, tmp_path).read_text())
+    deepspeed = json.loads(Path(hpz["deepspeed_config"]["deepspeed_config_file"]).read_text())
+    assert deepspeed["zero_optimization"]["zero_hpz_partition_size"] == 2
+
+
+@pytest.mark.parametrize("path", sorted(accelerate_config("ddp").parent.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_names_its_nodes_launcher(path):
+    """pdsh, DeepSpeed's default, would start the other nodes a second time."""
+    settings = yaml.safe_load(path.read_text())
+    if settings["distributed_type"] == "DEEPSPEED":
+        assert settings["deepspeed_config"]["deepspeed_multinode_launcher"] == "standard"
+    assert settings["rdzv_backend"] == "static" and settings["main_training_function"] == "main"
 
 
 @pytest.mark.parametrize(

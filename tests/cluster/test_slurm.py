@@ -59,7 +59,7 @@ def test_plain_sbatch_zero2(slurm, reference):
     assert len(list((folder / "slurm" / "logs").glob(f"{job_id}.1.node?.log"))) == 2
 
 
-@pytest.mark.parametrize("config", ["zero3", "fsdp2"])
+@pytest.mark.parametrize("config", ["zero3", "fsdp2", "fsdp2_hsdp", "zero3_hpz"])
 def test_sharded_weights(slurm, reference, out_of_time, config):
     job_id = slurm.submit(config, *FOUR, *SHARING, "--accelerate-config", config, "--save_strategy", "no")
     folder = slurm.finished(config, job_id, attempts=1)
