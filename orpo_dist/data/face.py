@@ -144,6 +144,7 @@ def _check(arguments: argparse.Namespace, rows: "Dataset | IterableDataset", opt
     """What can be said without a tokenizer: the format and the rows that no tokenizer can save."""
     from tqdm import tqdm
 
+    from orpo_dist.data.images import require_pillow
     from orpo_dist.data.pairs import Pair
     from orpo_dist.data.prepare import as_dataset, format_of, image_sizes_of, read_pair
     from orpo_dist.data.stats import describe_images, image_stats
@@ -152,6 +153,8 @@ def _check(arguments: argparse.Namespace, rows: "Dataset | IterableDataset", opt
     dataset = as_dataset(rows, name)
     check_bad_rows([], len(dataset), options, name)
     pair_format = format_of(dataset, options)
+    if pair_format.has_images:
+        require_pillow("Checking images")
     dropped, sizes = [], []
     for index, row in enumerate(tqdm(dataset, desc="Checking")):
         outcome: Pair | DroppedRow | list[tuple[int, int]] = read_pair(pair_format, row, index)

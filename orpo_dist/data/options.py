@@ -11,8 +11,9 @@ class Unasked(int):
     """A default, told apart from the same number when somebody asks for it."""
 
 
-# TRL's default. Vision-language models have none unless one is asked for: an image of Qwen2-VL takes 1,280 tokens with
-# the settings of its model card, and up to 16,384 with those of its processor.
+# TRL's default. Vision-language models have none unless one is asked for: an image of Qwen2-VL takes up to 1,280 tokens
+# by the processor's defaults, and up to 16,384 by the settings that are saved with the model.
+# https://huggingface.co/Qwen/Qwen2-VL-7B-Instruct/blob/main/preprocessor_config.json
 MAX_LENGTH = Unasked(1024)
 
 

@@ -84,6 +84,8 @@ def test_flags_become_options():
     given = options(
         "check", "x", "--max-length", "none", "--max_prompt_length", "5", "--max_bad_rows", "0.5", "--add-eos-token",
         "false", "--apply_chat_template", "True", "--prompt_column", "q", "--chat_template", "chatml",
+        "--image-column", "photo", "--image_folder", "photos", "--allow-image-urls", "true",
+        "--allow_outside_image_folder", "true",
     )  # fmt: skip
     assert given == PrepareOptions(
         max_length=None,
@@ -93,6 +95,10 @@ def test_flags_become_options():
         apply_chat_template=True,
         prompt_column="q",
         chat_template="chatml",
+        image_column="photo",
+        image_folder="photos",
+        allow_image_urls=True,
+        allow_outside_image_folder=True,
     )
 
 
