@@ -76,6 +76,7 @@ def main() -> None:
     trainer.save_model(str(out) + ".saved")
     if trainer.accelerator.is_main_process:
         out.write_text(json.dumps({"log": trainer.state.log_history, "facts": facts}))
+    trainer.accelerator.wait_for_everyone()  # a rank that leaves while another still writes is aborted now and then
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
