@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, TrainerState
 
 from orpo_dist.config import ORPOConfig
 from orpo_dist.model.load import base_identity
+from orpo_dist.model.vision import is_vision_language
 from orpo_dist.runtime.report import evaluation_at, versions
 
 if TYPE_CHECKING:
@@ -63,6 +64,13 @@ class CardFacts:
     is_encoder_decoder: bool
     repo_id: str | None
     tags: tuple[str, ...]
+    is_vision_language: bool = False
+
+    @property
+    def pipeline_tag(self) -> str | None:
+        if self.is_vision_language:
+            return "image-text-to-text"
+        return None if self.is_encoder_decoder else "text-generation"
 
 
 def write_model_card(
@@ -81,6 +89,7 @@ def write_model_card(
         is_encoder_decoder=trainer.is_encoder_decoder,
         repo_id=args.hub_model_id,
         tags=tuple([tags] if isinstance(tags, str) else tags or []),
+        is_vision_language=is_vision_language(model.config),
     )
     ModelCard(card_text(facts, args, trainer.state)).save(folder / "README.md")
 
@@ -95,7 +104,7 @@ def card_text(facts: CardFacts, args: ORPOConfig, state: TrainerState) -> str:
         datasets=[facts.dataset.partition(":")[0]] if facts.dataset and not local_data else None,
         library_name="peft" if facts.kind == "adapter" else "transformers",
         model_name=facts.name,
-        pipeline_tag=None if facts.is_encoder_decoder else "text-generation",
+        pipeline_tag=facts.pipeline_tag,
         tags=[*dict.fromkeys([*TAGS, *facts.tags])],
     )
     sections = [
@@ -145,6 +154,8 @@ def _metrics_section(state: TrainerState) -> str:
 
 def _usage(facts: CardFacts) -> str:
     target = facts.repo_id or "path/to/this/folder"
+    if facts.is_vision_language:
+        return _vision_usage(facts, target)
     auto_class = "AutoModelForSeq2SeqLM" if facts.is_encoder_decoder else "AutoModelForCausalLM"
     if facts.kind == "adapter":
         auto_class = auto_class.replace("Auto", "AutoPeft", 1)
@@ -155,6 +166,20 @@ def _usage(facts: CardFacts) -> str:
     return f'{imports}\n\nmodel = {auto_class}.from_pretrained("{target}")\n' + (
         f'tokenizer = AutoTokenizer.from_pretrained("{target}")'
     )
+
+
+def _vision_usage(facts: CardFacts, target: str) -> str:
+    adapter = facts.kind == "adapter"
+    whole = facts.base_model if adapter and facts.base_model else target
+    lines = [
+        *(["from peft import PeftModel"] if adapter else []),
+        "from transformers import AutoModelForImageTextToText, AutoProcessor",
+        "",
+        f'model = AutoModelForImageTextToText.from_pretrained("{whole}")',
+        *([f'model = PeftModel.from_pretrained(model, "{target}")'] if adapter else []),
+        f'processor = AutoProcessor.from_pretrained("{target}")',
+    ]
+    return "\n".join(lines)
 
 
 def _settings_section(args: ORPOConfig) -> str:

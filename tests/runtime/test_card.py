@@ -87,3 +87,15 @@ def test_the_code_imports_what_it_uses(args, state, kind, is_encoder_decoder, na
     exec("\n".join(imports), scope)
     assert name in scope and "AutoTokenizer" in scope
     assert ("pipeline_tag" in header_of(card_text(facts, args, state))) is not is_encoder_decoder
+
+
+@pytest.mark.parametrize("kind", ["adapter", "finetune"])
+def test_a_vision_language_model_is_used_with_its_processor(args, state, kind):
+    card = card_text(replace(FACTS, kind=kind, is_vision_language=True), args, state)
+    assert header_of(card)["pipeline_tag"] == "image-text-to-text"
+    code = code_of(card)
+    ast.parse(code)
+    base = "owner/base" if kind == "adapter" else "me/tuned"
+    assert f'AutoModelForImageTextToText.from_pretrained("{base}")' in code
+    assert ('PeftModel.from_pretrained(model, "me/tuned")' in code) == (kind == "adapter")
+    assert 'AutoProcessor.from_pretrained("me/tuned")' in code
