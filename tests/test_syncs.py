@@ -87,3 +87,34 @@ def test_a_step_adds_few_operations_to_the_bare_forward_and_backward(trainer):
         trainer.training_step(trainer.model, batch, tokens)
     added = step.count - bare.count
     assert 0 < added < 100  # 82: the metrics, per micro-batch and not per layer
+
+
+class WidestLogits(TorchDispatchMode):
+    """Most rows that a tensor with the vocabulary as its last dimension has."""
+
+    def __init__(self, vocabulary):
+        super().__init__()
+        self.vocabulary, self.rows = vocabulary, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        is_new = isinstance(out, torch.Tensor) and not func.is_view  # the head's weight, transposed, is a view
+        if is_new and out.dim() > 1 and out.shape[-1] == self.vocabulary:
+            self.rows = max(self.rows, out.numel() // self.vocabulary)
+        return out
+
+
+@pytest.mark.parametrize("padding_free", [True, False])
+def test_evaluation_forms_logits_by_the_chunk(tmp_path, chat_tokenizer, tiny_llama, padding_free):
+    vocabulary = len(chat_tokenizer)
+    trainer = ORPOTrainer(
+        tiny_llama(vocabulary),
+        config(tmp_path, loss_chunk_size=8, per_device_eval_batch_size=4, padding_free=padding_free),
+        eval_dataset=pairs(8, vocabulary),
+        processing_class=chat_tokenizer,
+    )
+    trainer.evaluate()  # the first one compares the layouts on a tiny batch, with its logits
+    with WidestLogits(vocabulary) as widest:
+        metrics = trainer.evaluate()
+    assert metrics["eval_logits/chosen"] == metrics["eval_logits/chosen"]  # a number, although no row was kept
+    assert (widest.rows <= 8) == padding_free
