@@ -12,7 +12,8 @@ PYTEST_ARGS ?=
 # older image processors of some need torchvision.
 SMOKE_TESTS ?= tests/test_loss.py tests/test_recipe.py tests/test_cli.py tests/test_trainer.py tests/test_train.py \
 	tests/test_merge.py tests/test_demo.py tests/data tests/packing tests/model/test_load.py tests/model/test_adapters.py \
-	tests/model/test_attention.py tests/model/test_head.py tests/model/test_fused_loss.py \
+	tests/model/test_attention.py tests/model/test_attention_kernels.py tests/model/test_attention_flex.py \
+	tests/test_hot_path.py tests/model/test_head.py tests/model/test_fused_loss.py \
 	--ignore=tests/data/test_tokenize_images.py
 
 BIN := $(VENV)/bin

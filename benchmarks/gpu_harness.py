@@ -103,18 +103,19 @@ class Deadline:
 # ---------------------------------------------------------------- models and pairs
 
 
-def build_model(setting: Setting, shape: str, *, lora: bool, dtype: torch.dtype | None = None) -> nn.Module:
+def build_model(setting: Setting, shape: str, *, lora: bool, checkpointing: bool = True) -> nn.Module:
     """A model of `shape` with random weights, made on the device, with non-reentrant activation checkpointing."""
     config = AutoConfig.for_model(**{**SHAPES[shape], **(TINY if setting.tiny else {})})
     torch.manual_seed(0)
     with setting.device:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype or setting.dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=setting.dtype)
     model.to(setting.device)  # buffers that a constructor made on the host
     if lora:
         model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
         model.to(setting.device)
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    if checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return model.train()
 
 

@@ -7,11 +7,13 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from logging import StreamHandler, getLogger
 from typing import Any
 
 import torch
 from transformers import logging
+from transformers.integrations.liger import apply_liger_kernel
 
 from benchmarks import gpu_gate, gpu_micro
 from benchmarks.gpu_harness import (
@@ -30,6 +32,8 @@ from benchmarks.gpu_harness import (
     trl_best,
 )
 from benchmarks.gpu_profile import profile
+from orpo_dist.config import without_loss_kernels
+from orpo_dist.model.compile import compile_blocks
 from orpo_dist.packing.sampler import PairLengths, sharing_gain
 
 MICRO_BATCHES = (8, 4, 2, 1)  # pairs; the first that everybody's memory holds
@@ -103,6 +107,28 @@ def grid(setting: Setting, deadline: Deadline) -> dict[str, Any]:
     return {"rows": rows}
 
 
+def options(setting: Setting, deadline: Deadline) -> dict[str, Any]:
+    """The 8B-shaped LoRA run with compiled blocks, Liger's kernels and without activation checkpointing."""
+    lengths = real_lengths(setting)
+    picked = shuffled_batches(lengths, 2, 4)
+    liger = find_spec("liger_kernel") is not None and setting.device.type == "cuda"
+    result: dict[str, Any] = {}
+    for kernels in ("plain", "compiled", *(("liger",) if liger else ())):
+        for checkpointing in (True, False):
+            if deadline.left < 40:
+                break
+            model = build_model(setting, "qwen3-8b", lora=True, checkpointing=checkpointing)
+            if kernels == "compiled":
+                compile_blocks(model, backend="aot_eager" if setting.tiny else "inductor")
+            if kernels == "liger":
+                apply_liger_kernel(model, without_loss_kernels(None))
+            figures = compare(setting, model, [OURS], lengths, picked, deadline=deadline, rounds=2)["ours"]
+            name = f"{kernels}, {'with' if checkpointing else 'without'} checkpointing"
+            result[name] = {**figures, "note": "ours"}
+            del model
+    return {"trainers": result}
+
+
 PARTS = (
     Part("gate-kernels", "attention kernels against float64, values and gradients", gpu_gate.kernels),
     Part("gate-head", "the fused head in bfloat16 against float64", gpu_gate.head),
@@ -112,6 +138,7 @@ PARTS = (
     Part("1.7b-full", "Qwen3-1.7B's shape, all weights, real lengths", _throughput("qwen3-1.7b", False, 4)),
     Part("head", "the loss head at 8192 x 4096 x 151936 against bare matmuls", gpu_micro.head),
     Part("profile", "where a step of the 8B-shaped LoRA run goes", profile),
+    Part("options", "torch_compile, Liger, no checkpointing, on the 8B-shaped LoRA run", options),
     Part("attention", "attention kernels of one layer, and the gather of shared keys", gpu_micro.attention),
     Part("1.7b-lora", "Qwen3-1.7B's shape, LoRA, real lengths", _throughput("qwen3-1.7b", True, 4)),
     Part("8b-full", "Qwen3-8B's shape, all weights, real lengths", _throughput("qwen3-8b", False, 2)),
