@@ -20,8 +20,12 @@ class Nowhere(MetaPathFinder):
 
 sys.meta_path.insert(0, Nowhere())
 import importlib.util
-find_spec = importlib.util.find_spec
-importlib.util.find_spec = lambda name, package=None: None if name.split(".")[0] in MISSING else find_spec(name, package)
+really = importlib.util.find_spec
+
+def find_spec(name, package=None):
+    return None if name.split(".")[0] in MISSING else really(name, package)
+
+importlib.util.find_spec = find_spec
 
 def no_network(*args, **kwargs):
     raise OSError("no network")
