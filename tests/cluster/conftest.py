@@ -25,7 +25,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
 STEPS, GATE = 24, 12
 # Every wait is this long at most; machines that run tests may be busy with others.
-SECONDS = 600
+SECONDS = 1200
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Slurm:
 
     def submit(self, name: str, *options: str, **environment: str) -> str:
         """`orpo-dist submit` of the recipe into the run `name`; the id of the (last) job."""
-        flags = ["--gpus-per-node", "0", "--time", "30:00", *options, "--output_dir", str(self.run_folder(name))]
+        flags = ["--gpus-per-node", "0", "--time", "60:00", *options, "--output_dir", str(self.run_folder(name))]
         code, said = self.workplace.here("submit", str(self.workplace.recipe), *flags, **environment)
         assert code == 0, said
         return re.search(r"^Submitted jobs? (.*)$", said, re.MULTILINE)[1].split(", ")[-1]

@@ -24,7 +24,7 @@ AT_GATE = {"ORPO_TEST_GATE": str(GATE)}
 @pytest.fixture(scope="module")
 def out_of_time(slurm):
     """A job that runs into its time limit, at its gate, while others run."""
-    limit = ("--time", "5:00", "--stop-before", "120")
+    limit = ("--time", "6:00", "--stop-before", "120")
     return slurm.submit("limit", *TWO, *SHARING, *limit, "--accelerate-config", "zero2", **AT_GATE)
 
 

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-GATE_SECONDS = 900
+GATE_SECONDS = 1800
 
 if "RANK" in os.environ and os.environ.get("ACCELERATE_USE_FSDP") == "true":
     sys.path.insert(0, str(Path(__file__).parents[2] / "topologies"))
