@@ -13,11 +13,32 @@ READS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.defa
 
 
 class HostReads(TorchDispatchMode):
-    """Counts the operations that bring a value from the device to the host."""
+    """Counts the operations that bring a value from the device to the host; on a CPU, `tolist` and `numpy` dispatch
+    none, so they are counted where they are called."""
 
     def __init__(self):
         super().__init__()
         self.count = 0
+
+    def __enter__(self):
+        self._patches = [self._counting(name) for name in ("tolist", "numpy", "cpu")]
+        for patch in self._patches:
+            patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        for patch in self._patches:
+            patch.stop()
+        return super().__exit__(*error)
+
+    def _counting(self, name):
+        method = getattr(torch.Tensor, name)
+
+        def counted(tensor, *args, **kwargs):
+            self.count += 1
+            return method(tensor, *args, **kwargs)
+
+        return mock.patch.object(torch.Tensor, name, counted)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += func in READS
@@ -52,9 +73,34 @@ def test_a_micro_step_reads_nothing_from_the_device(trainer, monkeypatch):
 
 
 def test_the_counter_sees_a_read():
-    with HostReads() as counter:
-        torch.ones(1).sum().item()
-    assert counter.count == 1
+    for read in (torch.Tensor.item, torch.Tensor.nonzero, lambda x: x.tolist(), lambda x: x.numpy()):
+        with HostReads() as counter:
+            read(torch.ones(1).sum())
+        assert counter.count == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_micro_step_waits_for_nothing_on_a_gpu(tmp_path, chat_tokenizer, tiny_llama, monkeypatch):
+    steps = []
+    step = ORPOTrainer.training_step
+
+    def guarded(self, *args):
+        steps.append(1)
+        torch.cuda.set_sync_debug_mode("default" if len(steps) == 1 else "error")
+        try:
+            return step(self, *args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(ORPOTrainer, "training_step", guarded)
+    ORPOTrainer(
+        tiny_llama(len(chat_tokenizer)),
+        config(tmp_path, use_cpu=False, bf16=True, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+               max_steps=2),
+        train_dataset=pairs(24, len(chat_tokenizer)),
+        processing_class=chat_tokenizer,
+    ).train()  # fmt: skip
+    assert len(steps) == 4
 
 
 def test_one_reduction_per_optimizer_step_and_two_per_log_line(trainer):
