@@ -102,7 +102,20 @@ def frozen_parts(base: PreTrainedModel, *, train_vision_tower: bool, train_proje
     ):
         if wanted and not names:
             raise UserError(f"{option}=true: {type(base).__name__} has no such part. Leave {option} out.")
-    return (() if train_vision_tower else parts.tower) + (() if train_projector else parts.projector)
+    frozen_tower = _behind_the_features(base, parts.tower) if train_vision_tower else parts.tower
+    return frozen_tower + (() if train_projector else parts.projector)
+
+
+def _behind_the_features(base: PreTrainedModel, tower: tuple[str, ...]) -> tuple[str, ...]:
+    """What of the tower comes after the layer whose output is taken (LLaVA's `vision_feature_layer`). It never gets a
+    gradient, and DDP would wait for it."""
+    taken = base.config.to_dict().get("vision_feature_layer")
+    inside = [name for name, _ in base.named_modules() if any(name.startswith(f"{part}.") for part in tower)]
+    layers = [name for name in inside if re.search(r"encoder\.layers\.\d+$", name)]
+    if not isinstance(taken, int) or not layers:
+        return ()
+    used = taken if taken >= 0 else len(layers) + 1 + taken  # hidden_states begins with the embeddings
+    return (*layers[used:], *(name for name in inside if name.endswith("post_layernorm")))  # which hidden_states lack
 
 
 def freeze(base: PreTrainedModel, names: tuple[str, ...]) -> None:

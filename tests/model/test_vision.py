@@ -17,6 +17,7 @@ from orpo_dist.model.vision import (
     vision_parts,
     without_parts,
 )
+from orpo_dist.packing.images import process_prompts
 from tests.model.tiny_models import tiny_model
 from tests.model.tiny_vlms import (
     FAMILIES,
@@ -25,6 +26,7 @@ from tests.model.tiny_vlms import (
     _llava_processor,
     _text,
     drawing,
+    image_rows,
     tiny_processor,
     tiny_vlm,
     tokenizer,
@@ -67,6 +69,21 @@ def test_parts_train_when_asked_for(tower, projector):
     assert model.model.visual.merger.mlp[0].weight.requires_grad == projector
     assert model.model.language_model.layers[0].mlp.up_proj.weight.requires_grad
     assert trains_vision(model)
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next", "llava_onevision", "qwen2_vl", "idefics3", "gemma3"])
+def test_every_trained_parameter_of_a_tower_gets_a_gradient(name):
+    """LLaVA takes the features before the last layer: DDP would wait for gradients of what comes after it."""
+    model, row = tiny_vlm(name), image_rows(name)[0]
+    freeze(model, frozen_parts(model, train_vision_tower=True, train_projector=True))
+    processed = process_prompts(tiny_processor(name), [row])
+    kinds = {kind: types[0][None] for kind, types in processed.token_types.items()}
+    model(input_ids=torch.tensor([row["prompt_ids"]]), **processed.tensors, **kinds).logits.square().sum().backward()
+    without = [
+        path for path, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None
+    ]
+    assert without == []
+    assert any(parameter.grad is not None for path, parameter in model.named_parameters() if "vis" in path)
 
 
 def test_a_text_model_has_no_parts():
