@@ -223,8 +223,10 @@ def switched(model: nn.Module, trainer: Trainer) -> Iterator[None]:
     if not trainer.packed:
         before = base.config._attn_implementation
         base.set_attn_implementation(trainer.attention or before)
-        yield
-        base.set_attn_implementation(before)
+        try:
+            yield
+        finally:
+            base.set_attn_implementation(before)
         return
     verdict = use_packed_layout(model, max_length=None)
     if not verdict.ok:
