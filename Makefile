@@ -22,12 +22,13 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # The path of the environment is for ninja, which compiles DeepSpeed's ops.
 TEST_ENV = PATH="$(abspath $(BIN)):$$PATH" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup demo test test-topologies test-cluster test-vlm test-oldest bench bench-quick lint format clean
+.PHONY: help setup demo test test-topologies test-kill test-cluster test-vlm test-oldest bench bench-quick lint format clean
 
 help:
 	@echo "make demo              train SmolLM2-135M on a made-up support set; results in runs/demo/"
 	@echo "make test              the fast tests"
 	@echo "make test-topologies   the long tests: DDP, ZeRO 1/2/3, FSDP2, QLoRA on two processes"
+	@echo "make test-kill         training runs killed at random moments, resumed, compared bit by bit"
 	@echo "make test-cluster      jobs on a SLURM of two nodes on this machine (root; installs slurm), two network namespaces"
 	@echo "make test-vlm          of those, the vision-language ones: learning from images, ranks without images, QLoRA"
 	@echo "make test-oldest       the smoke tests on the oldest versions that pyproject.toml admits"
@@ -62,10 +63,13 @@ demo: setup
 	$(BIN)/orpo-dist demo
 
 test: setup
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not topology and not slow and not cluster" $(PYTEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not topology and not slow and not cluster and not kill" $(PYTEST_ARGS)
 
 test-topologies: setup
 	$(TEST_ENV) $(BIN)/python -m pytest -m "topology or slow" $(PYTEST_ARGS)
+
+test-kill: setup
+	$(TEST_ENV) $(BIN)/python -m pytest -m kill $(PYTEST_ARGS)
 
 # Installs slurm, munge and iproute2 where they are missing (apt, as root); without root and without them it skips.
 test-cluster: setup
@@ -77,7 +81,7 @@ test-vlm: setup
 
 test-oldest: BIN := $(VENV_OLDEST)/bin
 test-oldest: $(VENV_OLDEST)/.installed
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not topology and not slow and not cluster" $(SMOKE_TESTS) $(PYTEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not topology and not slow and not cluster and not kill" $(SMOKE_TESTS) $(PYTEST_ARGS)
 
 bench: setup
 	$(BIN)/python benchmarks/bench.py

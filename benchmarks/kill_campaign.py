@@ -35,7 +35,7 @@ from orpo_dist.runtime.checkpoint import STAGING, checkpoint_folders, step_of, v
 from tests.conftest import CHATML_WITH_TOOLS, train_bpe  # noqa: E402
 from tests.pair_files import write_pairs  # noqa: E402
 
-STEPS, START_SECONDS, END_SECONDS = 16, 600, 300
+STEPS, START_SECONDS, END_SECONDS = 40, 600, 300
 PROCESSES = {"plain": 1, "lora": 2, "ddp": 2, "zero1": 2, "zero2": 2, "zero3": 2, "fsdp2": 2}
 OF_THE_MACHINE = ("time", "runtime", "per_second", "memory", "preparation_time", "padded_tokens_ratio", "total_flos")
 
@@ -173,14 +173,15 @@ def newest(output: Path) -> int:
 
 def kill_once(run: Run, output: Path, chance: random.Random, already: int) -> tuple[str, int] | None:
     """Wait for a random moment and kill. Returns the victim and the newest step then; None when the run was faster."""
-    step = chance.randint(already, min(already + 4, STEPS - 1))
+    latest = STEPS - 1  # a run that is killed at its very end is killed again before it has loaded
+    step = chance.randint(min(already + 1, latest), min(already + 3, latest))
     in_saving, pause = chance.random() < 0.5, chance.random()
     deadline = time.monotonic() + START_SECONDS
     while newest(output) < step or (in_saving and not any((output / STAGING).glob("*"))):
         if run.process.poll() is not None or time.monotonic() > deadline:
             return None
         time.sleep(0.001)
-    time.sleep(pause * (0.1 if in_saving else 1.0))
+    time.sleep(pause * (0.1 if in_saving else 0.3))
     workers = run.workers()
     if run.process.poll() is not None or not workers:
         return None
@@ -259,7 +260,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=42, help="of all topologies together")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--topologies", default="plain,lora,zero2,zero3,fsdp2")
+    parser.add_argument(
+        "--topologies", default="plain,lora,zero2,zero3,fsdp2", help="zero2:8 asks for 8 kills of that one"
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     chance, topologies = random.Random(options.seed), options.topologies.split(",")
@@ -267,12 +270,21 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="kill_campaign") as name:
         folder = Path(name)
         make_inputs(folder)
-        for number, topology in enumerate(topologies):
+        for number, entry in enumerate(topologies):
+            topology, _, asked = entry.partition(":")
             share = options.kills // len(topologies) + (number < options.kills % len(topologies))
-            results.append(campaign(topology, share, folder, chance))
+            results.append(campaign(topology, int(asked or share), folder, chance))
+            write(options.out, options.seed, results)
+    summary = write(options.out, options.seed, results)
+    print(json.dumps({name: value for name, value in summary.items() if name != "topologies"}))
+    return 0 if summary["equal_weights"] and summary["equal_losses"] else 1
+
+
+def write(path: Path | None, seed: int, results: list[Result]) -> dict[str, Any]:
+    """The figures so far, also into the file `path`."""
     kills = [kill for result in results for kill in result.kills]
     summary = {
-        "seed": options.seed,
+        "seed": seed,
         "kills": len(kills),
         "inside_saving": sum(kill.inside_saving for kill in kills),
         "of_one_rank": sum(kill.victim != "all processes" for kill in kills),
@@ -282,11 +294,10 @@ def main() -> int:
         "seconds": round(sum(result.seconds for result in results), 1),
         "topologies": [asdict(result) for result in results],
     }
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(summary, indent=1) + "\n")
-    print(json.dumps({name: value for name, value in summary.items() if name != "topologies"}))
-    return 0 if summary["equal_weights"] and summary["equal_losses"] else 1
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(summary, indent=1) + "\n")
+    return summary
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 import importlib
 import os
+import socket
 import sys
+import traceback
 from collections.abc import Sequence
 
 from orpo_dist import __version__
@@ -76,6 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return INTERRUPTED
+    except Exception as error:
+        if "RANK" not in os.environ:
+            raise
+        _print_death(error)
+        return FAILED
 
 
 def _without_debug_flag(arguments: list[str]) -> tuple[list[str], bool]:
@@ -96,6 +103,23 @@ def _print_error(error: Exception) -> None:
         rank = os.environ.get("RANK", "0")
         where = f" (rank {rank})" if rank != "0" else ""
         print(f"orpo-dist: error{where}: {error}", file=sys.stderr)
+
+
+def _print_death(error: Exception) -> None:
+    """Traceback, and as the last line which rank died where and why: many ranks write to one terminal. torchrun repeats
+    what is recorded in the file that it names."""
+    traceback.print_exc()
+    rank, ranks = os.environ["RANK"], os.environ.get("WORLD_SIZE", "?")
+    reason = str(error).strip().split("\n", maxsplit=1)[0]
+    print(
+        f"orpo-dist: rank {rank} of {ranks} on {socket.gethostname()} failed: {type(error).__name__}: {reason}",
+        file=sys.stderr,
+        flush=True,
+    )
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
 
 
 def _help() -> str:

@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 from orpo_dist.data.options import MAX_LENGTH, Unasked
 from orpo_dist.errors import UserError
 from orpo_dist.runtime.stop import seconds_of
+from orpo_dist.runtime.timeouts import START_SECONDS
 
 TRUNCATION_SIDES = ("left", "right")
 BAD_ROW_POLICIES = ("drop", "error")
@@ -188,7 +189,10 @@ class ORPOConfig(TrainingArguments):
         self.remove_unused_columns = False  # the collator reads token columns that no forward names
         if self.use_liger_kernel:
             self.liger_kernel_config = without_loss_kernels(self.liger_kernel_config)
+        # The process group starts here, and collectives may take longer before the first step than after it.
+        after, self.ddp_timeout = self.ddp_timeout, max(self.ddp_timeout, START_SECONDS)
         super().__post_init__()
+        self.ddp_timeout = after
         self._check()
 
     def _check(self) -> None:

@@ -41,6 +41,7 @@ from orpo_dist.runtime.nonfinite import LossHistory, NonFiniteSteps
 from orpo_dist.runtime.ranks import on_first_rank
 from orpo_dist.runtime.resume import check_same_run, check_topology, checkpoint_to_resume
 from orpo_dist.runtime.stop import StopRequests, ignore_signals, seconds_of
+from orpo_dist.runtime.timeouts import START_SECONDS, collectives_may_take
 from orpo_dist.runtime.zero import load_universal, mend_universal, safe_pickles, weight_decays, zero_stage
 
 TRAINER_STATE, METRICS = "trainer_state.json", "metrics_{}.pt"
@@ -73,6 +74,7 @@ class ResumableTrainer(Trainer):
         self._staging: Path | None = None
         self._resumed: tuple[str, int] | None = None  # checkpoint and its world size
         self._step_loss = torch.zeros((), dtype=torch.float64)
+        self._first_step = 1
         self._step_indices: list[int] = []
         self._last_indices: list[int] = []
         self._report = torch.zeros(2, dtype=torch.float64)
@@ -365,10 +367,14 @@ class _Survival(TrainerCallback):
             if trainer._evaluation_is_due():
                 trainer._evaluate(None, None)
         trainer._guard_optimizer()
+        collectives_may_take(max(trainer.args.ddp_timeout, START_SECONDS))
+        trainer._first_step = state.global_step + 1
         trainer._stop.steps_begin()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._trainer._stop.step_ends()
+        if state.global_step == self._trainer._first_step:
+            collectives_may_take(self._trainer.args.ddp_timeout)
         if self._trainer._stops and state.global_step < state.max_steps:
             control.should_save, control.should_evaluate = True, False
 

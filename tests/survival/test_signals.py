@@ -46,7 +46,8 @@ def test_every_signal_stops_saves_and_resumes_to_the_same_end(folder, topology, 
             assert f"({number.name})" in told
         elif number != signal.SIGUSR1:
             assert code != 0
-    assert Run(folder, stopped, topology).wait(START_SECONDS) == 0
+    last = Run(folder, stopped, topology)
+    assert last.wait(START_SECONDS) == 0, last.text()[-3000:]
     assert json.loads((stopped / "run_summary.json").read_text())["steps"] == STEPS
     assert same_weights(whole, stopped)
     assert same_losses(whole, stopped)

@@ -1,0 +1,21 @@
+"""How long the ranks wait for each other: long while they start, as long as `ddp_timeout` says after the first step.
+
+Loading a model from a slow disk and the first step, which compiles, differ between ranks by minutes; a step does not.
+Tokenisation is no matter of these timeouts: the ranks wait for it outside of collectives (data/cache.py).
+"""
+
+from datetime import timedelta
+
+from torch import distributed
+from torch.distributed import distributed_c10d
+
+START_SECONDS = 2 * 60 * 60
+
+
+def collectives_may_take(seconds: float) -> None:
+    """From now on a collective of any process group of this rank fails after `seconds`."""
+    if not distributed.is_initialized():
+        return
+    # torch has no public name for either. https://github.com/pytorch/pytorch (distributed_c10d.py, _set_pg_timeout)
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
