@@ -34,7 +34,7 @@ def harmed(folder):
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         environment["ORPO_DIST_CACHE"] = str(folder / "cache")
         done = subprocess.run([*launch, *script], env=environment, capture_output=True, text=True, timeout=BOUND)
-        return done.returncode, done.stderr[-6000:], output
+        return done.returncode, done.stderr, output
 
     return run
 
