@@ -80,8 +80,8 @@ def with_chat_template(setup: Setup, params: LLMTrainingParams) -> Setup:
     """
     if params.chat_template == "none" or params.apply_chat_template is not None:
         return setup
+    from orpo_dist.data.chat_template import resolve_chat_template
     from orpo_dist.data.sources import load_rows
-    from orpo_dist.data.tokenize import resolve_chat_template
     from orpo_dist.model.processor import load_processing_class, tokenizer_of
 
     rows = load_rows(params.data_path, split=params.train_split, max_samples=1, token=params.token)

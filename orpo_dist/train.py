@@ -117,10 +117,10 @@ def prepare(recipe: Recipe, folder: Path) -> "tuple[PreTrainedTokenizerBase | Pr
     """The tokenizer or processor and the tokenised pairs of a run, from the cache where they are there. Raises
     UserError."""
     from orpo_dist.checks import image_sizes, resolve_max_length
+    from orpo_dist.data.chat_template import resolve_chat_template
     from orpo_dist.data.options import PrepareOptions
     from orpo_dist.data.prepare import prepare_pairs
     from orpo_dist.data.splits import RunPairs, load_splits
-    from orpo_dist.data.tokenize import resolve_chat_template
     from orpo_dist.model.load import load_config
     from orpo_dist.model.processor import load_processing_class, tokenizer_of
 

@@ -22,6 +22,7 @@ from transformers import ProcessorMixin
 from orpo_dist import __version__
 from orpo_dist.data.audit import BadRow, DroppedRow, check_bad_rows, count_kinds, stop_at, write_dropped_rows
 from orpo_dist.data.cache import built_once, cache_root, digest, is_first_rank, on_first_rank
+from orpo_dist.data.chat_template import ProcessingClass, resolve_chat_template
 from orpo_dist.data.detect import SAMPLE, detect_format
 from orpo_dist.data.image_source import fetch_all, is_url
 from orpo_dist.data.images import StoredImage, image_identity, open_image, require_pillow
@@ -37,13 +38,7 @@ from orpo_dist.data.rows import (
     save,
     undecoded,
 )
-from orpo_dist.data.tokenize import (
-    PairTokenizer,
-    ProcessingClass,
-    TokenizedPair,
-    resolve_chat_template,
-    tokenizer_digest,
-)
+from orpo_dist.data.tokenize import PairTokenizer, TokenizedPair, tokenizer_digest
 from orpo_dist.data.tokenize_images import ImagePairTokenizer
 from orpo_dist.errors import UserError
 

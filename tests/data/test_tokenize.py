@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 from orpo_dist.data.audit import BadRow
 from orpo_dist.data.options import PrepareOptions
 from orpo_dist.data.pairs import Pair, PairFormat
-from orpo_dist.data.tokenize import PairTokenizer, TokenizedPair, resolve_chat_template, tokenizer_digest
+from orpo_dist.data.tokenize import PairTokenizer, TokenizedPair, tokenizer_digest
 from orpo_dist.errors import UserError
 
 FORMAT = PairFormat("", "prompt", "chosen", "rejected", None, None, False, None)
@@ -141,17 +141,6 @@ def test_messages_need_a_template(plain_tokenizer):
         tokenize(plain_tokenizer, Pair([USER], reply("a"), reply("b")))
     result = tokenize(plain_tokenizer, Pair([USER], reply("a"), reply("b")), chat_template="zephyr")
     assert plain_tokenizer.decode(result.chosen_ids) == "a</s>\n"
-
-
-def test_chat_template_option(chat_tokenizer, plain_tokenizer, tmp_path):
-    file = tmp_path / "template.jinja"
-    file.write_text("{{ messages[0]['content'] }}")
-    assert resolve_chat_template(None, plain_tokenizer) is None
-    assert resolve_chat_template("tokenizer", chat_tokenizer) == chat_tokenizer.chat_template
-    assert resolve_chat_template(str(file), chat_tokenizer) == file.read_text()
-    assert resolve_chat_template("{{ x }}", chat_tokenizer) == "{{ x }}"
-    with pytest.raises(UserError, match="chat_template=nonsense"):
-        resolve_chat_template("nonsense", chat_tokenizer)
 
 
 def test_text_that_is_rendered_already_is_not_rendered_again(chat_tokenizer):
