@@ -83,8 +83,6 @@ def test_adapters_of_every_family_with_checkpointing(tmp_path, family, quantised
         )
         model = type(model).from_pretrained(tmp_path, quantization_config=options, dtype=torch.float32).train()
         assert any(type(module).__name__ == "Linear4bit" for module in model.modules())
-    if family == "qwen3_5":  # float32 is too coarse for its decay rates, see tiny_model
-        model = model.double()
     torch.manual_seed(1)
     options = LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False)
     model = get_peft_model(model, options, autocast_adapter_dtype=False)
@@ -92,7 +90,8 @@ def test_adapters_of_every_family_with_checkpointing(tmp_path, family, quantised
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     use_packed_layout(model, max_length=64)
-    assert_equal(packed_result(model), expected)
+    # The recurrence of qwen3_5 is float32 whatever the model's dtype is, and its decay rates cancel: see tiny_model.
+    assert_equal(packed_result(model), expected, relative=1e-4 if family == "qwen3_5" else 1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "qwen3_5"])
