@@ -220,7 +220,7 @@ def test_env_section_is_set_before_the_libraries_are_imported(tmp_path):
 def test_the_recipes_of_this_repository_parse(path):
     recipe = Recipe.parse([str(path)])
     assert recipe.training.output_dir == f"runs/{path.stem}"
-    assert recipe.model.trains_adapter == (path.stem != "full")
+    assert recipe.model.trains_adapter == (path.stem not in ("full", "vlm"))
 
 
 def documented_defaults(text: str) -> dict[str, str]:
