@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.trl_forward import concatenated_batch, trl_loss
 from orpo_dist.loss import Objective, orpo_loss
 from orpo_dist.model.head import install_head
 from orpo_dist.model.packed import use_packed_layout
+from orpo_dist.model.vision import freeze, frozen_parts, without_parts
 from orpo_dist.packing.collate import PackedCollator
 from orpo_dist.packing.padded import PaddedCollator, score_padded
 from orpo_dist.packing.sampler import PairLengths
@@ -106,12 +107,27 @@ class Deadline:
 def build_model(setting: Setting, shape: str, *, lora: bool, checkpointing: bool = True) -> nn.Module:
     """A model of `shape` with random weights, made on the device, with non-reentrant activation checkpointing."""
     config = AutoConfig.for_model(**{**SHAPES[shape], **(TINY if setting.tiny else {})})
+    return trainable(
+        setting,
+        lambda: AutoModelForCausalLM.from_config(config, dtype=setting.dtype),
+        lora=lora,
+        checkpointing=checkpointing,
+    )
+
+
+def trainable(
+    setting: Setting, build: Callable[[], PreTrainedModel], *, lora: bool, checkpointing: bool = True
+) -> nn.Module:
+    """The model that `build` makes, ready to train as the trainer has it; a vision tower and projector are frozen."""
     torch.manual_seed(0)
     with setting.device:
-        model = AutoModelForCausalLM.from_config(config, dtype=setting.dtype)
+        model: Any = build()
     model.to(setting.device)  # buffers that a constructor made on the host
+    frozen = frozen_parts(model, train_vision_tower=False, train_projector=False)
+    freeze(model, frozen)
     if lora:
-        model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+        lora_config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+        model = get_peft_model(model, without_parts(lora_config, frozen))
         model.to(setting.device)
     if checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -216,10 +232,15 @@ def trl_best() -> Trainer:
                    note=f"batches of similar length, {attention}")  # fmt: skip
 
 
+def bare(model: nn.Module) -> Any:
+    """The model inside an adapter's wrapper."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 @contextmanager
 def switched(model: nn.Module, trainer: Trainer) -> Iterator[None]:
     """The model as `trainer` wants it."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = bare(model)
     if not trainer.packed:
         before = base.config._attn_implementation
         base.set_attn_implementation(trainer.attention or before)
@@ -291,11 +312,15 @@ def compare(
     *,
     deadline: Deadline,
     rounds: int = 3,
+    rows: list[dict[str, Any]] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Each trainer over the same pairs, in turns. A trainer that runs out of memory says so in place of figures."""
-    rows = rows_of(lengths, model.config.get_text_config().vocab_size)
+    """Each trainer over the same pairs, in turns. A trainer that runs out of memory says so in place of figures.
+
+    rows: of `lengths`; unset, drawn.
+    """
+    rows = rows or rows_of(lengths, model.config.get_text_config().vocab_size)
     grouped = grouped_batches(batches, lengths)
-    flops = ModelFlops.of(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    flops = ModelFlops.of(bare(model))
     work = sum(flops.of_pair(lengths[i], "sequence") for batch in batches for i in batch)
     pairs = sum(map(len, batches))
     stepper = Stepper(setting, model)

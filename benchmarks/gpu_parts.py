@@ -5,13 +5,14 @@ Every part is a process of its own, so that its memory and its failures are its 
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from logging import StreamHandler, getLogger
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import logging
 from transformers.integrations.liger import apply_liger_kernel
 
@@ -23,6 +24,7 @@ from benchmarks.gpu_harness import (
     UNSHARED,
     Deadline,
     Setting,
+    Trainer,
     build_model,
     compare,
     grouped_batches,
@@ -31,6 +33,7 @@ from benchmarks.gpu_harness import (
     static_bytes,
     trl_best,
 )
+from benchmarks.gpu_images import build_image_model, image_pairs, image_trainers
 from benchmarks.gpu_profile import profile
 from orpo_dist.config import without_loss_kernels
 from orpo_dist.model.compile import compile_blocks
@@ -54,31 +57,50 @@ def _throughput(shape: str, lora: bool, batches: int) -> Callable[[Setting, Dead
             if 1.25 * needed > total:
                 return {"skipped": f"weights, gradients and AdamW's moments take {needed / 2**30:.0f} GiB here"}
         model = build_model(setting, shape, lora=lora)
-        lengths = real_lengths(setting)
         trainers = [OURS, TRL_DEFAULT, trl_best(), UNSHARED, PADDED]
-        result: dict[str, Any] = {}
-        for size in MICRO_BATCHES:
-            picked = shuffled_batches(lengths, batches, size)
-            result = compare(setting, model, trainers, lengths, picked, deadline=deadline)
-            if not any("failed" in figures for figures in result.values()) or deadline.left < 60:
-                break
-        used = [lengths[i] for batch in picked for i in batch]
-        return {
-            "micro_batch": size,
-            "pairs": len(used),
-            "static_bytes": static_bytes(model),
-            "tokens": {
-                "shared": sum(pair.shared_tokens for pair in used),
-                "padded": sum(_padded_tokens([lengths[i] for i in batch]) for batch in picked),
-                "padded, grouped": sum(
-                    _padded_tokens([lengths[i] for i in batch]) for batch in grouped_batches(picked, lengths)
-                ),
-                "sharing_gain": sharing_gain(used),
-            },
-            "trainers": result,
-        }
+        return _compared(setting, model, trainers, real_lengths(setting), batches, deadline)
 
     return run
+
+
+def _compared(
+    setting: Setting,
+    model: nn.Module,
+    trainers: Sequence[Trainer],
+    lengths: Sequence[PairLengths],
+    batches: int,
+    deadline: Deadline,
+    rows: list[dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """The trainers at the largest micro-batch that all of them hold, and what that micro-batch is."""
+    result: dict[str, Any] = {}
+    for size in MICRO_BATCHES:
+        picked = shuffled_batches(lengths, batches, size)
+        result = compare(setting, model, trainers, lengths, picked, deadline=deadline, rows=rows)
+        if not any("failed" in figures for figures in result.values()) or deadline.left < 60:
+            break
+    used = [lengths[i] for batch in picked for i in batch]
+    return {
+        "micro_batch": size,
+        "pairs": len(used),
+        "static_bytes": static_bytes(model),
+        "tokens": {
+            "shared": sum(pair.shared_tokens for pair in used),
+            "padded": sum(_padded_tokens([lengths[i] for i in batch]) for batch in picked),
+            "padded, grouped": sum(
+                _padded_tokens([lengths[i] for i in batch]) for batch in grouped_batches(picked, lengths)
+            ),
+            "sharing_gain": sharing_gain(used),
+        },
+        "trainers": result,
+    }
+
+
+def images(setting: Setting, deadline: Deadline) -> dict[str, Any]:
+    """Pairs of which four fifths are image tokens."""
+    model, batches = build_image_model(setting), 2
+    lengths, rows = image_pairs(setting, model, batches * MICRO_BATCHES[0])
+    return _compared(setting, model, image_trainers(model), lengths, batches, deadline, rows)
 
 
 def _static_estimate(shape: str, lora: bool) -> int:
@@ -136,6 +158,7 @@ PARTS = (
     Part("gate-syncs", "no call in a micro-step waits for the device", gpu_gate.syncs),
     Part("8b-lora", "Qwen3-8B's shape, LoRA, real lengths", _throughput("qwen3-8b", True, 2)),
     Part("1.7b-full", "Qwen3-1.7B's shape, all weights, real lengths", _throughput("qwen3-1.7b", False, 4)),
+    Part("images", "Qwen2.5-VL-3B's shape, LoRA, image-heavy pairs", images),
     Part("head", "the loss head at 8192 x 4096 x 151936 against bare matmuls", gpu_micro.head),
     Part("profile", "where a step of the 8B-shaped LoRA run goes", profile),
     Part("options", "torch_compile, Liger, no checkpointing, on the 8B-shaped LoRA run", options),

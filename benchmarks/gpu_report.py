@@ -123,8 +123,11 @@ def _trainers(result: dict[str, Any]) -> list[str]:
             f"Tokens: {tokens['shared']} with shared prompts, {tokens['padded']} padded,",
             f"{tokens['padded, grouped']} padded in batches of similar length.",
             f"Weights, gradients and AdamW's moments: {result['static_bytes'] / GIB:.1f} GiB.",
-            "TRL's forward and loss are written again (benchmarks/trl_forward.py); nothing of its Trainer is in them.",
         ]
+    if "TRL, default" in result["trainers"]:
+        lines.append(
+            "TRL's forward and loss are written again (benchmarks/trl_forward.py); nothing of its Trainer is in them."
+        )
     lines += ["", "| | pairs/s | of ours | MFU | peak allocated, GiB | reserved | above static | |", "|---" * 8 + "|"]
     ours = result["trainers"].get("ours", {}).get("pairs_per_second")
     for name, row in result["trainers"].items():

@@ -85,8 +85,14 @@ def build_processor(settings: dict):
     )
 
 
+def completion_lengths(image_tokens: int) -> tuple[int, int]:
+    """Chosen and rejected: a tenth of the pair's tokens each, one a third longer than the other."""
+    spare = image_tokens // 4 - WORDS
+    longer = int(spare * 4 / 7)
+    return spare - longer, longer
+
+
 def build_rows(settings: dict, processor) -> list[dict]:
-    """Completions of a tenth of the pair's tokens each, one a third longer than the other."""
     import io
     import random
 
@@ -94,16 +100,14 @@ def build_rows(settings: dict, processor) -> list[dict]:
     from PIL import Image
 
     rng, noise = random.Random(0), np.random.default_rng(0)
-    image_tokens = (settings["image"] // PATCH) ** 2
-    spare = image_tokens // 4 - WORDS
+    lengths = completion_lengths((settings["image"] // PATCH) ** 2)
     rows = []
     for _ in range(settings["batch"] * 2):
         image = Image.fromarray(noise.integers(0, 255, (settings["image"], settings["image"], 3), dtype=np.uint8))
         buffer = io.BytesIO()
         image.save(buffer, "PNG", compress_level=1)
         text = "<image> " + " ".join(f"w{rng.randrange(4, VOCABULARY)}" for _ in range(WORDS))
-        longer = int(spare * 4 / 7)
-        chosen, rejected = ([rng.randrange(4, VOCABULARY) for _ in range(n)] for n in (spare - longer, longer))
+        chosen, rejected = ([rng.randrange(4, VOCABULARY) for _ in range(n)] for n in lengths)
         rows.append(
             {
                 "prompt_ids": list(processor(text=[text], images=[[image]])["input_ids"][0]),

@@ -61,7 +61,9 @@ def refuse_missing_kernels(args: ORPOConfig, zero3: bool) -> None:
     if not args.use_liger_kernel:
         return
     if not is_liger_kernel_available():
-        raise UserError("use_liger_kernel=true needs a package that is not here: pip install liger-kernel.")
+        raise UserError(
+            "use_liger_kernel=true needs liger-kernel, which is not installed: pip install 'orpo-dist[liger]'."
+        )
     if args.device.type == "cpu":
         raise UserError(
             "use_liger_kernel=true needs a GPU: Liger's kernels are written in Triton. Leave it unset on a CPU."

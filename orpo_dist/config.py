@@ -159,7 +159,7 @@ class ORPOConfig(TrainingArguments):
         True, "Compute each pair's prompt once (packed layout). Off by itself where it would gain under 5%%."
     )
     loss_chunk_size: int | None = _option(
-        None, "Rows whose logits exist at once in the loss head. Unset: 512 on CPU, 512 MiB of logits elsewhere."
+        None, "Rows whose logits exist at once in the loss head. Unset: 512 on CPU, 1 GiB of logits elsewhere."
     )
     verify_layout: bool = _option(
         True, "Compare the packed with the padded layout on a tiny batch at start-up, and fall back if they differ."

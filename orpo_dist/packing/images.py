@@ -179,7 +179,10 @@ class ImageCollator:
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if self.filler is not None and not any(row.get("images") for row in rows):
             rows = [*rows, self.filler]
-        prompts = process_prompts(self.processor, rows)
+        return self.collate(rows, process_prompts(self.processor, rows))
+
+    def collate(self, rows: Sequence[dict[str, Any]], prompts: PromptImages) -> dict[str, Any]:
+        """The batch of rows whose prompts have been through the processor."""
         batch = self.inner(rows)
         if isinstance(batch["orpo_layout"], PackedLayout):
             self._finish_packed(batch, rows, prompts)

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks.gpu_harness import grouped_batches, shuffled_batches
+from benchmarks.gpu_harness import Setting, bare, grouped_batches, shuffled_batches, switched, to_device
+from benchmarks.gpu_images import build_image_model, image_pairs, image_trainers
 from benchmarks.gpu_parts import PARTS
 from benchmarks.gpu_profile import kind_of
 from benchmarks.gpu_report import markdown, plots, verdicts
@@ -76,6 +78,26 @@ def test_resume_runs_what_is_missing_and_no_more(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", arguments)
     program.main()
     assert [name for name, _ in ran[1:]] == [part.name for part in PARTS]
+
+
+def test_image_pairs_have_one_loss_in_three_layouts_and_depend_on_the_pixels():
+    setting = Setting(torch.device("cpu"), tiny=True)
+    model = build_image_model(setting)
+    lengths, rows = image_pairs(setting, model, 2)
+    assert lengths[0].prompt == len(rows[0]["prompt_ids"]) == 144 + 2 + 24
+    with torch.no_grad():
+        for parameter in bare(model).parameters():
+            parameter.mul_(1 if parameter.dim() < 2 else 4)  # random weights are so small that no image is seen
+
+    def loss(trainer, rows):
+        with switched(model, trainer), torch.no_grad():
+            return trainer.loss(model, to_device(trainer.collate(rows), setting.device)).item()
+
+    packed, padded, duplicated = (loss(trainer, rows) for trainer in image_trainers(model))
+    assert packed == pytest.approx(duplicated, rel=1e-5) and padded == pytest.approx(duplicated, rel=1e-5)
+    blank = [{**row, "pixels": torch.zeros_like(row["pixels"])} for row in rows]
+    assert abs(loss(image_trainers(model)[0], blank) - packed) > 1e-3 * packed
+    assert not any(p.requires_grad for name, p in model.named_parameters() if "visual" in name)
 
 
 def figures(speed, above=None, mfu=None):

@@ -159,7 +159,7 @@ def test_liger_that_cannot_run_is_refused(tmp_path, monkeypatch):
 
     args = ORPOConfig(str(tmp_path), use_cpu=True, use_liger_kernel=True)
     monkeypatch.setattr(checks, "is_liger_kernel_available", lambda: False)
-    with pytest.raises(UserError, match="pip install liger-kernel"):
+    with pytest.raises(UserError, match=r"needs liger-kernel, .* pip install 'orpo-dist\[liger\]'"):
         checks.refuse_missing_kernels(args, zero3=False)
     monkeypatch.setattr(checks, "is_liger_kernel_available", lambda: True)
     with pytest.raises(UserError, match="needs a GPU"):
