@@ -18,18 +18,18 @@ from orpo_dist.model.vision import features_for_both, image_rules
 from orpo_dist.packing.images import ImageCollator, PromptImages
 from orpo_dist.packing.sampler import PairLengths
 
-# Shape of https://huggingface.co/Qwen/Qwen2.5-VL-3B-Instruct; the weights are random.
+# Shape of https://huggingface.co/Qwen/Qwen2.5-VL-7B-Instruct; the weights are random.
 TEXT: dict[str, Any] = dict(
-    vocab_size=151936,
-    hidden_size=2048,
-    intermediate_size=11008,
-    num_hidden_layers=36,
-    num_attention_heads=16,
-    num_key_value_heads=2,
+    vocab_size=152064,
+    hidden_size=3584,
+    intermediate_size=18944,
+    num_hidden_layers=28,
+    num_attention_heads=28,
+    num_key_value_heads=4,
     max_position_embeddings=32768,
     rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
 )
-TOWER: dict[str, Any] = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=2048)
+TOWER: dict[str, Any] = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=3584)
 IDS = dict(vision_start_token_id=151652, vision_end_token_id=151653, image_token_id=151655, video_token_id=151656)
 TINY_TEXT: dict[str, Any] = dict(
     vocab_size=512,
@@ -37,6 +37,7 @@ TINY_TEXT: dict[str, Any] = dict(
     intermediate_size=96,
     num_hidden_layers=2,
     num_attention_heads=4,
+    num_key_value_heads=2,
     rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
 )
 TINY_TOWER: dict[str, Any] = dict(
@@ -48,9 +49,7 @@ TINY_IDS = dict(vision_start_token_id=508, vision_end_token_id=509, image_token_
 def build_image_model(setting: Setting) -> nn.Module:
     """With LoRA on the language model; the tower is frozen."""
     text, tower, ids = (TEXT | TINY_TEXT, TOWER | TINY_TOWER, TINY_IDS) if setting.tiny else (TEXT, TOWER, IDS)
-    config = Qwen2_5_VLConfig(
-        text_config=text, vision_config=tower, **ids, tie_word_embeddings=True, dtype=setting.dtype
-    )
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=tower, **ids, dtype=setting.dtype)
     return trainable(setting, lambda: Qwen2_5_VLForConditionalGeneration._from_config(config), lora=True)
 
 

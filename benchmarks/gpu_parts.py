@@ -158,7 +158,7 @@ PARTS = (
     Part("gate-syncs", "no call in a micro-step waits for the device", gpu_gate.syncs),
     Part("8b-lora", "Qwen3-8B's shape, LoRA, real lengths", _throughput("qwen3-8b", True, 2)),
     Part("1.7b-full", "Qwen3-1.7B's shape, all weights, real lengths", _throughput("qwen3-1.7b", False, 4)),
-    Part("images", "Qwen2.5-VL-3B's shape, LoRA, image-heavy pairs", images),
+    Part("images", "Qwen2.5-VL-7B's shape, LoRA, image-heavy pairs", images),
     Part("head", "the loss head at 8192 x 4096 x 151936 against bare matmuls", gpu_micro.head),
     Part("profile", "where a step of the 8B-shaped LoRA run goes", profile),
     Part("options", "torch_compile, Liger, no checkpointing, on the 8B-shaped LoRA run", options),
