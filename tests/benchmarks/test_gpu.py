@@ -4,16 +4,19 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.gpu_harness import Setting, bare, grouped_batches, shuffled_batches, switched, to_device
+from benchmarks import gpu_gate
+from benchmarks.gpu_harness import Deadline, Setting, bare, grouped_batches, shuffled_batches, switched, to_device
 from benchmarks.gpu_images import build_image_model, image_pairs, image_trainers
 from benchmarks.gpu_parts import PARTS
 from benchmarks.gpu_profile import kind_of
 from benchmarks.gpu_report import markdown, plots, verdicts
+from orpo_dist.packing.images import ImageRules
 from orpo_dist.packing.sampler import PairLengths
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,6 +101,21 @@ def test_image_pairs_have_one_loss_in_three_layouts_and_depend_on_the_pixels():
     blank = [{**row, "pixels": torch.zeros_like(row["pixels"])} for row in rows]
     assert abs(loss(image_trainers(model)[0], blank) - packed) > 1e-3 * packed
     assert not any(p.requires_grad for name, p in model.named_parameters() if "visual" in name)
+
+
+@pytest.mark.parametrize("rules", [None, ImageRules()], ids=["right", "images numbered as text"])
+def test_the_gate_sees_wrong_positions_of_images(monkeypatch, rules):
+    def trainers(model):
+        packed, *padded = image_trainers(model)
+        inner = packed.collate.inner
+        changed = replace(packed.collate, inner=replace(inner, rules=rules or inner.rules))
+        return replace(packed, collate=changed), *padded
+
+    build = gpu_gate._families(True)["Qwen2.5-VL"]
+    monkeypatch.setattr(gpu_gate, "_families", lambda tiny: {"Qwen2.5-VL": build})
+    monkeypatch.setattr(gpu_gate, "image_trainers", trainers)
+    result = gpu_gate.families(Setting(torch.device("cpu"), tiny=True), Deadline(600))
+    assert result["ok"] is (rules is None)
 
 
 def figures(speed, above=None, mfu=None):
