@@ -173,8 +173,10 @@ def newest(output: Path) -> int:
 
 def kill_once(run: Run, output: Path, chance: random.Random, already: int) -> tuple[str, int] | None:
     """Wait for a random moment and kill. Returns the victim and the newest step then; None when the run was faster."""
-    latest = STEPS - 1  # a run that is killed at its very end is killed again before it has loaded
-    step = chance.randint(min(already + 1, latest), min(already + 3, latest))
+    latest = STEPS - 1
+    if already >= latest:  # too near to its end: what is left in _saving by the last kill would pass for this one's
+        return None
+    step = chance.randint(already + 1, min(already + 3, latest))
     in_saving, pause = chance.random() < 0.5, chance.random()
     deadline = time.monotonic() + START_SECONDS
     while newest(output) < step or (in_saving and not any((output / STAGING).glob("*"))):
@@ -199,6 +201,8 @@ def campaign(topology: str, kills: int, folder: Path, chance: random.Random) -> 
     whole, broken = folder / f"{topology}-whole", folder / f"{topology}-killed"
     peaceful = Run(folder, whole, topology)
     assert peaceful.wait(START_SECONDS) == 0, peaceful.text()[-5000:]
+    ends: list[bool] = []
+    losses_equal: list[bool] = []
     while True:
         run = Run(folder, broken, topology)
         before = newest(broken)
@@ -208,7 +212,7 @@ def campaign(topology: str, kills: int, folder: Path, chance: random.Random) -> 
         took = time.monotonic() - killed_at
         resumed = f"Resuming from {broken / f'checkpoint-{before}'}" in run.text()
         assert resumed or not before or "Resuming" not in run.text(), run.text()[-5000:]
-        if result.kills:
+        if result.kills and before:  # 0: the first start of another run
             result.kills[-1].resumed_from = before
         for checkpoint in checkpoint_folders(broken):
             verify(checkpoint)
@@ -216,19 +220,19 @@ def campaign(topology: str, kills: int, folder: Path, chance: random.Random) -> 
         if hit is None:
             assert run.process.returncode == 0, run.text()[-5000:]
             assert resumed or not before, run.text()[-5000:]
+            ends.append(same_weights(whole, broken))
+            losses_equal.append(same_losses(whole, broken))
+            shutil.rmtree(broken)
             if len(result.kills) >= kills:
                 break
-            shutil.rmtree(broken)  # it came to its end between two kills: another one
-            continue
+            continue  # it came to its end between two kills: another one
         inside = any((broken / STAGING).glob("*"))
         result.kills.append(Kill(*hit, inside, 0, round(took, 1)))
         print(f"{topology}: {result.kills[-1]}", flush=True)
         assert took < END_SECONDS, f"the other ranks outlived the dead one by {took:.0f} s"
-    result.equal_weights = same_weights(whole, broken)
-    result.equal_losses = same_losses(whole, broken)
+    result.equal_weights, result.equal_losses = all(ends), all(losses_equal)
     result.seconds = round(time.monotonic() - began, 1)
-    for output in (whole, broken):
-        shutil.rmtree(output)
+    shutil.rmtree(whole)
     return result
 
 
