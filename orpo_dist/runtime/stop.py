@@ -66,6 +66,7 @@ class StopRequests:
         self._file, self._max_runtime, self._is_first_rank = folder / STOP_FILE, max_runtime, is_first_rank
         self._pid, self._launcher = os.getpid(), _launcher()
         self._signal: str | None = None
+        self._reason: str | None = None
         self._signalled_at = 0.0
         self._in_steps = False
         self._longest_step = self._longest_save = 0.0
@@ -79,7 +80,7 @@ class StopRequests:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        self._signal = None
+        self._signal = self._reason = None
         before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         try:
             yield
@@ -109,7 +110,13 @@ class StopRequests:
         self._step_began = time.monotonic()
 
     def reason(self) -> str | None:
-        """Why this rank wants to stop, None while it does not. Cheap: a flag, a clock and a look at one file."""
+        """Why this rank wants to stop, None while it does not. The first reason stays: the time limit alone would come
+        and go with the margin that the last save asks for. Cheap: a flag, a clock and a look at one file."""
+        if self._reason is None:
+            self._reason = self._look()
+        return self._reason
+
+    def _look(self) -> str | None:
         if self._signal is not None:
             return self._signal
         if self._is_first_rank and self._file.exists():
