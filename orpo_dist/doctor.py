@@ -169,7 +169,7 @@ def _devices() -> Iterator[Check]:
                 "GPU",
                 "note",
                 f"{driver} is there, but torch {torch.__version__} is built without CUDA",
-                "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130",
+                "pip install --force-reinstall torch, from the index that pytorch.org names for your driver",
             )
         elif driver:
             yield Check(
