@@ -261,6 +261,9 @@ class ResumableTrainer(Trainer):
             self._try_to_save(lambda: checkpoints.flush_tree(staged), run)
         self.accelerator.wait_for_everyone()
         published = on_first_rank(lambda: self._try_to_save(lambda: self._publish(staged, run), run))
+        best = run / f"checkpoint-{self.state.best_global_step}"
+        if self.state.best_global_step and best.exists():
+            self.state.best_model_checkpoint = str(best)  # on every rank: ZeRO loads the best one from all of them
         if self.args.push_to_hub:
             self._push_from_checkpoint(published)
         self._stop.saved(time.monotonic() - began)
