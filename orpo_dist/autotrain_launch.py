@@ -80,15 +80,14 @@ def run(setup: Setup, distributed_backend: str | None) -> None:
         return
     if distributed_backend and not is_launched():
         print_note(f"distributed_backend={distributed_backend} needs several GPUs: training in one process.")
-    from accelerate import PartialState
-
     from orpo_dist.recipe import Recipe
+    from orpo_dist.runtime.ranks import leave_together
     from orpo_dist.train import train
 
     with _environment(setup.environment):
         train(Recipe.from_mapping(setup.recipe))
     if is_launched():
-        PartialState().destroy_process_group()
+        leave_together()
 
 
 def accelerate_config(distributed_backend: str | None, quantised: bool = False) -> Path:

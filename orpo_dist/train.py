@@ -31,11 +31,9 @@ def main(argv: Sequence[str]) -> int:
 
     with raising_on_signals():
         train(recipe)
-    from accelerate import PartialState
+    from orpo_dist.runtime.ranks import leave_together
 
-    state = PartialState()
-    state.wait_for_everyone()  # a rank that leaves while another still writes is aborted now and then (ZeRO-3, gloo)
-    state.destroy_process_group()
+    leave_together()
     return 0
 
 

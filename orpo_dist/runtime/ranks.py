@@ -1,4 +1,4 @@
-"""Work that the first rank does for all: every rank gets its result, or its error."""
+"""Ranks that act as one: work that the first one does for all, and the end of the processes."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -30,3 +30,16 @@ def on_first_rank(work: Callable[[], Result]) -> Result:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def leave_together() -> None:
+    """End the process group, the last thing a rank does. Every rank must call it; it is a collective.
+
+    Without the barrier a rank that exits while another still writes is aborted now and then (exit code -6): gloo's
+    thread frees the tensors of its last all-gather, which takes the GIL of an interpreter that is going away. Two of
+    14 ZeRO-3 runs whose first rank left 1.5 s later ended so, none of 14 with it.
+    https://github.com/pytorch/pytorch/pull/179291
+    """
+    state = PartialState()
+    state.wait_for_everyone()
+    state.destroy_process_group()

@@ -23,6 +23,7 @@ from transformers import BitsAndBytesConfig
 
 from orpo_dist import ORPOConfig, ORPOTrainer
 from orpo_dist.model.load import load_model
+from orpo_dist.runtime.ranks import leave_together
 from tests.model.tiny_vlms import drawing, image_row, tiny_processor
 
 WORDS = ("quick brown fox", "the lazy dog", "near the river bank", "open the settings", "Paris", "seven eight nine ten")
@@ -76,9 +77,7 @@ def main() -> None:
     trainer.save_model(str(out) + ".saved")
     if trainer.accelerator.is_main_process:
         out.write_text(json.dumps({"log": trainer.state.log_history, "facts": facts}))
-    trainer.accelerator.wait_for_everyone()  # a rank that leaves while another still writes is aborted now and then
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave_together()
 
 
 if __name__ == "__main__":

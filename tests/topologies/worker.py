@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from orpo_dist import ORPOConfig, ORPOTrainer
+from orpo_dist.runtime.ranks import leave_together
 
 
 def main() -> None:
@@ -63,8 +64,7 @@ def main() -> None:
     trainer.save_model(str(out) + ".saved")
     if trainer.accelerator.is_main_process:
         out.write_text(json.dumps({"log": trainer.state.log_history, "facts": facts}))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave_together()
 
 
 if __name__ == "__main__":
