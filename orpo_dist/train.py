@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from orpo_dist.errors import UserError
+from orpo_dist.errors import NonFiniteRun, RunStopped, UserError
 from orpo_dist.recipe import Recipe
 
 # The libraries read variables such as HF_HOME when they are imported, and the recipe may set them: see recipe.py.
@@ -27,12 +27,15 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str]) -> int:
     """`orpo-dist train`. Returns 0 when the run has finished."""
     recipe = Recipe.parse(argv)
+    from orpo_dist.runtime.ranks import leave_together, let_gloo_finish
     from orpo_dist.runtime.stop import raising_on_signals
 
     with raising_on_signals():
-        train(recipe)
-    from orpo_dist.runtime.ranks import leave_together
-
+        try:
+            train(recipe)
+        except (RunStopped, NonFiniteRun):
+            let_gloo_finish()
+            raise
     leave_together()
     return 0
 
