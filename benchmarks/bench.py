@@ -217,14 +217,14 @@ def main() -> None:
     cases = own_cases(options.lengths) if options.lengths else FULL
     if options.quick:
         cases = QUICK
-    start = time.perf_counter()
+    start, revision = time.perf_counter(), commit()  # before the results make the tree dirty
     results: dict[str, dict] = {}
     for case in cases:
         print(case.name, flush=True)
         results[case.name] = run_case(case, options)
         print(table(case.name, results[case.name]), flush=True)
         about = {
-            "commit": commit(),
+            "commit": revision,
             "date": time.strftime("%Y-%m-%d"),
             "minutes": round((time.perf_counter() - start) / 60, 1),
             "machine": processor(),
