@@ -85,7 +85,7 @@ test-oldest: $(VENV_OLDEST)/.installed
 
 bench: setup
 	$(BIN)/python benchmarks/bench.py
-	$(BIN)/python benchmarks/vision.py
+	$(BIN)/python benchmarks/vision.py --image 224 --layers 4 --batch 2 --steps 2 --rounds 2
 
 bench-quick: setup
 	$(BIN)/python benchmarks/bench.py --quick --rounds 2

@@ -1,6 +1,6 @@
 """Pairs with images: our packed layout against our padded one, with the pixels of each prompt once and twice.
 
-    python benchmarks/vision.py                    CPU, about 15 minutes; part of `make bench`
+    python benchmarks/vision.py                    CPU; `make bench` runs a smaller one
     python benchmarks/vision.py --device cuda --image 672 --batch 8
 
     duplicated   padded, every prompt and its image in it twice: the concatenated forward of other trainers
