@@ -27,15 +27,12 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str]) -> int:
     """`orpo-dist train`. Returns 0 when the run has finished."""
     recipe = Recipe.parse(argv)
-    from orpo_dist.runtime.ranks import leave_together, let_gloo_finish
     from orpo_dist.runtime.stop import raising_on_signals
 
     with raising_on_signals():
-        try:
-            train(recipe)
-        except (RunStopped, NonFiniteRun):
-            let_gloo_finish()
-            raise
+        train(recipe)
+    from orpo_dist.runtime.ranks import leave_together
+
     leave_together()
     return 0
 
@@ -55,7 +52,7 @@ def train(recipe: Recipe) -> "RunSummary":
 
     from orpo_dist import finish
     from orpo_dist.runtime.hub import check_login, move_token_to_environment
-    from orpo_dist.runtime.ranks import on_first_rank
+    from orpo_dist.runtime.ranks import let_gloo_finish, on_first_rank
     from orpo_dist.runtime.report import SUMMARY_NAME, FinalEvaluation, RunLog, ShortProgress
     from orpo_dist.runtime.resume import checkpoint_to_resume
     from orpo_dist.runtime.trackers import tensorboard_folder, usable_trackers
@@ -99,7 +96,11 @@ def train(recipe: Recipe) -> "RunSummary":
 
     if checkpoint is not None and state.is_main_process:
         print(f"Resuming from {checkpoint}")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except (RunStopped, NonFiniteRun):
+        let_gloo_finish()
+        raise
     finish.save_model(trainer, folder)
     merged = finish.merge(recipe, folder) if recipe.model.merge_adapter and recipe.model.trains_adapter else None
     summary = finish.summarise(recipe, trainer, pairs, log, merged)
