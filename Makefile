@@ -10,10 +10,10 @@ PYTEST_ARGS ?=
 # What `make test-oldest` runs: the way from rows to a merged model, in one process. Not the model families: some older
 # versions of them differ from the packed layout (Gemma 2, LFM2), which every run's start-up check sees and answers, and
 # older image processors of some need torchvision.
-SMOKE_TESTS ?= tests/test_loss.py tests/test_recipe.py tests/test_cli.py tests/test_trainer.py tests/test_train.py \
-	tests/test_merge.py tests/test_demo.py tests/data tests/packing tests/model/test_load.py tests/model/test_adapters.py \
-	tests/model/test_attention.py tests/model/test_attention_kernels.py tests/model/test_attention_flex.py \
-	tests/test_hot_path.py tests/model/test_head.py tests/model/test_fused_loss.py \
+SMOKE_TESTS ?= tests/test_loss.py tests/recipe/test_recipe.py tests/test_cli.py tests/test_trainer.py tests/test_train.py \
+	tests/model/loading/test_merge.py tests/demo/test_command.py tests/data tests/packing tests/model/loading/test_load.py tests/model/loading/test_adapters.py \
+	tests/model/attention/test_interface.py tests/model/attention/test_kernels.py tests/model/attention/test_flex.py \
+	tests/test_hot_path.py tests/model/head/test_install.py tests/model/head/test_fused_loss.py \
 	--ignore=tests/data/test_tokenize_images.py
 
 BIN := $(VENV)/bin

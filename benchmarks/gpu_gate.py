@@ -22,12 +22,12 @@ from benchmarks.gpu_harness import (
 )
 from benchmarks.gpu_images import image_trainers, with_images
 from orpo_dist.loss import Objective
-from orpo_dist.model.attention_kernels import TRIAL_TOLERANCES, KernelCase, trial_error, trusted_kernel
-from orpo_dist.model.attention_sequences import explicit_attention
-from orpo_dist.model.chunks import PairRows
-from orpo_dist.model.fused_loss import fused_orpo_loss
-from orpo_dist.model.vision import is_vision_language
-from orpo_dist.packing.sampler import PairLengths
+from orpo_dist.model.attention.kernels import TRIAL_TOLERANCES, KernelCase, trial_error, trusted_kernel
+from orpo_dist.model.attention.sequences import explicit_attention
+from orpo_dist.model.head.chunks import PairRows
+from orpo_dist.model.head.fused_loss import fused_orpo_loss
+from orpo_dist.model.loading.vision import is_vision_language
+from orpo_dist.packing.lengths import PairLengths
 
 HEAD_TOLERANCE = 1e-2
 # How much worse than the padded layout's own bfloat16 error the packed one's may be.

@@ -22,13 +22,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.trl_forward import concatenated_batch, trl_loss
 from orpo_dist.loss import Objective, orpo_loss
-from orpo_dist.model.head import install_head
-from orpo_dist.model.packed import use_packed_layout
-from orpo_dist.model.vision import freeze, frozen_parts, without_parts
+from orpo_dist.model.flops import ModelFlops
+from orpo_dist.model.head.install import install_head
+from orpo_dist.model.loading.vision import freeze, frozen_parts, without_parts
+from orpo_dist.model.packed.switch import use_packed_layout
 from orpo_dist.packing.collate import PackedCollator
+from orpo_dist.packing.lengths import PairLengths
 from orpo_dist.packing.padded import PaddedCollator, score_padded
-from orpo_dist.packing.sampler import PairLengths
-from orpo_dist.runtime.throughput import ModelFlops, peak_flops
+from orpo_dist.training.throughput import peak_flops
 
 LENGTHS = Path(__file__).parent / "lengths"
 OBJECTIVE = Objective(beta=0.1, label_smoothing=0.0)

@@ -14,9 +14,9 @@ from transformers import PreTrainedConfig, Qwen2_5_VLConfig, Qwen2_5_VLForCondit
 
 from benchmarks.gpu_harness import OURS, PADDED, Setting, Trainer, bare, rows_of, trainable
 from benchmarks.vision import WORDS, completion_lengths
-from orpo_dist.model.vision import features_for_both, image_rules
+from orpo_dist.model.loading.vision import features_for_both, image_rules
 from orpo_dist.packing.images import ImageCollator, PromptImages
-from orpo_dist.packing.sampler import PairLengths
+from orpo_dist.packing.lengths import PairLengths
 
 # Shape of https://huggingface.co/Qwen/Qwen2.5-VL-7B-Instruct; the weights are random.
 TEXT: dict[str, Any] = dict(

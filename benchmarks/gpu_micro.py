@@ -18,12 +18,12 @@ from benchmarks.gpu_harness import (
     shuffled_batches,
     to_device,
 )
-from orpo_dist.model.attention_flex import flex_packed_attention
-from orpo_dist.model.attention_kernels import KernelCase, _GatherKeys, candidates, trusted_kernel
-from orpo_dist.model.attention_sequences import Scores, sdpa_attention
-from orpo_dist.model.chunks import PairRows
-from orpo_dist.model.fused_loss import default_chunk_rows, fused_orpo_loss
-from orpo_dist.packing.sampler import PairLengths
+from orpo_dist.model.attention.flex import flex_packed_attention
+from orpo_dist.model.attention.kernels import KernelCase, _GatherKeys, candidates, trusted_kernel
+from orpo_dist.model.attention.sequences import Scores, sdpa_attention
+from orpo_dist.model.head.chunks import PairRows
+from orpo_dist.model.head.fused_loss import default_chunk_rows, fused_orpo_loss
+from orpo_dist.packing.lengths import PairLengths
 
 
 def head(setting: Setting, deadline: Deadline) -> dict[str, Any]:

@@ -36,8 +36,8 @@ from benchmarks.gpu_harness import (
 from benchmarks.gpu_images import build_image_model, image_pairs, image_trainers
 from benchmarks.gpu_profile import profile
 from orpo_dist.config import without_loss_kernels
-from orpo_dist.model.compile import compile_blocks
-from orpo_dist.packing.sampler import PairLengths, sharing_gain
+from orpo_dist.model.packed.compile import compile_blocks
+from orpo_dist.packing.lengths import PairLengths, sharing_gain
 
 MICRO_BATCHES = (8, 4, 2, 1)  # pairs; the first that everybody's memory holds
 

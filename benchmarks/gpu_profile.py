@@ -18,7 +18,8 @@ from benchmarks.gpu_harness import (
     shuffled_batches,
     switched,
 )
-from orpo_dist.runtime.throughput import ModelFlops, peak_flops
+from orpo_dist.model.flops import ModelFlops
+from orpo_dist.training.throughput import peak_flops
 
 KINDS = ("attention", "MLP", "projections", "head", "optimizer", "key gather", "copies", "the rest")
 

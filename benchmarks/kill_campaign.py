@@ -31,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from orpo_dist.runtime.checkpoint import STAGING, checkpoint_folders, step_of, verify  # noqa: E402
+from orpo_dist.run.checkpoint import STAGING, checkpoint_folders, step_of, verify  # noqa: E402
 from tests.conftest import CHATML_WITH_TOOLS, train_bpe  # noqa: E402
 from tests.pair_files import write_pairs  # noqa: E402
 

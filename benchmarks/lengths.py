@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from orpo_dist.data.prepare import PrepareOptions, prepare_pairs
 from orpo_dist.data.sources import load_rows
-from orpo_dist.packing.sampler import pair_lengths
+from orpo_dist.packing.lengths import pair_lengths
 
 
 def main() -> None:

@@ -22,7 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, logging
 from worker import rows_of, words
 
 from orpo_dist import ORPOConfig, ORPOTrainer
-from orpo_dist.packing.sampler import GlobalBatchSampler, PairLengths, pair_costs
+from orpo_dist.packing.lengths import PairLengths, pair_costs
+from orpo_dist.packing.sampler import GlobalBatchSampler
 
 BALANCE = ((8, 4, 1), (64, 4, 1), (8, 1, 8))  # ranks, pairs per micro-batch, accumulation
 PLANNED_PAIRS, PLANNED_RANKS = 4096, 64

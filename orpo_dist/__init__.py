@@ -6,7 +6,8 @@ from orpo_dist import ORPOConfig, ORPOTrainer
 import logging
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from orpo_dist.version import __version__
+
 __all__ = ["ORPOConfig", "ORPOTrainer", "__version__"]
 
 if TYPE_CHECKING:

@@ -7,7 +7,6 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from orpo_dist import __version__
 from orpo_dist.errors import (
     BAD_INPUT,
     FAILED,
@@ -21,21 +20,25 @@ from orpo_dist.errors import (
     SaveError,
     UserError,
 )
+from orpo_dist.version import __version__
 
 # Command: module, line of help. Imported when it is called: `--help` should not wait for torch.
 COMMANDS = {
     "train": ("orpo_dist.train", "train from a recipe: RECIPE.yaml [--field value ...]"),
-    "llm": ("orpo_dist.autotrain", "train with AutoTrain's flags"),
-    "data": ("orpo_dist.data.face", "check DATA or count it: check|stats DATA"),
+    "llm": ("orpo_dist.autotrain.project", "train with AutoTrain's flags"),
+    "data": ("orpo_dist.commands.data", "check DATA or count it: check|stats DATA"),
     "launch": ("orpo_dist.cluster.launch", "start the processes of a run on this node: RECIPE.yaml"),
     "prefetch": ("orpo_dist.cluster.prefetch", "fetch a run's model and data and tokenise them: RECIPE.yaml"),
     "submit": ("orpo_dist.cluster.submit", "a run as a job of SLURM: RECIPE.yaml --nodes N --gpus-per-node G --time T"),
     "status": ("orpo_dist.cluster.status", "where jobs and their runs stand: [RUN|JOB ...]"),
     "cancel": ("orpo_dist.cluster.cancel", "end jobs, with a checkpoint: RUN|JOB ..."),
-    "merge": ("orpo_dist.merge", "merge a run's adapter into its base model: RUN"),
-    "convert-checkpoint": ("orpo_dist.convert", "let a ZeRO run go on with another number of processes: CHECKPOINT"),
-    "doctor": ("orpo_dist.doctor", "what this machine has, what is missing and how to mend it"),
-    "demo": ("orpo_dist.demo", "a small model, a small preference set, before and after"),
+    "merge": ("orpo_dist.model.loading.merge", "merge a run's adapter into its base model: RUN"),
+    "convert-checkpoint": (
+        "orpo_dist.commands.convert_checkpoint",
+        "resume a ZeRO run with another number of processes: CHECKPOINT",
+    ),
+    "doctor": ("orpo_dist.commands.doctor", "what this machine has, what is missing and how to mend it"),
+    "demo": ("orpo_dist.demo.command", "a small model, a small preference set, before and after"),
 }
 # transformers has an option of the same name, with a value.
 _DEBUG_VALUES = {"underflow_overflow", "tpu_metrics_debug"}

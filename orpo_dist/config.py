@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from orpo_dist.data.options import MAX_LENGTH, Unasked
+from orpo_dist.distributed.timeouts import START_SECONDS
 from orpo_dist.errors import UserError
-from orpo_dist.runtime.stop import seconds_of
-from orpo_dist.runtime.timeouts import START_SECONDS
+from orpo_dist.options.data import MAX_LENGTH, Unasked
+from orpo_dist.options.durations import seconds_of
 
 TRUNCATION_SIDES = ("left", "right")
 BAD_ROW_POLICIES = ("drop", "error")
@@ -29,7 +29,7 @@ def bf16_is_supported(use_cpu: bool) -> bool:
 
 def without_loss_kernels(liger_kernel_config: dict[str, bool] | None) -> dict[str, bool]:
     """Liger's settings for norms, rotary embeddings and MLPs alone: its loss kernels replace the model's forward, and
-    with it the loss head that is in there (model/head.py).
+    with it the loss head that is in there (model/head/install.py).
 
     Raises:
         UserError: one of the loss kernels is asked for.
@@ -225,7 +225,7 @@ class ORPOConfig(TrainingArguments):
             raise UserError(f"processor_kwargs={self.processor_kwargs!r} is not a mapping, nor a JSON object.")
         if self.max_length is not None and self.max_length < 2:
             raise UserError("max_length=1 leaves no room for a completion after the prompt.")
-        if not isinstance(self.max_length, Unasked):  # else it depends on the model, see checks.resolve_max_length
+        if not isinstance(self.max_length, Unasked):  # else the model decides: model/loading/processor.py
             self.check_prompt_length()
 
     def check_prompt_length(self) -> None:

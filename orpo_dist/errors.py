@@ -41,3 +41,13 @@ class RunStopped(SystemExit):
     def __str__(self) -> str:
         saved = f"saved {self.checkpoint}" if self.checkpoint else "nothing to save yet"
         return f"Stopped at step {self.step} ({self.reason}): {saved}. Continue with --resume_from_checkpoint auto."
+
+
+class BadRow(Exception):
+    """One row that cannot be trained on. `kind` is a key of ADVICE; `reason` says what was found in `column`."""
+
+    def __init__(self, kind: str, column: str | None, reason: str):
+        super().__init__(kind, column, reason)  # all three, so that it survives pickling between processes
+        self.kind = kind
+        self.column = column
+        self.reason = reason

@@ -5,33 +5,30 @@
 in one process, or in each of the processes that torchrun, accelerate launch or srun starts.
 """
 
+import gc
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from orpo_dist.errors import NonFiniteRun, RunStopped, UserError
-from orpo_dist.recipe import Recipe
+from orpo_dist.recipe.recipe import Recipe
 
-# The libraries read variables such as HF_HOME when they are imported, and the recipe may set them: see recipe.py.
+# The libraries read variables such as HF_HOME when they are imported, and the recipe may set them (recipe/recipe.py).
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
-
-    from orpo_dist.config import ORPOConfig
-    from orpo_dist.data.prepare import PreparedPairs
     from orpo_dist.data.splits import RunPairs
-    from orpo_dist.model.load import ModelArguments
-    from orpo_dist.runtime.report import RunSummary
+    from orpo_dist.run.callbacks import RunLog
+    from orpo_dist.run.summary import RunSummary
+    from orpo_dist.trainer import ORPOTrainer
 
 
 def main(argv: Sequence[str]) -> int:
     """`orpo-dist train`. Returns 0 when the run has finished."""
     recipe = Recipe.parse(argv)
-    from orpo_dist.runtime.stop import raising_on_signals
+    from orpo_dist.run.stop import raising_on_signals
 
     with raising_on_signals():
         train(recipe)
-    from orpo_dist.runtime.ranks import leave_together
+    from orpo_dist.distributed.ranks import leave_together
 
     leave_together()
     return 0
@@ -50,12 +47,13 @@ def train(recipe: Recipe) -> "RunSummary":
     from accelerate import PartialState
     from transformers import PrinterCallback, ProgressCallback
 
-    from orpo_dist import finish
-    from orpo_dist.runtime.hub import check_login, move_token_to_environment
-    from orpo_dist.runtime.ranks import let_gloo_finish, on_first_rank
-    from orpo_dist.runtime.report import SUMMARY_NAME, FinalEvaluation, RunLog, ShortProgress
-    from orpo_dist.runtime.resume import checkpoint_to_resume
-    from orpo_dist.runtime.trackers import tensorboard_folder, usable_trackers
+    from orpo_dist.distributed.ranks import let_gloo_finish, on_first_rank
+    from orpo_dist.run.callbacks import FinalEvaluation, RunLog, ShortProgress
+    from orpo_dist.run.hub_login import check_login, move_token_to_environment
+    from orpo_dist.run.prepare import load_model_of, peft_config_of, prepare
+    from orpo_dist.run.resume import checkpoint_to_resume
+    from orpo_dist.run.summary import SUMMARY_NAME
+    from orpo_dist.run.trackers import tensorboard_folder, usable_trackers
     from orpo_dist.trainer import ORPOTrainer
 
     args, state = recipe.training, PartialState()
@@ -74,7 +72,7 @@ def train(recipe: Recipe) -> "RunSummary":
     processing_class, pairs = prepare(recipe, folder)
     if state.is_main_process:
         recipe.save(folder / "recipe.yaml")  # with what the processor decided
-    model = _load_model(recipe.model, args)
+    model = load_model_of(recipe.model, args)
     # The first evaluation is the trainer's own: inside the loop the model is wrapped, as ZeRO-1 and ZeRO-2 need.
     # A resumed run has it in its history.
     args.eval_on_start = args.eval_on_start or (pairs.evaluation is not None and checkpoint is None)
@@ -86,7 +84,7 @@ def train(recipe: Recipe) -> "RunSummary":
             train_dataset=pairs.train.dataset,
             eval_dataset=pairs.evaluation.dataset if pairs.evaluation else None,
             processing_class=processing_class,
-            peft_config=_peft_config(recipe.model, model),
+            peft_config=peft_config_of(recipe.model, model),
             callbacks=[log, FinalEvaluation()] if pairs.evaluation else [log],
         )
     del model
@@ -101,9 +99,9 @@ def train(recipe: Recipe) -> "RunSummary":
     except (RunStopped, NonFiniteRun):
         let_gloo_finish()
         raise
-    finish.save_model(trainer, folder)
-    merged = finish.merge(recipe, folder) if recipe.model.merge_adapter and recipe.model.trains_adapter else None
-    summary = finish.summarise(recipe, trainer, pairs, log, merged)
+    _save_model(trainer, folder)
+    merged = _merge(recipe, folder) if recipe.model.merge_adapter and recipe.model.trains_adapter else None
+    summary = _summarise(recipe, trainer, pairs, log, merged)
     if state.is_main_process:
         summary.save(folder)
     if args.push_to_hub:
@@ -111,76 +109,8 @@ def train(recipe: Recipe) -> "RunSummary":
     else:
         trainer.create_model_card(dataset_name=recipe.data.dataset_name)
     if state.is_main_process:
-        print(finish.report(summary))
+        print(_report(summary))
     return summary
-
-
-def prepare(recipe: Recipe, folder: Path) -> "tuple[PreTrainedTokenizerBase | ProcessorMixin, RunPairs]":
-    """The tokenizer or processor and the tokenised pairs of a run, from the cache where they are there. Raises
-    UserError."""
-    from orpo_dist.checks import image_sizes, resolve_max_length
-    from orpo_dist.data.chat_template import resolve_chat_template
-    from orpo_dist.data.options import PrepareOptions
-    from orpo_dist.data.prepare import prepare_pairs
-    from orpo_dist.data.splits import RunPairs, load_splits
-    from orpo_dist.model.load import load_config
-    from orpo_dist.model.processor import load_processing_class, tokenizer_of
-
-    name, args = str(recipe.model.model_name_or_path), recipe.training
-    source: dict[str, Any] = {"revision": recipe.model.model_revision, "trust_remote_code": args.trust_remote_code}
-    processing_class = load_processing_class(name, **source, sizes=image_sizes(args))
-    tokenizer = tokenizer_of(processing_class)
-    if args.chat_template is not None:  # the one that is trained is saved with the model
-        processing_class.chat_template = tokenizer.chat_template = resolve_chat_template(
-            args.chat_template, processing_class
-        )
-    resolve_max_length(args, processing_class)
-    options = PrepareOptions.from_config(args, load_config(name, **source).is_encoder_decoder)
-    train_rows, eval_rows = load_splits(recipe.data, args.seed)
-
-    def prepared(rows: Any, split: str) -> "PreparedPairs":
-        return prepare_pairs(
-            rows, processing_class, options, name=split, dropped_rows_path=folder / "dropped_rows.jsonl"
-        )
-
-    train_pairs = prepared(train_rows, "train")
-    return processing_class, RunPairs(train_pairs, prepared(eval_rows, "eval") if eval_rows is not None else None)
-
-
-def _load_model(arguments: "ModelArguments", args: "ORPOConfig") -> "PreTrainedModel | PeftModel":
-    """The base model in the precision the run needs; with the adapter that is to be continued, if there is one."""
-    from transformers.integrations import is_deepspeed_zero3_enabled
-
-    from orpo_dist.model.adapters import add_adapter
-    from orpo_dist.model.load import compute_dtype, load_model, quantization_config, resolve_dtype
-
-    options: dict[str, Any] = {
-        "revision": arguments.model_revision,
-        "dtype": resolve_dtype(arguments, bf16=args.bf16, fp16=args.fp16),
-        "attn_implementation": arguments.attn_implementation,
-        "quantization_config": quantization_config(arguments, compute_dtype(args.bf16, args.fp16)),
-        "trust_remote_code": args.trust_remote_code,
-    }
-    # They are used up here; the trainer wants them only beside a model given by name.
-    extra, args.model_init_kwargs = args.model_init_kwargs or {}, None
-    if not isinstance(extra, dict):
-        raise UserError(f"model_init_kwargs={extra!r} is not a mapping, nor a JSON object.")
-    model = load_model(str(arguments.model_name_or_path), **(options | extra))
-    if arguments.adapter_name_or_path is None:
-        return model
-    return add_adapter(
-        model,
-        adapter_name_or_path=arguments.adapter_name_or_path,
-        gradient_checkpointing=args.gradient_checkpointing,
-        gradient_checkpointing_kwargs=cast("dict[str, Any] | None", args.gradient_checkpointing_kwargs),
-        zero3=is_deepspeed_zero3_enabled(),
-    )
-
-
-def _peft_config(arguments: "ModelArguments", model: "PreTrainedModel | PeftModel") -> "LoraConfig | None":
-    from orpo_dist.model.adapters import lora_config
-
-    return lora_config(arguments, is_encoder_decoder=model.config.is_encoder_decoder)
 
 
 def _check_evaluation(recipe: Recipe) -> None:
@@ -197,3 +127,88 @@ def _check_evaluation(recipe: Recipe) -> None:
                 f"{option} needs rows to evaluate on: set dataset_test_split to a split, or test_split_size to hold "
                 "rows out of the training split."
             )
+
+
+def _save_model(trainer: "ORPOTrainer", folder: Path) -> None:
+    """Model or adapter with tokenizer and generation config, in the standard layout. Every rank takes part."""
+    push, trainer.args.push_to_hub = trainer.args.push_to_hub, False  # save_model would push before the report exists
+    trainer.save_model(str(folder))
+    trainer.args.push_to_hub = push
+    model: Any = trainer.model
+    if trainer.is_world_process_zero() and model.generation_config is not None:
+        # peft saves none. Not save_pretrained: it refuses configs that the base itself came with.
+        model.generation_config.to_json_file(folder / "generation_config.json")
+
+
+def _merge(recipe: Recipe, folder: Path) -> str:
+    """Merge the adapter into its base, checked, and return the folder of the result."""
+    from accelerate import PartialState
+
+    from orpo_dist.model.loading.merge import merge_run
+
+    state = PartialState()
+    if state.is_main_process:
+        gc.collect()
+        done = merge_run(folder, trust_remote_code=recipe.training.trust_remote_code)
+        print("\n".join(done.lines()))
+    state.wait_for_everyone()
+    return str(folder / "merged")
+
+
+def _summarise(
+    recipe: Recipe, trainer: "ORPOTrainer", pairs: "RunPairs", log: "RunLog", merged: str | None
+) -> "RunSummary":
+    """What run_summary.json says. Every rank takes part."""
+    from transformers.trainer_pt_utils import get_model_param_count
+
+    from orpo_dist.run.machine import device_name, peak_memory_gib, versions
+    from orpo_dist.run.summary import RunSummary, evaluation_at, pairs_seen, without_prefix
+
+    args, state = trainer.args, trainer.state
+    model: Any = trainer.model
+    after = evaluation_at(state, state.global_step)
+    if pairs.evaluation is not None and (after is None or args.load_best_model_at_end):
+        after = without_prefix(trainer.evaluate())
+    count = len(pairs.train.dataset)
+    global_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    first, last = (
+        pairs_seen(step, count, global_batch, args.dataloader_drop_last) for step in (log.first_step, state.global_step)
+    )
+    return RunSummary(
+        model=str(recipe.model.model_name_or_path),
+        model_revision=getattr(model.config, "_commit_hash", None),
+        dataset=str(recipe.data.dataset_name),
+        output_dir=str(args.output_dir),
+        adapter=recipe.model.trains_adapter,
+        merged_model=merged,
+        pairs=count,
+        dropped=len(pairs.train.dropped),
+        eval_pairs=len(pairs.evaluation.dataset) if pairs.evaluation else 0,
+        eval_dropped=len(pairs.evaluation.dropped) if pairs.evaluation else 0,
+        steps=state.global_step,
+        epochs=round(state.epoch or 0.0, 4),
+        global_batch_size=global_batch,
+        world_size=args.world_size,
+        device=device_name(args.device),
+        parameters=get_model_param_count(model),
+        trainable_parameters=get_model_param_count(model, trainable_only=True),
+        train_loss=next((event["train_loss"] for event in reversed(state.log_history) if "train_loss" in event), None),
+        eval_before=evaluation_at(state, 0),
+        eval_after=after,
+        train_seconds=round(log.train_seconds, 3),
+        pairs_per_second=round((last - first) / log.train_seconds, 3) if log.train_seconds else None,
+        peak_memory_gib=peak_memory_gib(args.device),
+        versions=versions(),
+    )
+
+
+def _report(summary: "RunSummary") -> str:
+    """The last lines on the terminal."""
+    speed = f", {summary.pairs_per_second:.1f} pairs/s" if summary.pairs_per_second else ""
+    lines = [
+        summary.table(),
+        f"{summary.pairs} pairs, {summary.global_batch_size} per step, steps: {summary.steps}, processes: "
+        f"{summary.world_size}{speed}, peak memory {max(summary.peak_memory_gib):.2f} GiB.",
+        f"{'Adapter' if summary.adapter else 'Model'} and reports: {summary.output_dir}",
+    ]
+    return "\n".join(line for line in lines if line)

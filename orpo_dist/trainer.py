@@ -23,24 +23,33 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalPrediction
 
-from orpo_dist import checks
 from orpo_dist.config import ORPOConfig
-from orpo_dist.data.options import PrepareOptions
 from orpo_dist.errors import UserError
-from orpo_dist.evaluation import PairEvaluation
 from orpo_dist.loss import Objective, pair_sums
-from orpo_dist.model.adapters import add_adapter, disable_base_dropout
-from orpo_dist.model.compile import compile_blocks
+from orpo_dist.model.flops import ModelFlops
 from orpo_dist.model.forward import ForwardOptions, ImageSetup, PairForward
-from orpo_dist.model.load import compute_dtype, load_model
-from orpo_dist.model.processor import tokenizer_of
-from orpo_dist.model.vision import freeze, frozen_parts, name_present_layers, without_parts
+from orpo_dist.model.loading.adapters import add_adapter, disable_base_dropout
+from orpo_dist.model.loading.load import load_model
+from orpo_dist.model.loading.processor import (
+    is_encoder_decoder,
+    model_init_kwargs,
+    processing_class_of,
+    resolve_max_length,
+    tokenizer_of,
+)
+from orpo_dist.model.loading.vision import freeze, frozen_parts, name_present_layers, without_parts
+from orpo_dist.model.packed.compile import compile_blocks
+from orpo_dist.options.data import PrepareOptions
+from orpo_dist.options.model import compute_dtype
 from orpo_dist.packing.images import shortest_with_images
-from orpo_dist.packing.sampler import FILLER, GlobalBatchSampler, pair_lengths, sharing_gain
-from orpo_dist.resumable import ResumableTrainer
-from orpo_dist.runtime.heap import returning_freed_memory
-from orpo_dist.runtime.metrics import MetricSums
-from orpo_dist.runtime.throughput import ModelFlops, Throughput
+from orpo_dist.packing.lengths import pair_lengths, sharing_gain
+from orpo_dist.packing.sampler import FILLER, GlobalBatchSampler
+from orpo_dist.training import refusals
+from orpo_dist.training.evaluation import PairEvaluation
+from orpo_dist.training.malloc_trim import returning_freed_memory
+from orpo_dist.training.metrics import MetricSums
+from orpo_dist.training.resumable import ResumableTrainer
+from orpo_dist.training.throughput import Throughput
 
 LEAST_SHARING_GAIN = 1.05
 logger = get_logger(__name__)
@@ -91,18 +100,18 @@ class ORPOTrainer(PairEvaluation, ResumableTrainer):
         compute_metrics: Callable[[EvalPrediction], dict] | None = None,
     ):
         args = ORPOConfig("trainer_output") if args is None else args
-        checks.refuse_what_needs_logits(args, preprocess_logits_for_metrics)
-        checks.refuse_unsupported_parallelism(args)
-        checks.refuse_missing_kernels(args, zero3=is_deepspeed_zero3_enabled())
+        refusals.refuse_what_needs_logits(args, preprocess_logits_for_metrics)
+        refusals.refuse_unsupported_parallelism(args)
+        refusals.refuse_missing_kernels(args, zero3=is_deepspeed_zero3_enabled())
         has_rows = train_dataset is not None or eval_dataset is not None
-        checks.refuse_contradictions(args, model, model_init, has_rows)
+        refusals.refuse_contradictions(args, model, model_init, has_rows)
 
         self.objective = Objective(beta=args.beta, label_smoothing=args.label_smoothing)
         self._peft_config = peft_config
-        self.is_encoder_decoder = checks.is_encoder_decoder(model, args)
-        self._processing_class = checks.processing_class_of(model, args, processing_class)
+        self.is_encoder_decoder = is_encoder_decoder(model, args)
+        self._processing_class = processing_class_of(model, args, processing_class)
         self._tokenizer = tokenizer_of(self._processing_class)
-        checks.resolve_max_length(args, self._processing_class)
+        resolve_max_length(args, self._processing_class)
         self._prepare_options = PrepareOptions.from_config(args, self.is_encoder_decoder)
         self.prepared: dict[str, PreparedPairs] = {}
         self._run_folder = Path(str(args.output_dir))
@@ -118,7 +127,7 @@ class ORPOTrainer(PairEvaluation, ResumableTrainer):
 
         set_seed(args.seed)  # a new adapter is initialised at random
         if isinstance(model, str):
-            model = load_model(model, trust_remote_code=args.trust_remote_code, **checks.model_init_kwargs(args))
+            model = load_model(model, trust_remote_code=args.trust_remote_code, **model_init_kwargs(args))
         if model is not None:
             model = self._adapt(model, args)
         self._train_sums, self._eval_sums = MetricSums(), MetricSums()
@@ -145,7 +154,7 @@ class ORPOTrainer(PairEvaluation, ResumableTrainer):
         self._prepare_to_survive()
         self.add_callback(_VerifyLayout(self))
         if args.generate_during_eval:
-            from orpo_dist.runtime.samples import SampleReplies
+            from orpo_dist.training.samples import SampleReplies
 
             self.add_callback(SampleReplies(self))
 
@@ -207,9 +216,9 @@ class ORPOTrainer(PairEvaluation, ResumableTrainer):
             # transformers decides so for plain models only; for an adapter DDP would search, which reentrant
             # checkpointing does not survive.
             args.ddp_find_unused_parameters = False
-        coefficient = checks.router_aux_loss_coef(model.config, args.router_aux_loss_coef)
+        coefficient = refusals.router_aux_loss_coef(model.config, args.router_aux_loss_coef)
         self.forward.adapt(model, router_aux_loss_coef=coefficient)
-        if args.use_liger_kernel and not checks.liger_knows(model):
+        if args.use_liger_kernel and not refusals.liger_knows(model):
             logger.warning(f"use_liger_kernel has no effect: Liger has no kernels for {model.config.model_type}.")
         if args.torch_compile:
             compile_blocks(model, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
@@ -218,7 +227,7 @@ class ORPOTrainer(PairEvaluation, ResumableTrainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        # The blocks are compiled (model/compile.py); accelerate would compile the whole model around them.
+        # The blocks are compiled (model/packed/compile.py); accelerate would compile the whole model around them.
         self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
 
     def _train_parts(self, model: Any, args: ORPOConfig) -> Any:
@@ -298,7 +307,7 @@ class ORPOTrainer(PairEvaluation, ResumableTrainer):
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Model FLOPs of a micro-batch, by the formula of runtime/throughput.py."""
+        """Model FLOPs of a micro-batch, by the formula of training/throughput.py."""
         return int(self._throughput.flops_of(self._lengths[i] for i in inputs["orpo_layout"].index if i != FILLER))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -312,7 +321,7 @@ class ORPOTrainer(PairEvaluation, ResumableTrainer):
     ) -> None:
         """README.md in the output folder; TRL's arguments, which `push_to_hub` passes on."""
         if self.is_world_process_zero():
-            from orpo_dist.runtime.card import write_model_card
+            from orpo_dist.run.model_card import write_model_card
 
             write_model_card(self, model_name, dataset_name, tags)
 

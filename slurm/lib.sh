@@ -79,7 +79,7 @@ on_head() { # a command in the environment of the run, on one node
 open_run() { # open_run RECIPE [--field value ...]: RUN, STATE, LOGS and the number of this attempt
     [ $# -gt 0 ] || fail "$BAD_INPUT" "usage: sbatch TEMPLATE recipe.yaml [--field value ...]"
     [ -f "$1" ] || fail "$BAD_INPUT" "$1: there is no such recipe (folder: $PWD)."
-    RUN=$(on_head "$PYTHON" -m orpo_dist.cluster.glance "$@") || fail "$BAD_INPUT" "the recipe $1 cannot be read."
+    RUN=$(on_head "$PYTHON" -m orpo_dist.recipe.preview "$@") || fail "$BAD_INPUT" "the recipe $1 cannot be read."
     refuse_local_folder
     STATE=$RUN/slurm LOGS=$RUN/slurm/logs
     mkdir -p "$LOGS" "$STATE/exit" "$STATE/health" || fail "$BAD_INPUT" "cannot write the run's folder $RUN."
@@ -344,7 +344,7 @@ sweep() { # sweep RECIPE SWEEP_FILE [--field value ...]: line i of the file has 
     line=$(grep -v '^[[:space:]]*\(#\|$\)' "$file" | sed -n "$((index + 1))p")
     [ -n "$line" ] || fail "$BAD_INPUT" "$file has no line $index (the first is 0; comments and empty lines do not count)."
     set_environment
-    folder=$(on_head "$PYTHON" -m orpo_dist.cluster.glance "$recipe" "$@") || fail "$BAD_INPUT" "the recipe $recipe cannot be read."
+    folder=$(on_head "$PYTHON" -m orpo_dist.recipe.preview "$recipe" "$@") || fail "$BAD_INPUT" "the recipe $recipe cannot be read."
     eval "set -- \"\$@\" $line" # the line may quote
     train "$recipe" "$@" --output_dir "$folder/$index"
 }

@@ -68,7 +68,7 @@ def test_a_micro_step_reads_nothing_from_the_device(trainer, monkeypatch):
     monkeypatch.setattr(ORPOTrainer, "training_step", counted)
     trainer.train()
     assert len(reads) == 12
-    # The first step measures once what the model does to its logits (model/head.py).
+    # The first step measures once what the model does to its logits (model/head/install.py).
     assert reads[1:] == [0] * 11
 
 

@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from orpo_dist import cli
 from orpo_dist.data.splits import load_splits
 from orpo_dist.errors import UserError
-from orpo_dist.recipe import DataArguments, Recipe
-from orpo_dist.runtime.checkpoint import seal
-from orpo_dist.runtime.resume import checkpoint_to_resume
+from orpo_dist.options.data import DataArguments
+from orpo_dist.recipe.recipe import Recipe
+from orpo_dist.run.checkpoint import seal
+from orpo_dist.run.resume import checkpoint_to_resume
 from orpo_dist.train import train
 from tests.pair_files import write_pairs
 

@@ -176,7 +176,7 @@ def test_sharing_that_cannot_apply_is_named(tmp_path, chat_tokenizer, tiny_llama
 
 
 def test_a_wrong_packed_layout_is_seen_and_falls_back(tmp_path, trained, chat_tokenizer, monkeypatch, caplog):
-    from orpo_dist.model import attention
+    from orpo_dist.model.attention import interface as attention
 
     rows = pairs(8, len(chat_tokenizer))
     padded = weights(trained(rows, padding_free=False))

@@ -1,81 +1,8 @@
-"""A recipe at a glance: single values of it with the flags that follow, without the libraries that check all of them.
+"""The path by which job scripts of earlier versions ask for a run's folder; see recipe/preview.py."""
 
-    python -m orpo_dist.cluster.glance RECIPE.yaml [--field value ...]     prints the run's folder
-
-Templates and launchers ask for the run's folder or for the kind of adapter before anything heavy is imported.
-"""
-
-import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import yaml
-
-from orpo_dist.errors import UserError
-from orpo_dist.recipe_file import read_recipe_file
-
-
-@dataclass(frozen=True)
-class Glance:
-    """Values of a recipe file and of the flags after it, which win."""
-
-    path: Path
-    values: dict[str, Any]
-    environment: dict[str, str]
-
-    @property
-    def run_folder(self) -> Path:
-        """Where the run writes, absolute."""
-        return Path(os.path.abspath(self.values.get("output_dir") or f"runs/{self.path.stem}"))
-
-    @property
-    def trains_adapter(self) -> bool:
-        return bool(self.values.get("use_peft")) or self.values.get("adapter_name_or_path") is not None
-
-    @property
-    def quantised(self) -> bool:
-        return bool(self.values.get("load_in_4bit") or self.values.get("load_in_8bit"))
-
-
-def glance(recipe: str | Path, flags: Sequence[str] = ()) -> Glance:
-    """Read a recipe and its flags (`--name value`, `--name=value`, `--switch`, `--no_switch`).
-
-    Raises:
-        UserError: no such file, or no valid YAML in it.
-    """
-    file = read_recipe_file(recipe)
-    return Glance(file.path, file.values | _values_of(flags), file.environment)
-
-
-def _values_of(flags: Sequence[str]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for position, flag in enumerate(flags):
-        if not flag.startswith("--"):
-            continue
-        name, equals, value = flag[2:].partition("=")
-        following = flags[position + 1] if position + 1 < len(flags) else "--"
-        name, switch = name.replace("-", "_"), not equals and following.startswith("--")
-        if switch and name.startswith("no_"):
-            values[name.removeprefix("no_")] = False
-        else:
-            values[name] = True if switch else yaml.safe_load(value if equals else following)
-    return values
-
-
-def main(argv: Sequence[str]) -> int:
-    if not argv:
-        print("usage: python -m orpo_dist.cluster.glance RECIPE.yaml [--field value ...]", file=sys.stderr)
-        return 2
-    try:
-        print(glance(argv[0], argv[1:]).run_folder)
-    except UserError as error:
-        print(f"orpo-dist: error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
+from orpo_dist.recipe.preview import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -24,11 +24,11 @@ from typing import NoReturn
 
 import yaml
 
-from orpo_dist import __version__
 from orpo_dist.cluster.files import accelerate_config
-from orpo_dist.cluster.glance import Glance, glance
-from orpo_dist.cluster.meeting import NodeReport, meet
+from orpo_dist.cluster.rendezvous import NodeReport, meet
 from orpo_dist.errors import FAILED, UserError
+from orpo_dist.recipe.preview import Glance, glance
+from orpo_dist.version import __version__
 
 # Other versions of these on another node give other numbers, or a hang.
 SAME_EVERYWHERE = ("torch", "transformers", "accelerate", "peft", "trl", "deepspeed", "bitsandbytes")

@@ -6,8 +6,8 @@ Training jobs then run offline: compute nodes often have no network, and a thous
 from collections.abc import Sequence
 from pathlib import Path
 
-from orpo_dist.cluster.glance import glance
 from orpo_dist.errors import UserError
+from orpo_dist.recipe.preview import glance, without_gpu
 
 # Weights in other formats than the one that is loaded are most of some repositories.
 _OTHER_FORMATS = ["*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.tflite", "*.ot", "original/*", "consolidated*", "onnx/*"]
@@ -22,11 +22,11 @@ def main(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: orpo-dist prefetch RECIPE.yaml [--field value ...]\n\nFetch model and data, and tokenise.")
         return 0 if argv else 2
-    from orpo_dist.recipe import Recipe
+    from orpo_dist.recipe.recipe import Recipe
 
     view = glance(argv[0], argv[1:])
     recipe = Recipe.parse([*argv, *without_gpu(view.values)])
-    from orpo_dist.train import prepare
+    from orpo_dist.run.prepare import prepare
 
     for name, revision in ((recipe.model.model_name_or_path, recipe.model.model_revision), (_adapter(recipe), None)):
         if name:
@@ -36,15 +36,6 @@ def main(argv: Sequence[str]) -> int:
     evaluated = f", {len(pairs.evaluation.dataset)} to evaluate on" if pairs.evaluation else ""
     print(f"Tokenised: {len(pairs.train.dataset)} pairs to train on{evaluated}")
     return 0
-
-
-def without_gpu(values: dict[str, object]) -> list[str]:
-    """Flags with which a recipe for GPUs can be read on a node that has none."""
-    flags = ["--use_cpu", "true"]
-    for name in ("fp16", "tf32"):
-        if values.get(name):
-            flags += [f"--{name}", "false"]
-    return flags
 
 
 def _adapter(recipe: object) -> str | None:
@@ -58,7 +49,7 @@ def _fetch(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    from orpo_dist.model.hub import hub_errors
+    from orpo_dist.model.loading.hub import hub_errors
 
     try:
         with hub_errors(name, revision):

@@ -18,12 +18,11 @@ from typing import NoReturn
 
 from orpo_dist.cluster import slurm
 from orpo_dist.cluster.files import accelerate_config
-from orpo_dist.cluster.glance import Glance, glance
 from orpo_dist.cluster.job import JobRequest, check_request, choose_template, seconds_of
-from orpo_dist.cluster.prefetch import without_gpu
 from orpo_dist.cluster.render import render
 from orpo_dist.cluster.site import SiteProfile, read_site, sbatch_options
 from orpo_dist.errors import UserError
+from orpo_dist.recipe.preview import Glance, glance, without_gpu
 
 _PATHS = ("dataset_name", "model_name_or_path", "adapter_name_or_path")
 
@@ -170,7 +169,7 @@ def _request(options: argparse.Namespace, view: Glance) -> JobRequest:
 
 def _check_recipe(recipe: str, flags: Sequence[str]) -> None:
     """Names and values, as training will read them; on the CPU, since a login node has no GPU."""
-    from orpo_dist.recipe import Recipe
+    from orpo_dist.recipe.recipe import Recipe
 
     before = dict(os.environ)
     try:

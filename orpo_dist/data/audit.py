@@ -6,8 +6,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from orpo_dist.data.options import PrepareOptions
 from orpo_dist.errors import UserError
+from orpo_dist.options.data import PrepareOptions
 
 # What to do about each kind of bad row. The kinds are the names that counts are printed under.
 ADVICE = {
@@ -37,16 +37,6 @@ ADVICE = {
     "images too long": "Lower the processor's image size (max_pixels), or raise the limit on tokens.",
     "images without a processor": "Choose a vision-language model, or ignore the images with image_column=''.",
 }
-
-
-class BadRow(Exception):
-    """One row that cannot be trained on. `kind` is a key of ADVICE; `reason` says what was found in `column`."""
-
-    def __init__(self, kind: str, column: str | None, reason: str):
-        super().__init__(kind, column, reason)  # all three, so that it survives pickling between processes
-        self.kind = kind
-        self.column = column
-        self.reason = reason
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from orpo_dist.data.audit import BadRow
-from orpo_dist.data.image_source import ImageSource
 from orpo_dist.data.messages import decode, read_content
-from orpo_dist.data.options import PrepareOptions
 from orpo_dist.data.pairs import SWIFT_CHOSEN, SWIFT_REJECTED, PairFormat
 from orpo_dist.data.place_images import has_images
-from orpo_dist.errors import UserError
+from orpo_dist.errors import BadRow, UserError
+from orpo_dist.images.source import ImageSource
+from orpo_dist.options.data import PrepareOptions
 
 PROMPT_COLUMNS = ("prompt", "conversations", "conversation")
 # Columns that hold the prompt in public data sets under names too general to be taken without being asked.

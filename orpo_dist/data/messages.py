@@ -9,8 +9,8 @@ import json
 import math
 from typing import Any
 
-from orpo_dist.data.audit import BadRow
-from orpo_dist.data.image_source import embedded_image
+from orpo_dist.errors import BadRow
+from orpo_dist.images.source import embedded_image
 
 Message = dict[str, Any]
 JSON_KEY = "__json__"  # sources.py stores what an Arrow column cannot hold without loss as {JSON_KEY: text}

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from orpo_dist.data.audit import BadRow
-from orpo_dist.data.image_source import ImageSource
-from orpo_dist.data.images import StoredImage
 from orpo_dist.data.messages import Message, decode, read_content, read_tools, text_of
 from orpo_dist.data.place_images import Columns, has_images, place_images, without_images
 from orpo_dist.data.rows import SOURCE_COLUMN
+from orpo_dist.errors import BadRow
+from orpo_dist.images.decode import StoredImage
+from orpo_dist.images.source import ImageSource
 
 LAST_REPLY_MARKERS = ("\n\nAssistant:", "\n\nASSISTANT:")  # whole dialogues as text, as in Anthropic's HH
 # ms-swift's rows: a whole conversation with the chosen reply, and the rejected reply or conversation beside it.

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-from orpo_dist.data.audit import BadRow
-from orpo_dist.data.image_source import ImageSource
-from orpo_dist.data.images import StoredImage
 from orpo_dist.data.messages import Message
+from orpo_dist.errors import BadRow
+from orpo_dist.images.decode import StoredImage
+from orpo_dist.images.source import ImageSource
 
 PLACEHOLDER = "<image>"
 

@@ -19,15 +19,11 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, Value
 from datasets import List as ListOf
 from transformers import ProcessorMixin
 
-from orpo_dist import __version__
-from orpo_dist.data.audit import BadRow, DroppedRow, check_bad_rows, count_kinds, stop_at, write_dropped_rows
-from orpo_dist.data.cache import built_once, cache_root, digest, is_first_rank, on_first_rank
+from orpo_dist.data.audit import DroppedRow, check_bad_rows, count_kinds, stop_at, write_dropped_rows
+from orpo_dist.data.cache import built_once, cache_root, digest
 from orpo_dist.data.chat_template import ProcessingClass, resolve_chat_template
 from orpo_dist.data.detect import SAMPLE, detect_format
-from orpo_dist.data.image_source import fetch_all, is_url
-from orpo_dist.data.images import StoredImage, image_identity, open_image, require_pillow
 from orpo_dist.data.messages import decode
-from orpo_dist.data.options import PrepareOptions, asked_length
 from orpo_dist.data.pairs import Pair, PairFormat
 from orpo_dist.data.rows import (
     ROW_COLUMN,
@@ -40,7 +36,12 @@ from orpo_dist.data.rows import (
 )
 from orpo_dist.data.tokenize import PairTokenizer, TokenizedPair, tokenizer_digest
 from orpo_dist.data.tokenize_images import ImagePairTokenizer
-from orpo_dist.errors import UserError
+from orpo_dist.distributed.once import is_first_rank, on_first_rank
+from orpo_dist.errors import BadRow, UserError
+from orpo_dist.images.decode import StoredImage, image_identity, open_image, require_pillow
+from orpo_dist.images.source import fetch_all, is_url
+from orpo_dist.options.data import PrepareOptions, asked_length
+from orpo_dist.version import __version__
 
 __all__ = ["DroppedRow", "PrepareOptions", "PreparedPairs", "prepare_pairs"]
 

@@ -32,9 +32,9 @@ from datasets import (
 from datasets.arrow_writer import ArrowWriter
 
 from orpo_dist.data.cache import digest
-from orpo_dist.data.images import encode_image
 from orpo_dist.data.messages import JSON_KEY
 from orpo_dist.errors import UserError
+from orpo_dist.images.decode import encode_image
 
 SOURCE_COLUMN = "_source"  # the file a row came from
 ROW_COLUMN = "_row"  # its number there

@@ -17,9 +17,10 @@ from datasets import (
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-from orpo_dist.data.cache import built_once, digest, on_first_rank
+from orpo_dist.data.cache import built_once, digest
 from orpo_dist.data.files import file_format, read_file, split_files
 from orpo_dist.data.rows import ROW_COLUMN, SOURCE_COLUMN, dataset_from_rows, parquet_schema, save, save_parquet
+from orpo_dist.distributed.once import on_first_rank
 from orpo_dist.errors import UserError
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")

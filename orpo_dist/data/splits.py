@@ -7,7 +7,7 @@ from typing import Any
 from orpo_dist.data.prepare import PreparedPairs
 from orpo_dist.data.sources import load_rows
 from orpo_dist.errors import UserError
-from orpo_dist.recipe import DataArguments
+from orpo_dist.options.data import DataArguments
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,13 @@ from pathlib import Path
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from orpo_dist.data.audit import BadRow
 from orpo_dist.data.cache import digest
 from orpo_dist.data.chat_template import ProcessingClass, resolve_chat_template
-from orpo_dist.data.images import StoredImage
 from orpo_dist.data.messages import Message, text_of
-from orpo_dist.data.options import PrepareOptions
 from orpo_dist.data.pairs import Pair, PairFormat, common_length
-from orpo_dist.errors import UserError
+from orpo_dist.errors import BadRow, UserError
+from orpo_dist.images.decode import StoredImage
+from orpo_dist.options.data import PrepareOptions
 
 # What a saved tokenizer says of where it was loaded from, and of what its last call padded or truncated to.
 TRANSIENT_SETTINGS = ("name_or_path", "is_local", "local_files_only", "padding", "truncation")

@@ -14,16 +14,15 @@ from typing import TYPE_CHECKING
 from jinja2 import TemplateError
 from transformers import ProcessorMixin
 
-from orpo_dist.data.audit import BadRow
 from orpo_dist.data.chat_template import resolve_chat_template
-from orpo_dist.data.image_source import fetch_all, is_url
-from orpo_dist.data.images import StoredImage, open_image
 from orpo_dist.data.messages import Message
-from orpo_dist.data.options import PrepareOptions
 from orpo_dist.data.pairs import Pair, PairFormat, common_length
 from orpo_dist.data.place_images import PLACEHOLDER
 from orpo_dist.data.tokenize import PairTokenizer, RenderedPair, SplitPair, TokenizedPair
-from orpo_dist.errors import UserError
+from orpo_dist.errors import BadRow, UserError
+from orpo_dist.images.decode import StoredImage, open_image
+from orpo_dist.images.source import fetch_all, is_url
+from orpo_dist.options.data import PrepareOptions
 
 if TYPE_CHECKING:
     from PIL.Image import Image

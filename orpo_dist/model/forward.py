@@ -18,17 +18,23 @@ from transformers import PreTrainedModel
 
 from orpo_dist.errors import UserError
 from orpo_dist.loss import Objective, PairScores, orpo_loss
-from orpo_dist.model.head import install_head
-from orpo_dist.model.packed import PackingVerdict, use_packed_layout
-from orpo_dist.model.verify import LayoutCheck, verify_layout
-from orpo_dist.model.verify_images import drawn_row, verify_images
-from orpo_dist.model.vision import features_for_both, image_rules, shares_features, trains_vision, vision_cost
+from orpo_dist.model.head.install import install_head
+from orpo_dist.model.loading.vision import (
+    features_for_both,
+    image_rules,
+    shares_features,
+    trains_vision,
+    vision_cost,
+)
+from orpo_dist.model.packed.switch import PackingVerdict, use_packed_layout
+from orpo_dist.model.packed.verify import LayoutCheck, verify_layout
+from orpo_dist.model.packed.verify_images import drawn_row, verify_images
 from orpo_dist.packing.collate import PackedCollator
-from orpo_dist.packing.foreign import ForeignCollator
 from orpo_dist.packing.images import ImageCollator, process_prompts
 from orpo_dist.packing.layout import PackedLayout
 from orpo_dist.packing.padded import EncoderDecoderCollator, PaddedCollator, PaddedLayout, score_padded
 from orpo_dist.packing.sampler import FILLER
+from orpo_dist.packing.trl_collator import ForeignCollator
 
 logger = logging.getLogger(__name__)
 

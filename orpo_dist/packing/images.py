@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from orpo_dist.errors import UserError
 from orpo_dist.packing.collate import PackedCollator
 from orpo_dist.packing.layout import PackedLayout
+from orpo_dist.packing.lengths import pair_lengths
 from orpo_dist.packing.padded import PaddedCollator
-from orpo_dist.packing.sampler import pair_lengths
 
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")  # the processors' names for the kind of every token
 _OF_THE_TEXT = {"input_ids", "attention_mask", "labels", *TOKEN_TYPES}
@@ -93,8 +93,8 @@ def process_prompts(processor: Any, rows: Sequence[dict[str, Any]]) -> PromptIma
         UserError: an image cannot be read any more, or the processor makes other tokens of a prompt than the data step
             did (another version or other options of the processor).
     """
-    from orpo_dist.data.audit import BadRow
-    from orpo_dist.data.images import open_image
+    from orpo_dist.errors import BadRow
+    from orpo_dist.images.decode import open_image
 
     def opened(row: dict[str, Any]) -> list[Any]:
         try:

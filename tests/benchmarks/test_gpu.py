@@ -17,7 +17,7 @@ from benchmarks.gpu_parts import PARTS
 from benchmarks.gpu_profile import kind_of
 from benchmarks.gpu_report import markdown, plots, verdicts
 from orpo_dist.packing.images import ImageRules
-from orpo_dist.packing.sampler import PairLengths
+from orpo_dist.packing.lengths import PairLengths
 
 ROOT = Path(__file__).resolve().parents[2]
 

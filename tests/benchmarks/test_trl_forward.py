@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.gpu_harness import rows_of
 from benchmarks.trl_forward import concatenated_batch, trl_loss
-from orpo_dist.packing.sampler import PairLengths
+from orpo_dist.packing.lengths import PairLengths
 
 LENGTHS = [PairLengths(11, 7, 9), PairLengths(5, 6, 3), PairLengths(1, 1, 4)]
 

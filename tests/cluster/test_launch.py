@@ -13,9 +13,9 @@ import yaml
 
 from orpo_dist.cli import main
 from orpo_dist.cluster.files import accelerate_config, shipped
-from orpo_dist.cluster.glance import glance
 from orpo_dist.cluster.launch import Placement, choose_config, fitted_config, launcher_command
 from orpo_dist.cluster.processes import telling_code
+from orpo_dist.recipe.preview import glance
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -39,7 +39,7 @@ def test_glance_reads_file_and_flags(recipe, tmp_path, monkeypatch):
 
 def test_glance_as_a_program_needs_no_torch(recipe):
     program = (
-        "import sys; from orpo_dist.cluster.glance import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
+        "import sys; from orpo_dist.recipe.preview import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, recipe], capture_output=True, text=True, timeout=60, cwd=REPOSITORY

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from orpo_dist.cli import main
-from orpo_dist.cluster.prefetch import without_gpu
 from orpo_dist.cluster.slurm import PartitionNodes, _gpus_of, partition_nodes
 from orpo_dist.cluster.status import RunState
+from orpo_dist.recipe.preview import without_gpu
 
 RECIPE = "model_name_or_path: owner/tiny\ndataset_name: pairs.jsonl\nlearning_rate: 1e-5\nbf16: true\n"
 

@@ -14,9 +14,10 @@ from pathlib import Path
 from torch import distributed
 from transformers import AutoTokenizer
 
-from orpo_dist.data import cache, prepare
-from orpo_dist.data.options import PrepareOptions
+from orpo_dist.data import prepare
 from orpo_dist.data.prepare import prepare_pairs
+from orpo_dist.distributed import once
+from orpo_dist.options.data import PrepareOptions
 
 PAIRS = [{"prompt": f"question {i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(8)]
 COLLECTIVE_TIMEOUT = 2  # seconds; building takes longer, so waiting in a collective would fail
@@ -71,7 +72,7 @@ def main(tokenizer_folder: str, out: str) -> None:
 
     # Two nodes with a cache each: the first rank of the second node has to build too.
     os.environ |= {"ORPO_DIST_CACHE": str(Path(out, f"node{rank}")), "GROUP_RANK": str(rank), "LOCAL_RANK": "0"}
-    cache.VISIBLE_SECONDS = 0.5
+    once.VISIBLE_SECONDS = 0.5
     real_exists = Path.exists
     if rank == 1:  # the other node's disk
         Path.exists = lambda path: "node0" not in path.parts and real_exists(path)

@@ -3,9 +3,9 @@ import pickle
 
 import pytest
 
-from orpo_dist.data.audit import ADVICE, BadRow, DroppedRow, check_bad_rows, write_dropped_rows
-from orpo_dist.data.options import PrepareOptions
-from orpo_dist.errors import UserError
+from orpo_dist.data.audit import ADVICE, DroppedRow, check_bad_rows, write_dropped_rows
+from orpo_dist.errors import BadRow, UserError
+from orpo_dist.options.data import PrepareOptions
 
 BAD = [
     DroppedRow("a.jsonl", 3, "chosen", "empty completion", "no text"),

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from orpo_dist.data.options import PrepareOptions
 from orpo_dist.data.prepare import prepare_pairs
 from orpo_dist.data.sources import load_rows
 from orpo_dist.errors import UserError
+from orpo_dist.options.data import PrepareOptions
 from tests.data.processors import qwen_processor
-from tests.data.test_images import png_of
+from tests.images.test_decode import png_of
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "data.md"
 USER = {"role": "user", "content": "Hi"}

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from orpo_dist.data import cache
-from orpo_dist.data.cache import built_once, cache_root, digest, on_first_rank
+from orpo_dist.data.cache import built_once, cache_root, digest
+from orpo_dist.distributed import once
+from orpo_dist.distributed.once import on_first_rank
 from orpo_dist.errors import UserError
 
 
@@ -72,7 +73,7 @@ def test_digest_separates_its_parts():
 
 def test_without_process_group_it_is_the_work_itself():
     assert on_first_rank(lambda: Path("/here")) == Path("/here")
-    assert cache.is_first_rank()
+    assert once.is_first_rank()
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,7 @@ def test_a_crash_of_the_first_rank_ends_the_others(two_ranks):
 
 
 def test_the_first_rank_raises_as_soon_as_the_others_know(two_ranks):
-    assert two_ranks[0]["crash seconds"] < cache.ERROR_SECONDS
+    assert two_ranks[0]["crash seconds"] < once.ERROR_SECONDS
 
 
 def test_a_node_with_a_cache_of_its_own_builds_its_own(two_ranks):

@@ -13,14 +13,13 @@ from datasets import Dataset, Image, IterableDataset, List
 from PIL import Image as pillow
 
 from orpo_dist.data import prepare
-from orpo_dist.data.audit import BadRow
 from orpo_dist.data.detect import detect_format
-from orpo_dist.data.images import open_image
-from orpo_dist.data.options import PrepareOptions
 from orpo_dist.data.pairs import Pair
 from orpo_dist.data.prepare import IMAGE_COLUMNS, TOKEN_COLUMNS, prepare_pairs
 from orpo_dist.data.sources import load_rows
-from orpo_dist.errors import UserError
+from orpo_dist.errors import BadRow, UserError
+from orpo_dist.images.decode import open_image
+from orpo_dist.options.data import PrepareOptions
 from tests.data.processors import qwen_processor
 from tests.model.tiny_vlms import drawing
 
@@ -337,7 +336,7 @@ def test_addresses_are_fetched_once_into_the_prepared_data(monkeypatch):
             raise BadRow("missing image", column, f"{address} cannot be fetched: 404")
         return png()
 
-    monkeypatch.setattr("orpo_dist.data.image_source.fetch", fetch)
+    monkeypatch.setattr("orpo_dist.images.source.fetch", fetch)
     rows = [{**TRL, "images": ["https://example.org/a.png"]}] * 3 + [{**TRL, "images": ["https://example.org/gone"]}]
     options = PrepareOptions(allow_image_urls=True, max_bad_rows=1)
     for _ in range(2):

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from orpo_dist.data.audit import BadRow
 from orpo_dist.data.messages import decode, read_content, read_message, read_tools
+from orpo_dist.errors import BadRow
 
 
 @pytest.mark.parametrize(

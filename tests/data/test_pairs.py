@@ -1,10 +1,9 @@
 import pytest
 
-from orpo_dist.data.audit import BadRow
 from orpo_dist.data.detect import detect_format
-from orpo_dist.data.options import PrepareOptions
 from orpo_dist.data.pairs import Pair, common_length, common_text_prompt
-from orpo_dist.errors import UserError
+from orpo_dist.errors import BadRow, UserError
+from orpo_dist.options.data import PrepareOptions
 
 USER = {"role": "user", "content": "Two and two?"}
 GOOD = {"role": "assistant", "content": "Four."}

@@ -6,10 +6,10 @@ from datasets import Dataset, DatasetDict, IterableDataset
 
 from orpo_dist.config import ORPOConfig
 from orpo_dist.data import prepare
-from orpo_dist.data.options import PrepareOptions
 from orpo_dist.data.prepare import TOKEN_COLUMNS, DroppedRow, prepare_pairs
 from orpo_dist.data.sources import load_rows
 from orpo_dist.errors import UserError
+from orpo_dist.options.data import PrepareOptions
 
 ROWS = [{"prompt": f"question {i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(10)]
 EMPTY = {"prompt": "question", "chosen": "", "rejected": "bad"}

@@ -5,11 +5,10 @@ import pytest
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
-from orpo_dist.data.audit import BadRow
-from orpo_dist.data.options import PrepareOptions
 from orpo_dist.data.pairs import Pair, PairFormat
 from orpo_dist.data.tokenize import PairTokenizer, TokenizedPair, tokenizer_digest
-from orpo_dist.errors import UserError
+from orpo_dist.errors import BadRow, UserError
+from orpo_dist.options.data import PrepareOptions
 
 FORMAT = PairFormat("", "prompt", "chosen", "rejected", None, None, False, None)
 USER = {"role": "user", "content": "Two and two?"}

@@ -5,12 +5,12 @@ import copy
 import pytest
 from PIL import Image
 
-from orpo_dist.data.audit import BadRow
-from orpo_dist.data.images import encode_image, open_image
-from orpo_dist.data.options import PrepareOptions
 from orpo_dist.data.pairs import Pair, PairFormat
 from orpo_dist.data.tokenize import tokenizer_digest
 from orpo_dist.data.tokenize_images import ADDED, ImagePairTokenizer, TokenizedImagePair
+from orpo_dist.errors import BadRow
+from orpo_dist.images.decode import encode_image, open_image
+from orpo_dist.options.data import PrepareOptions
 from orpo_dist.packing.images import process_prompts
 from tests.data.processors import qwen_processor
 from tests.model.tiny_vlms import FAMILIES, drawing, tiny_processor

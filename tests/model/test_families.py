@@ -8,22 +8,24 @@ from torch import nn
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from orpo_dist.loss import Objective
-from orpo_dist.model import attention, attention_flex, attention_sequences
-from orpo_dist.model.attention import PACKED_ATTENTION
-from orpo_dist.model.attention_flex import flex_packed_attention
-from orpo_dist.model.attention_kernels import Candidate, on_gathered_keys
-from orpo_dist.model.head import install_head
-from orpo_dist.model.mixers import find_token_mixers
-from orpo_dist.model.packed import use_packed_layout
-from orpo_dist.model.rotary import fix_rotary_frequencies
-from orpo_dist.model.verify import verify_layout
+from orpo_dist.model.attention import flex as attention_flex
+from orpo_dist.model.attention import interface as attention
+from orpo_dist.model.attention import sequences as attention_sequences
+from orpo_dist.model.attention.flex import flex_packed_attention
+from orpo_dist.model.attention.interface import PACKED_ATTENTION
+from orpo_dist.model.attention.kernels import Candidate, on_gathered_keys
+from orpo_dist.model.head.install import install_head
+from orpo_dist.model.packed.mixers import find_token_mixers
+from orpo_dist.model.packed.rotary import fix_rotary_frequencies
+from orpo_dist.model.packed.switch import use_packed_layout
+from orpo_dist.model.packed.verify import verify_layout
 from orpo_dist.packing.collate import PackedCollator
 from orpo_dist.packing.layout import PackedLayoutError
 from orpo_dist.packing.padded import PaddedCollator
-from tests.model.flex_reference import reference_flex
+from tests.model.attention.flex_reference import reference_flex
+from tests.model.attention.varlen_reference import reference_kernel
 from tests.model.packing_reference import assert_equal, packed_result, padded_result, rows
 from tests.model.tiny_models import COMMON, HEADS, tiny_model
-from tests.model.varlen_reference import reference_kernel
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated"),

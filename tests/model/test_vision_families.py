@@ -13,10 +13,10 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from orpo_dist.loss import Objective, orpo_loss
-from orpo_dist.model.head import install_head
-from orpo_dist.model.packed import use_packed_layout
-from orpo_dist.model.verify_images import verify_images
-from orpo_dist.model.vision import features_for_both, image_rules, vision_parts
+from orpo_dist.model.head.install import install_head
+from orpo_dist.model.loading.vision import features_for_both, image_rules, vision_parts
+from orpo_dist.model.packed.switch import use_packed_layout
+from orpo_dist.model.packed.verify_images import verify_images
 from orpo_dist.packing.collate import PackedCollator
 from orpo_dist.packing.images import ImageCollator
 from orpo_dist.packing.padded import PaddedCollator, score_padded

@@ -1,7 +1,7 @@
 import torch
 
-from orpo_dist.packing.foreign import ForeignCollator
 from orpo_dist.packing.padded import EncoderDecoderCollator, PaddedCollator, score_padded
+from orpo_dist.packing.trl_collator import ForeignCollator
 
 ROWS = [
     {"prompt_ids": [5, 6], "chosen_ids": [7, 2], "rejected_ids": [8, 9, 2], "weight": 1.0, "index": 0},

@@ -5,17 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from orpo_dist.packing.sampler import (
-    FILLER,
-    EvaluationSampler,
-    GlobalBatchSampler,
-    PairDataset,
-    PairLengths,
-    balanced_bins,
-    pair_costs,
-    pair_lengths,
-    sharing_gain,
-)
+from orpo_dist.packing.lengths import PairLengths, pair_costs, pair_lengths, sharing_gain
+from orpo_dist.packing.loader import PairDataset
+from orpo_dist.packing.sampler import FILLER, EvaluationSampler, GlobalBatchSampler, balanced_bins
 
 
 def sampler(costs, rank=0, **overrides):

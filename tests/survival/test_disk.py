@@ -9,9 +9,9 @@ from peft import LoraConfig
 
 from orpo_dist import ORPOTrainer
 from orpo_dist.errors import SaveError
-from orpo_dist.runtime.checkpoint import checkpoint_folders, verify
-from tests.test_resumable import RUN, At, assert_same_history
+from orpo_dist.run.checkpoint import checkpoint_folders, verify
 from tests.test_trainer import assert_same_weights, config, pairs, weights
+from tests.training.test_resumable import RUN, At, assert_same_history
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 
-from orpo_dist.runtime.zero import safe_pickles
+from orpo_dist.distributed.zero import safe_pickles
 
 
 class Attack:

@@ -22,8 +22,8 @@ from torch.distributed.tensor import DTensor
 from transformers import BitsAndBytesConfig
 
 from orpo_dist import ORPOConfig, ORPOTrainer
-from orpo_dist.model.load import load_model
-from orpo_dist.runtime.ranks import leave_together
+from orpo_dist.distributed.ranks import leave_together
+from orpo_dist.model.loading.load import load_model
 from tests.model.tiny_vlms import drawing, image_row, tiny_processor
 
 WORDS = ("quick brown fox", "the lazy dog", "near the river bank", "open the settings", "Paris", "seven eight nine ten")

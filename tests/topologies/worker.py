@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from orpo_dist import ORPOConfig, ORPOTrainer
-from orpo_dist.runtime.ranks import leave_together
+from orpo_dist.distributed.ranks import leave_together
 
 
 def main() -> None:

@@ -13,8 +13,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from orpo_dist import autotrain_launch
-from orpo_dist.autotrain import AutoTrainProject, LLMTrainingParams
+from orpo_dist.autotrain import local as autotrain_launch
+from orpo_dist.autotrain.project import AutoTrainProject, LLMTrainingParams
 from orpo_dist.cli import main
 from tests.model.tiny_vlms import drawing
 from tests.vlm.rows import save_vlm, swift_and_trl_rows, write_rows

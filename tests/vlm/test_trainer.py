@@ -8,7 +8,7 @@ from peft import LoraConfig
 
 from orpo_dist import ORPOConfig, ORPOTrainer
 from orpo_dist.errors import UserError
-from orpo_dist.model import vision
+from orpo_dist.model.loading import vision
 from orpo_dist.packing.images import ImageCollator
 from orpo_dist.packing.sampler import GlobalBatchSampler
 from tests.model.tiny_vlms import drawing, image_row, image_rows, tiny_processor, tiny_vlm

@@ -1,0 +1,207 @@
+"""Values of a row -> stored images: paths, bytes, data URLs, `datasets` images; web addresses only where allowed.
+
+A data set is somebody else's text. A path in it must not reach files outside the image folder, whatever it is made of
+(absolute, `..`, a symbolic link), and an address in it is only fetched when the user has said so.
+"""
+
+import ast
+import base64
+import binascii
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.request import url2pathname
+
+from orpo_dist.errors import BadRow
+from orpo_dist.images.decode import MAX_BYTES, StoredImage
+
+# Keys under which public data sets and APIs keep the image in a mapping; `image_url` may hold a mapping again.
+REFERENCE_KEYS = ("bytes", "path", "image", "url", "image_url", "base64", "data")
+WEB = ("http", "https")
+URL_TIMEOUT = 20.0  # seconds without an answer, and until the whole image must be there
+URL_ATTEMPTS = 3
+URL_THREADS = 8
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """Where the images of a data set may come from.
+
+    folder: option image_folder; None: the folder of the row's file, or the current one for rows that are from none.
+    """
+
+    folder: str | None = None
+    allow_urls: bool = False
+    allow_outside: bool = False
+
+    def stored(self, value: Any, column: str, file: str | None) -> list[StoredImage]:
+        """The images of a cell, one or a list of them; none for None, an empty text and an empty list. A web address
+        stays one, as the path: `fetch_all` fetches it.
+
+        Raises:
+            BadRow: not an image, a path outside the folder, an address that is not allowed.
+        """
+        if isinstance(value, str):
+            value = _list_in_text(value)
+        if value is None or value == "" or value == []:
+            return []
+        values = value if isinstance(value, list | tuple) else [value]
+        return [self._one(item, column, file) for item in values]
+
+    def _one(self, value: Any, column: str, file: str | None) -> StoredImage:
+        if isinstance(value, dict):
+            value = embedded_image(value)
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        if isinstance(value, bytes | bytearray):
+            return {"bytes": bytes(value), "path": None}
+        if value is None or value == "":
+            raise BadRow("missing image", column, "an image without content and without path")
+        if not isinstance(value, str):
+            raise BadRow("wrong type", column, f"{_short(value)} is no image")
+        if value[:5].lower() == "data:":
+            return {"bytes": _data_url(value, column), "path": None}
+        # A drive letter is one character, and a file name may hold a colon.
+        scheme = value.split("://", 1)[0].lower() if "://" in value else ""
+        if scheme in WEB:
+            if not self.allow_urls:
+                raise BadRow("image URL", column, f"{_short(value)} is a web address, and allow_image_urls is off")
+            return {"bytes": None, "path": value}
+        if scheme == "file":
+            value = url2pathname(urlsplit(value).path)
+        elif scheme:
+            raise BadRow("wrong type", column, f"{_short(value)} is neither a path nor an address that is known here")
+        return {"bytes": None, "path": self._path(value, column, file)}
+
+    def _path(self, value: str, column: str, file: str | None) -> str:
+        folder = Path(self.folder).expanduser() if self.folder else Path(file).parent if file else Path.cwd()
+        try:
+            root, path = folder.resolve(), (folder / value).resolve()
+        except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a null byte
+            raise BadRow("unreadable image", column, f"{_short(value)}: {error}") from None
+        roots = [root] if self.folder or file else [root, *_library_caches()]
+        if not (self.allow_outside or any(path.is_relative_to(allowed) for allowed in roots)):
+            raise BadRow("image outside", column, f"{_short(value)} lies outside of {folder}")
+        return str(path)
+
+
+def embedded_image(value: dict[str, Any]) -> Any:
+    """What a mapping says of its image: `{"bytes", "path"}`, `{"url"}`, `{"image_url": {"url"}}`, `{"base64"}`; None if
+    nothing."""
+    for key in REFERENCE_KEYS:
+        found = value.get(key)
+        if found is None or found == "":
+            continue
+        if isinstance(found, dict):
+            return embedded_image(found)
+        if key == "base64" and isinstance(found, str) and found[:5].lower() != "data:":
+            return f"data:;base64,{found}"
+        return found
+    return None
+
+
+def is_url(stored: StoredImage) -> bool:
+    """Whether the image is still to be fetched."""
+    return stored["bytes"] is None and str(stored["path"]).split("://", 1)[0].lower() in WEB
+
+
+def fetch_all(images: Sequence[StoredImage], column: str) -> dict[str, StoredImage | BadRow]:
+    """The images at web addresses among `images`, by address, several at a time; a failure is its BadRow."""
+    addresses = list(dict.fromkeys(str(image["path"]) for image in images if is_url(image)))
+    if not addresses:
+        return {}
+
+    def one(address: str) -> StoredImage | BadRow:
+        try:
+            return {"bytes": fetch(address, column), "path": None}
+        except BadRow as bad:
+            return bad
+
+    with ThreadPoolExecutor(URL_THREADS) as pool:
+        return dict(zip(addresses, pool.map(one, addresses), strict=True))
+
+
+def fetch(address: str, column: str) -> bytes:
+    """What lies at a web address.
+
+    Raises:
+        BadRow: "missing image" when it cannot be had in time, "image too large".
+    """
+    for attempt in range(URL_ATTEMPTS):
+        try:
+            return _fetch_once(address, column)
+        except (OSError, ValueError) as error:  # URLError, HTTPError and timeouts are OSErrors
+            client_error = isinstance(error, urllib.error.HTTPError) and 400 <= error.code < 500 and error.code != 429
+            if client_error or isinstance(error, ValueError) or attempt + 1 == URL_ATTEMPTS:
+                raise BadRow("missing image", column, f"{_short(address)} cannot be fetched: {error}") from None
+            time.sleep(2**attempt / 2)
+    raise AssertionError("unreachable")
+
+
+class _WebOnly(urllib.request.HTTPRedirectHandler):
+    """Python's own would follow a redirection to ftp."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):  # type: ignore[no-untyped-def]
+        if urlsplit(newurl).scheme not in WEB:
+            raise urllib.error.HTTPError(newurl, code, "redirected to another protocol", headers, fp)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _fetch_once(address: str, column: str) -> bytes:
+    deadline = time.monotonic() + URL_TIMEOUT
+    request = urllib.request.Request(address, headers={"User-Agent": "orpo-dist", "Accept": "image/*"})
+    content = bytearray()
+    with urllib.request.build_opener(_WebOnly).open(request, timeout=URL_TIMEOUT) as answer:
+        while part := answer.read1(1 << 16):
+            content += part
+            if len(content) > MAX_BYTES:
+                raise BadRow("image too large", column, f"{_short(address)} has more than {MAX_BYTES} bytes")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not complete after {URL_TIMEOUT:g} s")
+    return bytes(content)
+
+
+def _data_url(url: str, column: str) -> bytes:
+    header, comma, body = url.partition(",")
+    try:
+        if not comma:
+            raise ValueError("no comma")
+        content = unquote_to_bytes(body)
+        return base64.b64decode(content, validate=False) if header.lower().endswith(";base64") else content
+    except (ValueError, binascii.Error) as error:
+        raise BadRow("unreadable image", column, f"{_short(url)} is no data URL: {error}") from None
+
+
+def _list_in_text(text: str) -> Any:
+    """The list of paths that a CSV cell spells out in JSON or Python, or the text itself."""
+    stripped = text.strip()
+    if not (stripped.startswith("[") and stripped.endswith("]")):
+        return stripped
+    for read in (json.loads, ast.literal_eval):
+        try:
+            value = read(stripped)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+        return value if isinstance(value, list) else stripped
+    return stripped
+
+
+def _library_caches() -> list[Path]:
+    """Where `datasets` keeps the files of a hub data set, whose rows name them by absolute path."""
+    from datasets import config
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return [Path(folder).resolve() for folder in (config.HF_DATASETS_CACHE, HF_HUB_CACHE)]
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,201 @@
+"""From a name to a model: precision, quantisation, devices."""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.integrations import deepspeed as deepspeed_integration
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+from orpo_dist.errors import UserError
+from orpo_dist.model.loading.hub import hub_errors
+from orpo_dist.model.loading.vision import is_vision_language, vision_parts
+from orpo_dist.options.model import QUANT_STORAGES, ModelArguments
+
+_SNAPSHOT = re.compile(r"models--(?P<name>[^/\\]+)[/\\]snapshots[/\\](?P<revision>[0-9a-f]{40})")
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """Where a model came from: hub id and commit, or an absolute folder and no revision."""
+
+    name: str
+    revision: str | None
+
+
+def quantization_config(arguments: ModelArguments, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """bitsandbytes settings, or None without quantisation.
+
+    The 4-bit weights are stored as `compute_dtype`: ZeRO-3 and FSDP2 shard flat buffers of one floating dtype, and a
+    mixed-precision policy casts every other dtype, which would change the stored bits.
+    https://huggingface.co/docs/peft/accelerate/fsdp
+
+    Raises:
+        UserError: bitsandbytes is not installed.
+    """
+    if not (arguments.load_in_4bit or arguments.load_in_8bit):
+        return None
+    if find_spec("bitsandbytes") is None:
+        option = "load_in_4bit" if arguments.load_in_4bit else "load_in_8bit"
+        raise UserError(f"{option} needs bitsandbytes, which is not installed: pip install 'orpo-dist[qlora]'.")
+    if arguments.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    storage = arguments.bnb_4bit_quant_storage
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_quant_type=arguments.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=arguments.use_bnb_nested_quant,
+        bnb_4bit_quant_storage=compute_dtype if storage is None else QUANT_STORAGES[storage],
+    )
+
+
+def load_config(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False, token: str | bool | None = None
+) -> PretrainedConfig:
+    """The config of a model, read before its weights.
+
+    Raises:
+        UserError: not found, gated, offline, an adapter's folder, or code of the repository that was not allowed.
+    """
+    folder = Path(name)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise UserError(
+            f"{name} holds an adapter, not a model: give its base as model_name_or_path and this folder as "
+            "adapter_name_or_path."
+        )
+    with hub_errors(name, revision):
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code, token=token)
+
+
+def load_model(
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    attn_implementation: str | None = None,
+    quantization_config: BitsAndBytesConfig | None = None,
+    trust_remote_code: bool = False,
+    token: str | bool | None = None,
+    **model_init_kwargs: Any,
+) -> PreTrainedModel:
+    """A causal, an encoder-decoder or a vision-language model, as its config says.
+
+    Of a vision-language model, quantisation takes the language model alone; tower and projector keep `dtype`.
+
+    dtype None means float32, "auto" that of the checkpoint. On a GPU a quantised model goes to this process's device
+    at once; every other one stays where transformers puts it, and the trainer moves or shards it. Under ZeRO-3 (once
+    TrainingArguments exist) transformers partitions the weights while it loads them.
+
+    Raises:
+        UserError: what `load_config` raises, or a quantisation that the distributed set-up cannot shard.
+    """
+    config = load_config(name, revision=revision, trust_remote_code=trust_remote_code, token=token)
+    _check_shardable(name, quantization_config, getattr(config, "quantization_config", None))
+    if quantization_config is not None:
+        if is_vision_language(config):
+            quantization_config.llm_int8_skip_modules = _unquantised_modules(config)
+        model_init_kwargs["quantization_config"] = quantization_config
+        if torch.cuda.is_available() and not is_deepspeed_zero3_enabled():
+            # Each rank would otherwise fill GPU 0 when its device has not been selected yet.
+            model_init_kwargs.setdefault("device_map", {"": int(os.environ.get("LOCAL_RANK", "0"))})
+    with hub_errors(name, revision):
+        model = auto_class_of(config).from_pretrained(
+            name,
+            revision=revision,
+            dtype=torch.float32 if dtype is None else dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            token=token,
+            **model_init_kwargs,
+        )
+    # transformers 5.17 notes the commit here; later ones do not, and still leave it out of what they save.
+    model.config._commit_hash = _cached_commit(name, revision)
+    return model
+
+
+def auto_class_of(config: PretrainedConfig) -> Any:
+    """transformers' auto class for the kind of model a config describes."""
+    if is_vision_language(config):
+        return AutoModelForImageTextToText
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def _unquantised_modules(config: PretrainedConfig) -> list[str]:
+    """Names of tower, projector and output head, from a model without weights."""
+    with plain_loading(), torch.device("meta"):
+        model_class: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+        model = model_class(config)
+    parts, head = vision_parts(model), model.get_output_embeddings()
+    heads = [name for name, module in model.named_modules() if module is head]
+    return [re.escape(name) for name in (*parts.tower, *parts.projector, *heads)]
+
+
+@contextmanager
+def plain_loading() -> Iterator[None]:
+    """Whole models although ZeRO-3 or FSDP is set up, for what one rank does alone."""
+    deepspeed_config = deepspeed_integration._hf_deepspeed_config_weak_ref
+    deepspeed_integration.unset_hf_deepspeed_config()
+    fsdp = os.environ.pop("ACCELERATE_USE_FSDP", None)
+    try:
+        yield
+    finally:
+        deepspeed_integration._hf_deepspeed_config_weak_ref = deepspeed_config
+        if fsdp is not None:
+            os.environ["ACCELERATE_USE_FSDP"] = fsdp
+
+
+def base_identity(model: PreTrainedModel) -> BaseIdentity:
+    """Hub id and commit of a loaded model, read out of the cache path where it was loaded from one.
+
+    The commit of a model from the hub is known where `load_model` loaded it, or a transformers that notes it.
+    """
+    name = str(model.name_or_path)
+    snapshot = _SNAPSHOT.search(name)
+    if snapshot:
+        return BaseIdentity(snapshot["name"].replace("--", "/"), snapshot["revision"])
+    if Path(name).is_dir():
+        return BaseIdentity(str(Path(name).resolve()), None)
+    return BaseIdentity(name, getattr(model.config, "_commit_hash", None))
+
+
+def _cached_commit(name: str, revision: str | None) -> str | None:
+    if Path(name).exists():
+        return None
+    file = try_to_load_from_cache(name, "config.json", revision=revision)
+    snapshot = _SNAPSHOT.search(file) if isinstance(file, str) else None
+    return snapshot["revision"] if snapshot else None
+
+
+def _check_shardable(name: str, quantization: BitsAndBytesConfig | None, stored: Any) -> None:
+    zero3, fsdp = is_deepspeed_zero3_enabled(), os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
+    if not (zero3 or fsdp):
+        return
+    strategy = "ZeRO-3" if zero3 else "FSDP"
+    stored_config = stored if isinstance(stored, dict) else stored.to_dict() if stored is not None else {}
+    if (quantization is not None and quantization.load_in_8bit) or stored_config.get("load_in_8bit"):
+        raise UserError(
+            f"8-bit weights cannot be sharded by {strategy}: use load_in_4bit=true, or DDP or ZeRO-2 with 8 bits."
+        )
+    if stored_config.get("load_in_4bit") and stored_config.get("bnb_4bit_quant_storage", "uint8") == "uint8":
+        raise UserError(
+            f"{name} is stored as 4-bit bytes, which {strategy} cannot shard: give the full-precision model and set "
+            "load_in_4bit=true."
+        )

@@ -1,0 +1,261 @@
+"""`orpo-dist merge RUN`: fold a trained adapter into its base, prove that nothing changed, write a plain model."""
+
+import argparse
+import gc
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import AutoProcessor, AutoTokenizer, GenerationConfig, PreTrainedModel
+
+from orpo_dist.errors import UserError
+from orpo_dist.model.loading.adapters import is_quantized, quiet_peft
+from orpo_dist.model.loading.hub import hub_errors
+from orpo_dist.model.loading.load import auto_class_of, base_identity, load_config, load_model, plain_loading
+from orpo_dist.model.loading.vision import is_vision_language
+from orpo_dist.options.model import parse_dtype
+
+REPORT_NAME = "merge_report.json"
+# Of float32 logits, relative to the largest: the order of additions differs, nothing else may.
+TOLERANCE = 1e-4
+_PROBE_SHAPE = (2, 48)
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What was merged and how far the logits of the written model are from those of base and adapter.
+
+    Differences are the largest over the logits of a probe batch (2 rows of 48 tokens), computed in float32; None when
+    they were not compared.
+    """
+
+    path: str
+    base: str
+    base_revision: str | None
+    dtype: str
+    verified: bool
+    max_logit_difference: float | None
+    adapter_effect: float | None
+
+    def lines(self) -> list[str]:
+        """The report for a terminal."""
+        revision = f" (revision {self.base_revision})" if self.base_revision else ""
+        text = [f"Merged into {self.base}{revision}, {self.dtype}: {self.path}"]
+        if not self.verified:
+            return [*text, "Not verified."]
+        assert self.max_logit_difference is not None and self.adapter_effect is not None
+        text.append(
+            f"Verified: logits differ from base + adapter by at most {self.max_logit_difference:.2g}; "
+            f"the adapter itself moves them by up to {self.adapter_effect:.2g}."
+        )
+        if self.max_logit_difference > 0.5 * self.adapter_effect:
+            text.append(
+                f"Warning: rounding to {self.dtype} hides much of what the adapter learned. Merge with --dtype "
+                "float32, or use the adapter unmerged."
+            )
+        return text
+
+
+def merge_run(
+    run_folder: str | Path,
+    output: str | Path | None = None,
+    dtype: str | None = None,
+    verify: bool = True,
+    *,
+    trust_remote_code: bool = False,
+) -> MergeReport:
+    """Merge the adapter of a run into its base and write a model that plain transformers loads.
+
+    The base is loaded in full precision, whatever it was quantised to in training, at the revision the adapter
+    records. Verification compares, in float32, (base + adapter) with the merged weights, and the merged weights with
+    the written model read back; it needs 4 bytes of memory per parameter, without it 2 are enough in 16 bits.
+
+    Args:
+        run_folder: folder with adapter_config.json.
+        output: where to write, by default `RUN/merged`. An earlier merge there is replaced, anything else is not.
+        dtype: `bfloat16`, `float16` or `float32`; by default the one the base is stored in.
+        verify: compare logits before the result gets its name.
+        trust_remote_code: run Python code that the base's repository ships.
+
+    Raises:
+        UserError: no adapter in the folder, the base cannot be had, the output exists, or the logits differ.
+    """
+    run_folder = Path(run_folder)
+    output = run_folder / "merged" if output is None else Path(output)
+    settings = _adapter_settings(run_folder)
+    _check_output(run_folder, output)
+    partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
+    try:
+        with plain_loading():
+            report = _merge(run_folder, settings, output, partial, dtype, verify, trust_remote_code)
+        (partial / REPORT_NAME).write_text(json.dumps(asdict(report), indent=2) + "\n")
+        if output.exists():
+            shutil.rmtree(output)
+        partial.rename(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return report
+
+
+def main(argv: list[str]) -> int:
+    """`orpo-dist merge RUN [--output DIR] [--dtype DTYPE] [--no-verify]`."""
+    parser = argparse.ArgumentParser(
+        prog="orpo-dist merge", description="Merge the adapter of a run into its base model and verify the result."
+    )
+    parser.add_argument("run", help="folder of a run (or any folder with adapter_config.json)")
+    parser.add_argument("--output", help="where to write the model (default: RUN/merged)")
+    parser.add_argument("--dtype", help="bfloat16, float16 or float32 (default: as the base is stored)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that the base's repository ships")
+    parser.add_argument("--no-verify", action="store_true", help="do not compare logits; half the memory")
+    options = parser.parse_args(argv)
+    report = merge_run(
+        options.run,
+        options.output,
+        options.dtype,
+        verify=not options.no_verify,
+        trust_remote_code=options.trust_remote_code,
+    )
+    print("\n".join(report.lines()))
+    return 0
+
+
+def _merge(
+    run_folder: Path,
+    settings: PeftConfig,
+    output: Path,
+    partial: Path,
+    dtype: str | None,
+    verify: bool,
+    trust_remote_code: bool,
+) -> MergeReport:
+    base_name = str(settings.base_model_name_or_path)
+    wanted = None if dtype is None else parse_dtype(dtype)
+    base = _load_base(base_name, settings.revision, trust_remote_code)
+    identity = base_identity(base)
+    final = base.dtype if wanted is None else wanted
+    # Not every tensor has the dtype of the model: rotary frequencies and router biases stay as they are.
+    dtypes = {name: final if t.dtype == base.dtype else t.dtype for name, t in _tensors(base) if t.is_floating_point()}
+    final_name = str(final).removeprefix("torch.")
+    if verify:
+        base.float()
+    try:
+        with quiet_peft():
+            adapted = PeftModel.from_pretrained(base, str(run_folder)).eval()
+    except RuntimeError as error:
+        raise UserError(f"The adapter in {run_folder} does not fit {base_name}: {error}") from error
+    probe = _probe(base)
+    if verify:
+        with adapted.disable_adapter():
+            of_base = _logits(adapted, probe)
+        of_adapter = _logits(adapted, probe)
+    merged = adapted.merge_and_unload(safe_merge=True)
+    if verify:
+        _require_equal(of_adapter, _logits(merged, probe), f"merged weights and {base_name} + {run_folder}")
+    _cast(merged, dtypes)
+    _write(merged, run_folder, settings, partial, trust_remote_code)
+    if not verify:
+        return MergeReport(str(output), identity.name, identity.revision, final_name, False, None, None)
+    of_rounded = _logits(merged.float(), probe)
+    del base, adapted, merged
+    gc.collect()  # modules and their hooks form cycles; two models must not be in memory at once
+    of_written = _read_back(partial, probe, trust_remote_code)
+    _require_equal(of_rounded, of_written, "the written model and the merged weights")
+    return MergeReport(
+        path=str(output),
+        base=identity.name,
+        base_revision=identity.revision,
+        dtype=final_name,
+        verified=True,
+        max_logit_difference=(of_written - of_adapter).abs().max().item(),
+        adapter_effect=(of_adapter - of_base).abs().max().item(),
+    )
+
+
+def _adapter_settings(run_folder: Path) -> PeftConfig:
+    if not run_folder.is_dir():
+        raise UserError(f"{run_folder}: there is no such folder.")
+    if (run_folder / "adapter_config.json").is_file():
+        return PeftConfig.from_pretrained(str(run_folder))
+    if (run_folder / "config.json").is_file():
+        raise UserError(f"{run_folder} holds a whole model, not an adapter: there is nothing to merge.")
+    checkpoints = sorted(run_folder.glob("checkpoint-*/adapter_config.json"), key=lambda path: path.stat().st_mtime)
+    hint = f" The run did not end; its newest checkpoint is {checkpoints[-1].parent}." if checkpoints else ""
+    raise UserError(f"{run_folder} holds no adapter (adapter_config.json).{hint}")
+
+
+def _check_output(run_folder: Path, output: Path) -> None:
+    if output.resolve() == run_folder.resolve():
+        raise UserError(
+            f"--output {output} is the folder of the adapter: transformers would load the adapter on top of the merged "
+            "model again. Choose another folder."
+        )
+    if output.exists() and not (output / REPORT_NAME).is_file() and (output.is_file() or any(output.iterdir())):
+        raise UserError(f"{output} exists and is not an earlier merge: remove it, or choose another --output.")
+
+
+def _load_base(name: str, revision: str | None, trust_remote_code: bool) -> PreTrainedModel:
+    base = load_model(name, revision=revision, dtype="auto", trust_remote_code=trust_remote_code)
+    if is_quantized(base):
+        # The base exists in quantised form alone: its own values, written out in full, are what was trained on.
+        base = base.dequantize()
+        base._weight_conversions = None  # those of the quantised format; transformers cannot reverse them to save
+    return base.eval()
+
+
+def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _cast(model: PreTrainedModel, dtypes: dict[str, torch.dtype]) -> None:
+    for name, tensor in _tensors(model):
+        if name in dtypes:
+            tensor.data = tensor.data.to(dtypes[name])
+
+
+def _write(
+    model: PreTrainedModel, run_folder: Path, settings: PeftConfig, folder: Path, trust_remote_code: bool
+) -> None:
+    if (run_folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(run_folder))
+    model.save_pretrained(folder)
+    in_run = (run_folder / "tokenizer_config.json").is_file()
+    source, revision = (str(run_folder), None) if in_run else (str(settings.base_model_name_or_path), settings.revision)
+    # A tokenizer of a text model; of a vision-language model the processor, which holds one.
+    auto_class = AutoProcessor if is_vision_language(model.config) else AutoTokenizer
+    with hub_errors(source, revision):
+        processing_class = auto_class.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    processing_class.save_pretrained(folder)  # with the chat template
+
+
+def _probe(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, _PROBE_SHAPE, generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "decoder_input_ids": ids} if model.config.is_encoder_decoder else {"input_ids": ids}
+
+
+@torch.no_grad()
+def _logits(model: torch.nn.Module, probe: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model(**probe, use_cache=False).logits.float()
+
+
+def _read_back(folder: Path, probe: dict[str, torch.Tensor], trust_remote_code: bool) -> torch.Tensor:
+    """Logits of the written model in float32, loaded as a user would: plain transformers, no code of this package."""
+    auto_class = auto_class_of(load_config(str(folder), trust_remote_code=trust_remote_code))
+    with hub_errors(str(folder)):
+        model = auto_class.from_pretrained(folder, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    return _logits(model.eval(), probe)
+
+
+def _require_equal(expected: torch.Tensor, actual: torch.Tensor, what: str) -> None:
+    difference = (expected - actual).abs().max().item()
+    if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):  # also true of NaN
+        raise UserError(
+            f"Merge refused: the logits of {what} differ by {difference:.3g}, so the merged model would not be the "
+            "trained one. Nothing was written. Use the adapter unmerged, and please report this."
+        )

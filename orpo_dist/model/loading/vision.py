@@ -1,0 +1,221 @@
+"""Vision-language models: their parts, which of them train, and what their collator must know.
+
+    language model    text decoder, embeddings, output head          trained
+    projector         what brings image features to its width        frozen unless train_projector
+    vision tower      the rest                                       frozen unless train_vision_tower
+
+Shape legend: B pairs.
+"""
+
+import copy
+import inspect
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+from orpo_dist.errors import UserError
+from orpo_dist.packing.images import (
+    CAUSAL,
+    IMAGES_BIDIRECTIONAL,
+    PROMPT_BIDIRECTIONAL,
+    ImageRules,
+    MropePositions,
+)
+
+_PROJECTOR_WORDS = ("merger", "projector", "connector", "aligner", "newline", "embed_vision", "modality_projection")
+# Families whose image tokens see each other. A missing one shows at start-up (model/packed/verify_images.py).
+_BIDIRECTIONAL = {"gemma3": IMAGES_BIDIRECTIONAL, "paligemma": PROMPT_BIDIRECTIONAL}
+
+
+def is_vision_language(config: PretrainedConfig) -> bool:
+    """Whether transformers has a model for images and text of this config."""
+    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+@dataclass(frozen=True)
+class VisionParts:
+    """Names of the modules (and single parameters) of a model outside its language model; as few as tell them apart."""
+
+    tower: tuple[str, ...]
+    projector: tuple[str, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.tower or self.projector)
+
+
+def vision_parts(base: PreTrainedModel) -> VisionParts:
+    """The parts of a bare model; both empty for a text model."""
+    if not is_vision_language(base.config) or base.config.is_encoder_decoder:
+        return VisionParts((), ())
+    text = set(map(id, _text_parameters(base)))
+    parts: dict[str, list[str]] = {"tower": [], "projector": []}
+    for name, part in _pure_parts(base, "", text):
+        if part != "text":
+            parts[part].append(name)
+    return VisionParts(tuple(parts["tower"]), tuple(parts["projector"]))
+
+
+def _text_parameters(base: PreTrainedModel) -> Iterator[nn.Parameter]:
+    for part in (base.get_decoder(), base.get_output_embeddings(), base.get_input_embeddings()):
+        if part is not None:
+            yield from part.parameters()
+
+
+def _pure_parts(module: nn.Module, path: str, text: set[int]) -> Iterator[tuple[str, str]]:
+    """(name, part) of the outermost modules and parameters that belong to one part as a whole."""
+    for name, child in module.named_children():
+        child_path = f"{path}.{name}" if path else name
+        kinds = {_part(f"{child_path}.{inner}", parameter, text) for inner, parameter in child.named_parameters()}
+        if len(kinds) == 1:
+            yield child_path, kinds.pop()
+        elif kinds:
+            yield from _pure_parts(child, child_path, text)
+    for name, parameter in module.named_parameters(recurse=False):
+        parameter_path = f"{path}.{name}" if path else name
+        yield parameter_path, _part(parameter_path, parameter, text)
+
+
+def _part(path: str, parameter: nn.Parameter, text: set[int]) -> str:
+    if id(parameter) in text:
+        return "text"
+    return "projector" if any(word in path for word in _PROJECTOR_WORDS) else "tower"
+
+
+def frozen_parts(base: PreTrainedModel, *, train_vision_tower: bool, train_projector: bool) -> tuple[str, ...]:
+    """Names of the parts that do not train.
+
+    Raises:
+        UserError: a part is to train that the model does not have.
+    """
+    parts = vision_parts(base)
+    for option, wanted, names in (
+        ("train_vision_tower", train_vision_tower, parts.tower),
+        ("train_projector", train_projector, parts.projector),
+    ):
+        if wanted and not names:
+            raise UserError(f"{option}=true: {type(base).__name__} has no such part. Leave {option} out.")
+    frozen_tower = _behind_the_features(base, parts.tower) if train_vision_tower else parts.tower
+    return frozen_tower + (() if train_projector else parts.projector)
+
+
+def _behind_the_features(base: PreTrainedModel, tower: tuple[str, ...]) -> tuple[str, ...]:
+    """What of the tower comes after the layer whose output is taken (LLaVA's `vision_feature_layer`). It never gets a
+    gradient, and DDP would wait for it."""
+    taken = base.config.to_dict().get("vision_feature_layer")
+    inside = [name for name, _ in base.named_modules() if any(name.startswith(f"{part}.") for part in tower)]
+    layers = [name for name in inside if re.search(r"encoder\.layers\.\d+$", name)]
+    if not isinstance(taken, int) or not layers:
+        return ()
+    used = taken if taken >= 0 else len(layers) + 1 + taken  # hidden_states begins with the embeddings
+    return (*layers[used:], *(name for name in inside if name.endswith("post_layernorm")))  # which hidden_states lack
+
+
+def freeze(base: PreTrainedModel, names: tuple[str, ...]) -> None:
+    for path, parameter in base.named_parameters():
+        if any(path == name or path.startswith(f"{name}.") for name in names):
+            parameter.requires_grad_(False)
+
+
+def without_parts(peft_config: PeftConfig | None, names: tuple[str, ...]) -> PeftConfig | None:
+    """The settings of an adapter, kept out of those parts; as they are where they exclude modules of their own choice,
+    and for kinds of adapters that choose no modules."""
+    if not names or not isinstance(peft_config, LoraConfig) or peft_config.exclude_modules is not None:
+        return peft_config
+    config = copy.deepcopy(peft_config)
+    config.exclude_modules = rf"({'|'.join(map(re.escape, names))})(\..*)?"
+    return config
+
+
+def vision_modules(base: PreTrainedModel) -> set[nn.Module]:
+    """Every module of tower and projector."""
+    parts = vision_parts(base)
+    outermost = [module for name, module in base.named_modules() if name in parts.tower + parts.projector]
+    return {inner for module in outermost for inner in module.modules()}
+
+
+def trains_vision(base: PreTrainedModel) -> bool:
+    """Whether the tower, the projector or an adapter in them trains."""
+    text = set(map(id, _text_parameters(base)))
+    return any(parameter.requires_grad and id(parameter) not in text for parameter in base.parameters())
+
+
+def vision_cost(base: PreTrainedModel, pixels: int, image_tokens: int) -> float:
+    """Work of the tower and the projector per image token, in units of one token through the language model.
+
+    A linear layer costs 2 FLOPs per weight and token forward and as many again for each gradient, of its input and of
+    its weight where it is trained. The tower works on patches, of which several make one image token.
+
+    pixels: numbers in the pixel values of an image of `image_tokens` tokens.
+    """
+    config = base.config.vision_config
+    patch = config.patch_size
+    side = patch if isinstance(patch, int) else next(iter(patch.values() if isinstance(patch, dict) else patch))
+    per_patch = 3 * side * side * getattr(config, "temporal_patch_size", 1)  # videos have depth, most towers do not
+    in_vision, trained = vision_modules(base), trains_vision(base)
+    head = base.get_output_embeddings()
+    vision = language = 0.0
+    for module in base.modules():
+        if isinstance(module, nn.Linear) and module is not head:
+            weights = module.in_features * module.out_features
+            if module in in_vision:
+                vision += weights * (3 if trained else 1)
+            else:
+                language += weights * (3 if module.weight.requires_grad else 2)
+    return pixels / per_patch / image_tokens * vision / language
+
+
+def name_present_layers(model: nn.Module) -> None:
+    """Take the classes out of a model's `_no_split_modules` that it has no module of: FSDP2 wraps those that are named
+    there, and accelerate refuses a name it does not find (LLaVA names the text side of its CLIP tower)."""
+    present = {type(module).__name__ for module in model.modules()}
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and module._no_split_modules:
+            module._no_split_modules = [name for name in module._no_split_modules if name in present]
+
+
+def image_rules(base: PreTrainedModel) -> ImageRules:
+    """What the collator must know of a bare model."""
+    inner = base.base_model
+    get_rope_index = getattr(type(inner), "get_rope_index", None)
+    positions = None
+    if get_rope_index is not None and "mm_token_type_ids" in inspect.signature(get_rope_index).parameters:
+        positions = MropePositions(type(inner), inner.config)
+    return ImageRules(positions, _BIDIRECTIONAL.get(base.config.model_type, CAUSAL))
+
+
+def shares_features(base: PreTrainedModel) -> bool:
+    """Whether `features_for_both` knows this model's way from pixels to its rows."""
+    return hasattr(type(base.base_model), "get_image_features")
+
+
+@contextmanager
+def features_for_both(base: PreTrainedModel) -> Iterator[None]:
+    """Within it, a padded batch of 2B rows takes the pixels of B prompts: the features that the tower makes of them go
+    to the chosen rows and again to the rejected ones, which follow in the same order."""
+    inner: Any = base.base_model
+    own = inner.get_image_features
+
+    def twice(*args: Any, **kwargs: Any) -> Any:
+        output = own(*args, **kwargs)
+        output.pooler_output = _repeated(output.pooler_output)
+        if output.get("deepstack_features") is not None:  # Qwen3-VL: per layer of the decoder, features of every image
+            output.deepstack_features = [_repeated(layer) for layer in output.deepstack_features]
+        return output
+
+    inner.get_image_features = twice
+    try:
+        yield
+    finally:
+        del inner.get_image_features
+
+
+def _repeated(features: Any) -> Any:
+    return torch.cat([features, features]) if isinstance(features, torch.Tensor) else [*features, *features]

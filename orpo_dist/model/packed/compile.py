@@ -1,0 +1,66 @@
+"""torch.compile for the blocks of the text model, one by one, instead of the whole model.
+
+What lies around the blocks would be of no use to a compiler here: the loss head works chunk by chunk on host numbers,
+and the packed attention takes a layout that is new in every micro-batch. So each block is compiled on its own and
+breaks once, at its attention; norms, rotary embeddings and the MLP's activation are fused on either side of it.
+
+- Blocks of one class share their compiled code, so 36 of them compile like one.
+- Rows have another length in every micro-batch. Their shapes are dynamic from the start: no compilation per length.
+- Activation checkpointing, PEFT, DDP and FSDP2 come around the compiled code. Names of parameters stay.
+- Blocks with linear attention or another mixer that runs on unshared rows stay as they are.
+"""
+
+import types
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from orpo_dist.errors import UserError
+from orpo_dist.model.packed.mixers import find_token_mixers
+
+# Up to 5.18 transformers checkpoints a layer's __call__, later its forward, which it wraps for that.
+_CHECKPOINTS_FORWARD = "__init_subclass__" in vars(GradientCheckpointingLayer)
+
+
+def compile_blocks(model: nn.Module, *, backend: Any = "inductor", mode: str | None = None) -> int:
+    """Compile the decoder blocks of `model` (bare, or wrapped by PEFT) in place; returns how many.
+
+    Args:
+        backend, mode: as in torch.compile.
+
+    Raises:
+        UserError: the model has no block that can be compiled.
+    """
+    base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    text_model = base.get_decoder()
+    unshared = {id(mixer.module) for mixer in find_token_mixers(text_model) if not mixer.uses_interface}
+    blocks = [
+        block
+        for block in text_model.modules()
+        if isinstance(block, GradientCheckpointingLayer) and unshared.isdisjoint(map(id, block.modules()))
+    ]
+    if not blocks:
+        raise UserError(f"torch_compile: {type(base).__name__} has no decoder block to compile. Leave it unset.")
+    for block in blocks:
+        if _CHECKPOINTS_FORWARD:
+            _compile_under_checkpointing(block, backend, mode)
+        else:
+            block.compile(backend=backend, mode=mode, dynamic=True)
+    return len(blocks)
+
+
+def _compile_under_checkpointing(block: Any, backend: Any, mode: str | None) -> None:
+    """A checkpoint inside the compiled code could not break at the attention, and nothing would be compiled."""
+    own_forward = types.MethodType(type(block).forward.__wrapped__, block)
+    compiled = torch.compile(own_forward, backend=backend, mode=mode, dynamic=True)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if block.gradient_checkpointing and block.training:
+            return block._gradient_checkpointing_func(partial(compiled, **kwargs), *args)
+        return compiled(*args, **kwargs)
+
+    block.forward = forward

@@ -1,0 +1,145 @@
+"""Switch a model to the packed layout and back.
+
+    verdict = use_packed_layout(model, max_length=1024)
+    if verdict.ok:
+        model(input_ids=..., position_ids=..., orpo_layout=..., use_cache=False)   # no attention_mask
+    else:
+        log(verdict.reason)                                                        # and stay with the padded layout
+    verdict.restore()                                                              # before generate()
+
+What cannot be seen from outside (a window that only the masks know of, positions made inside the model) shows in
+`verify_layout` (model/packed/verify.py), which every run calls.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from orpo_dist.model.attention.interface import PACKED_ATTENTION
+from orpo_dist.model.packed.mixers import PackedRow, TokenMixer, Unsharing, find_token_mixers
+from orpo_dist.model.packed.rotary import fix_rotary_frequencies
+
+
+@dataclass
+class PackingVerdict:
+    """Whether a model takes the packed layout.
+
+    ok: it has been switched to it. reason: why not; empty when ok.
+    unshared: mixers that run on unshared rows, by name; the prompt is computed twice in them.
+    fixed_rotary: rotary embeddings whose frequencies were fixed for max_length.
+    """
+
+    ok: bool
+    reason: str = ""
+    unshared: list[str] = field(default_factory=list)
+    fixed_rotary: list[str] = field(default_factory=list)
+    _model: PreTrainedModel | None = None
+    _hooks: list[Unsharing] = field(default_factory=list)
+    _row: PackedRow | None = None
+    _attention_before: dict = field(default_factory=dict)
+
+    def restore(self) -> None:
+        """Give the model its own attention and mixers back. Rotary frequencies stay fixed. Harmless when not ok."""
+        if self._model is None:
+            return
+        self._model.set_attn_implementation(self._attention_before)
+        for hook in self._hooks:
+            for handle in hook.handles:
+                handle.remove()
+        if self._row is not None:
+            self._row.handle.remove()
+        self._model, self._hooks, self._row = None, [], None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The model with its own attention, for generate() or a padded forward amid training. Mixers need no pause:
+        without a layout they run as they are. Backward passes of packed forwards must be over."""
+        if self._model is None:
+            yield
+            return
+        self._model.set_attn_implementation(self._attention_before)
+        try:
+            yield
+        finally:
+            self._model.set_attn_implementation(_packed_implementations(self._model.config))
+
+
+def use_packed_layout(model: nn.Module, *, max_length: int | None) -> PackingVerdict:
+    """Switch `model` (bare, or wrapped by PEFT) to the packed layout, or say why it cannot take it.
+
+    Only the text model changes; a vision tower keeps its attention. max_length: the longest P + C or P + R of the
+    data, None for no bound.
+    """
+    base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    text_model = base.get_decoder()
+    mixers = find_token_mixers(text_model)
+    reason = _obstacle(base, text_model, mixers, max_length)
+    if reason:
+        return PackingVerdict(ok=False, reason=f"{type(base).__name__}: {reason}")
+    fixed_rotary = fix_rotary_frequencies(text_model, max_length)
+    before = _implementations(base.config)
+    base.set_attn_implementation(_packed_implementations(base.config))
+    row = PackedRow(text_model)
+    unshared = [mixer for mixer in mixers if not mixer.uses_interface]
+    return PackingVerdict(
+        ok=True,
+        unshared=[mixer.name for mixer in unshared],
+        fixed_rotary=fixed_rotary,
+        _model=base,
+        _hooks=[Unsharing(mixer, row) for mixer in unshared],
+        _row=row,
+        _attention_before=before,
+    )
+
+
+def _obstacle(
+    base: PreTrainedModel, text_model: PreTrainedModel, mixers: list[TokenMixer], max_length: int | None
+) -> str | None:
+    if base.config.is_encoder_decoder:
+        return "an encoder-decoder model shares no row between prompt and completion"
+    if not mixers:
+        return "no attention or other token mixer was recognised in it"
+    if not text_model._can_set_attn_implementation():
+        return "its attention does not go through transformers' attention interface (ALiBi and older models)"
+    nested = next((mixer for mixer in mixers if mixer.inner is not None), None)
+    if nested is not None:
+        return f"{nested.name} holds another token mixer ({nested.inner}), which is not packed"
+    chunk = text_model.config.to_dict().get("attention_chunk_size")
+    if chunk is not None and (max_length is None or max_length > chunk):
+        return f"chunked attention (attention_chunk_size={chunk}) within max_length={max_length} is not packed"
+    return None
+
+
+def _implementations(config: PreTrainedConfig) -> dict:
+    """The attention implementation of a config and, nested, of its parts, as set_attn_implementation takes them."""
+    parts = {name: getattr(config, name) for name in config.sub_configs}
+    return {
+        "": config._attn_implementation,
+        **{name: _flat(_implementations(part)) for name, part in parts.items() if part is not None},
+    }
+
+
+def _flat(implementations: dict) -> dict | str:
+    """A part without parts of its own by its plain name: transformers 5.17 takes no nested dicts."""
+    return implementations[""] if len(implementations) == 1 else implementations
+
+
+def _packed_implementations(config: PreTrainedConfig) -> dict:
+    """The same with the text config, and the configs around it (whose masks it gets), set to the packed attention."""
+    text = config.get_text_config(decoder=True)
+    result = _implementations(config)
+    result[""] = PACKED_ATTENTION
+    for name in config.sub_configs:
+        part = getattr(config, name)
+        if part is not None and _holds(part, text):
+            result[name] = _flat(_packed_implementations(part))
+    return result
+
+
+def _holds(config: PreTrainedConfig, text: PreTrainedConfig) -> bool:
+    if config is text:
+        return True
+    return any(_holds(part, text) for name in config.sub_configs if (part := getattr(config, name)) is not None)

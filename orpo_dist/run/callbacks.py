@@ -1,0 +1,121 @@
+"""What the Trainer calls during a run: log.jsonl, the last evaluation, the progress bar."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+LOG_NAME = "log.jsonl"
+
+
+# What a progress line shows.
+_SHOWN = {
+    "loss": "loss {:.4f}",
+    "nll_loss": "nll {:.4f}",
+    "rewards/accuracies": "accuracy {:.3f}",
+    "rewards/margins": "margin {:.4f}",
+    "grad_norm": "grad norm {:.3f}",
+    "learning_rate": "lr {:.2e}",
+}
+
+
+class RunLog(TrainerCallback):
+    """Appends every logging event to `<folder>/log.jsonl` (main process) and measures the time spent in steps.
+
+    A resumed run continues the file: events after the checkpoint it starts from are dropped, since they happen again.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / LOG_NAME
+        self._mark = 0.0
+        self.first_step = 0
+        self.train_seconds = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.first_step = state.global_step
+        self._mark = time.perf_counter()
+        if state.is_world_process_zero:
+            kept = [line for line in self._lines() if json.loads(line)["step"] <= state.global_step > 0]
+            self._path.write_text("".join(kept), encoding="utf-8")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero and logs:
+            event = _finite({"step": state.global_step, "epoch": state.epoch, "time": round(time.time(), 3), **logs})
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(event) + "\n")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        now = time.perf_counter()
+        self.train_seconds += now - self._mark
+        self._mark = now
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._mark = time.perf_counter()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._mark = time.perf_counter()
+
+    def _lines(self) -> list[str]:
+        if not self._path.exists():
+            return []
+        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [line for line in lines if line.endswith("\n")]  # the last one is cut off when the run was killed
+
+
+class FinalEvaluation(TrainerCallback):
+    """Evaluates the model of the last step, inside the training loop, where every topology has it wrapped."""
+
+    def __init__(self) -> None:
+        self._evaluated_step: int | None = None
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._evaluated_step = state.global_step
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if control.should_training_stop and self._evaluated_step != state.global_step:
+            control.should_evaluate = True
+
+
+class ShortProgress(ProgressCallback):
+    """transformers' progress bar with one short line per logging event instead of the whole dictionary."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or self.training_bar is None or not logs:
+            return
+        prefix = "eval_" if "eval_loss" in logs else ""
+        parts = [form.format(float(logs[prefix + name])) for name, form in _SHOWN.items() if prefix + name in logs]
+        if prefix + "loss" in logs:
+            what = "evaluation" if prefix else "step"
+            self.training_bar.write(f"{what} {state.global_step}/{state.max_steps}: " + ", ".join(parts))
+
+
+def _finite(value: Any) -> Any:
+    """`nan` and `inf` as texts: JSON has no such numbers, and other readers than Python's refuse them."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return value

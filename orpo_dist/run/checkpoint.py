@@ -1,0 +1,205 @@
+"""Checkpoints that are whole or not there: written beside the run, sealed with a manifest, then renamed into place.
+
+    RUN/_saving/checkpoint-N/...     every rank writes its files here
+    RUN/_saving/checkpoint-N/complete.json   written last: files, sizes, checksums, fingerprint
+    RUN/checkpoint-N/                one rename, after every node has flushed its files to the disk
+
+A kill at any moment leaves either no RUN/checkpoint-N or a whole one; what it leaves in _saving is removed when the
+run starts again. Deleting goes the same way backwards: renamed to _deleting-checkpoint-N first.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MARKER, FORMAT_VERSION = "complete.json", 1
+STAGING, DELETING = "_saving", "_deleting-"  # names that transformers leaves out when it uploads the run's folder
+CHECKSUM_BYTES = 16 * 2**20  # files up to this size get a checksum; shards beyond are checked by size
+LEAST_KEPT = 2
+_NAME = re.compile(r"checkpoint-(\d+)")
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_RIGHT = {errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What complete.json says.
+
+    Attributes:
+        files: path below the checkpoint -> size in bytes, and SHA-256 of the small ones (else None).
+        fingerprint: what the run was made of, see run/fingerprint.py.
+    """
+
+    step: int
+    world_size: int
+    files: dict[str, tuple[int, str | None]]
+    fingerprint: dict[str, Any]
+    format_version: int = FORMAT_VERSION
+
+    def save(self, folder: Path) -> None:
+        """Written to a temporary name, flushed and renamed: the marker itself is never half there."""
+        files = {name: {"size": size, **({"sha256": sha} if sha else {})} for name, (size, sha) in self.files.items()}
+        text = json.dumps({**vars(self), "files": files}, indent=1)
+        temporary = folder / f".{MARKER}"
+        temporary.write_text(text + "\n", encoding="utf-8")
+        flush(temporary)
+        os.replace(temporary, folder / MARKER)
+        flush(folder)
+
+
+def step_of(folder: Path) -> int:
+    """N of checkpoint-N."""
+    match = _NAME.fullmatch(folder.name)
+    assert match is not None, folder
+    return int(match[1])
+
+
+def checkpoint_folders(run: Path) -> list[Path]:
+    """Every checkpoint-N of a run, complete or not, oldest first."""
+    if not run.is_dir():
+        return []
+    return sorted((path for path in run.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)), key=step_of)
+
+
+def seal(folder: Path, step: int, world_size: int, fingerprint: dict[str, Any]) -> Manifest:
+    """Write the marker of a folder in which every rank has finished writing."""
+    files = {str(path.relative_to(folder)): _facts(path) for path in _files(folder)}
+    manifest = Manifest(step, world_size, files, fingerprint)
+    manifest.save(folder)
+    return manifest
+
+
+def publish(staged: Path, run: Path) -> Path:
+    """Rename a sealed folder into the run. One that is there from before (a run that was resumed from an older
+    checkpoint) makes room first."""
+    target, old = run / staged.name, run / f"{DELETING}{staged.name}"
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(target, old)
+    os.rename(staged, target)
+    flush(run)
+    shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a complete checkpoint.
+
+    Raises:
+        ValueError: why the folder is no complete checkpoint of a version this program knows.
+    """
+    try:
+        content = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        files = {name: (facts["size"], facts.get("sha256")) for name, facts in content["files"].items()}
+        version = content["format_version"]
+        if version != FORMAT_VERSION:
+            raise ValueError(f"format version {version}; this program reads {FORMAT_VERSION}")
+        return Manifest(content["step"], content["world_size"], files, content["fingerprint"], version)
+    except FileNotFoundError:
+        raise ValueError(f"no {MARKER}: it was not finished, or not written by this program") from None
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{MARKER} cannot be read ({error})") from error
+
+
+def verify(folder: Path) -> Manifest:
+    """Read the manifest and compare the files with it. Raises ValueError with the first difference."""
+    manifest = read_manifest(folder)
+    for name, (size, checksum) in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{name} is missing")
+        if path.stat().st_size != size:
+            raise ValueError(f"{name} has {path.stat().st_size} bytes instead of {size}")
+        if checksum is not None and _sha256(path) != checksum:
+            raise ValueError(f"{name} is not what was written (its checksum differs)")
+    return manifest
+
+
+def rotate(run: Path, limit: int | None, keep: Path | None) -> list[Path]:
+    """Remove the oldest complete checkpoints beyond `limit`, which is at least two, but never `keep`."""
+    if limit is None or limit <= 0:
+        return []
+    complete = [folder for folder in checkpoint_folders(run) if (folder / MARKER).is_file()]
+    spare = [folder for folder in complete[:-LEAST_KEPT] if folder != keep]
+    doomed = spare[: max(len(complete) - max(limit, LEAST_KEPT), 0)]
+    for folder in doomed:
+        remove(folder)
+    return doomed
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint so that no moment shows half of one under its name."""
+    doomed = folder.with_name(DELETING + folder.name)
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def sweep(run: Path) -> list[Path]:
+    """Remove what a killed run left half written or half deleted; returns what was there."""
+    if not run.is_dir():
+        return []
+    half = [*(run / STAGING).glob("*"), *run.glob(f"{DELETING}*")]
+    shutil.rmtree(run / STAGING, ignore_errors=True)
+    for folder in run.glob(f"{DELETING}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+    return half
+
+
+def flush_tree(folder: Path) -> None:
+    """fsync every file and folder below: a rename must not reach the disk before the content does."""
+    for path in _files(folder):
+        flush(path)
+    for parent, _, _ in os.walk(folder, topdown=False):
+        flush(Path(parent))
+
+
+def flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def why_unwritable(error: BaseException, folder: Path) -> str | None:
+    """What is wrong with the disk, in words, if that is what `error` is about.
+
+    torch and safetensors wrap the operating system's error in their own, with its text or without.
+    """
+    numbers = {cause.errno for cause in _causes(error) if isinstance(cause, OSError)}
+    text = " ".join(str(cause) for cause in _causes(error))
+    free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
+    if numbers & _NO_ROOM or "os error 28" in text or "No space left" in text:
+        return f"no space left on the device (free: {free / 2**20:.0f} MiB)"
+    if numbers & _NO_RIGHT or "os error 30" in text or "os error 13" in text or "Permission denied" in text:
+        return "the folder is read-only, or not this user's"
+    if "PytorchStreamWriter" in text or "file write failed" in text or "unexpected pos" in text:
+        return f"writing failed (free: {free / 2**20:.0f} MiB)"
+    return f"{type(error).__name__}: {error}" if any(isinstance(cause, OSError) for cause in _causes(error)) else None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MARKER)
+
+
+def _facts(path: Path) -> tuple[int, str | None]:
+    size = path.stat().st_size
+    return size, _sha256(path) if size <= CHECKSUM_BYTES else None
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()  # small files only

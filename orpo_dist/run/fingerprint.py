@@ -1,0 +1,120 @@
+"""What a run is made of, written into every checkpoint: a resumed run must be the same run, or say that it is not."""
+
+import hashlib
+from enum import Enum
+from typing import Any
+
+from accelerate.utils import DistributedType
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from orpo_dist.config import ORPOConfig
+from orpo_dist.model.loading.load import base_identity
+from orpo_dist.packing.lengths import TOKEN_COLUMNS, PairLengths
+from orpo_dist.run.machine import versions
+
+SAMPLED_ROWS = 1000
+# Options that decide where the weights go. Everything else is free: more epochs or steps, saving, logging, evaluating,
+# reporting, the layout, the cut of the global batch into ranks and micro-batches (docs/numerics.md).
+OPTIONS = (
+    "beta",
+    "label_smoothing",
+    "nll_scope",
+    "router_aux_loss_coef",
+    "disable_dropout",
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "optim",
+    "optim_args",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "neftune_noise_alpha",
+    "seed",
+    "data_seed",
+    "dataloader_drop_last",
+    "bf16",
+    "fp16",
+)
+
+
+def fingerprint(
+    args: ORPOConfig, model: nn.Module, rows: Any, lengths: list[PairLengths], global_batch: int
+) -> dict[str, Any]:
+    """The parts that must stay equal, each as short values under readable names, and the versions of the libraries."""
+    return {
+        "model": _model(model),
+        "data": {"pairs": len(lengths), "content": _content(rows, lengths)},
+        "options": {"global batch": global_batch, **{name: _plain(getattr(args, name)) for name in OPTIONS}},
+        "versions": versions(),
+    }
+
+
+def topology(distributed_type: DistributedType, zero_stage: int | None) -> str:
+    """Which kind of checkpoint a run writes: replicated (one process, DDP), zero1 to zero3, or fsdp."""
+    if zero_stage is not None:
+        return f"zero{zero_stage}"
+    return "fsdp" if distributed_type == DistributedType.FSDP else "replicated"
+
+
+def differences(saved: dict[str, Any], now: dict[str, Any], part: str) -> list[str]:
+    """`name: saved value -> present value` for every entry of one part that differs."""
+    before, after = saved.get(part, {}), now[part]
+    names = [*before, *(name for name in after if name not in before)]
+    return [
+        f"{name}: {before.get(name, 'none')} -> {after.get(name, 'none')}"
+        for name in names
+        if before.get(name) != after.get(name)
+    ]
+
+
+def _model(model: nn.Module) -> dict[str, Any]:
+    parts: dict[str, Any] = {}
+    base: Any = model
+    if isinstance(model, PeftModel):
+        base = model.get_base_model()
+        adapter = model.peft_config[model.active_adapter].to_dict()
+        adapter.pop("peft_version", None)  # among the versions
+        parts["adapter"] = _digest(repr(_plain(adapter)))
+    parts["class"] = type(base).__name__
+    if isinstance(base, PreTrainedModel):
+        identity = base_identity(base)
+        parts |= {"name": identity.name, "revision": identity.revision}
+    # ds_shape: ZeRO-3 leaves an empty tensor in the place of a parameter.
+    shapes = [(name, tuple(getattr(p, "ds_shape", p.shape)), p.requires_grad) for name, p in model.named_parameters()]
+    parts["parameters"] = _digest(repr(sorted(shapes)))
+    return parts
+
+
+def _content(rows: Any, lengths: list[PairLengths]) -> str:
+    """A digest of the lengths of all pairs and of the token ids of a thousand, evenly spread."""
+    state = hashlib.sha256(repr([(pair.prompt, pair.chosen, pair.rejected) for pair in lengths]).encode())
+    if not lengths:  # a trainer that only evaluates
+        return "none"
+    ids = rows if isinstance(rows, list) else rows.select_columns(list(TOKEN_COLUMNS))  # no image is decoded
+    for index in range(0, len(lengths), -(-len(lengths) // SAMPLED_ROWS)):
+        row = ids[index]
+        state.update(repr([list(row[column]) for column in TOKEN_COLUMNS]).encode())
+    return state.hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    """In types that survive JSON, so that what is read back compares equal."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, dict):
+        return {str(name): _plain(item) for name, item in sorted(value.items())}
+    if isinstance(value, set):
+        return sorted(_plain(item) for item in value)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, str | int | float | bool | type(None)) else str(value)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

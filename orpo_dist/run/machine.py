@@ -1,0 +1,39 @@
+"""Versions, device and peak memory of the machine that runs."""
+
+import resource
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from accelerate.utils import gather_object
+
+from orpo_dist.version import __version__
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "deepspeed", "bitsandbytes")
+
+
+def peak_memory_gib(device: torch.device) -> list[float]:
+    """Most memory each rank has used so far, in GiB, in the order of the ranks. Every rank must call it."""
+    if device.type == "cuda":
+        used = torch.cuda.max_memory_allocated(device)
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, see getrusage(2)
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return gather_object([round(used / 2**30, 3)])
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of this package and of those it stands on that are installed."""
+    found = {"python": sys.version.split()[0], "orpo_dist": __version__}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    if torch.version.cuda is not None:
+        found["cuda"] = torch.version.cuda
+    return found

@@ -1,0 +1,177 @@
+"""Asking a run to stop: signals, a stop file, a time limit, a launcher that is gone.
+
+A request only raises a flag. It travels with the one all-reduce of each optimizer step, so that all ranks stop at the
+same step and save one checkpoint together (DESIGN: a flag per rank without a collective lets ZeRO hang).
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from orpo_dist.errors import RunStopped
+
+STOP_FILE = "STOP"
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# A signal to a whole process group reaches a worker twice: directly, and passed on by torchrun. Copies that arrive
+# within this time are the same request.
+ECHO_SECONDS = 5.0
+# Kept free for the checkpoint before max_runtime ends, until the first one has been timed.
+LEAST_MARGIN, MARGIN_SHARE = 60.0, 0.05
+PROCESS_STARTED = psutil.Process().create_time()
+
+
+class StopRequests:
+    """What this rank knows about stopping.
+
+    Args:
+        folder: the run's folder, in which the first rank looks for the stop file.
+        max_runtime: seconds from the start of the process; None for no limit.
+        is_first_rank: whether this rank looks for the stop file.
+    """
+
+    # The stop file of an earlier run, or of an earlier train() of this process, asks nothing of this one.
+    _asks_since = PROCESS_STARTED
+
+    def __init__(self, folder: Path, max_runtime: float | None, *, is_first_rank: bool):
+        self._file, self._max_runtime, self._is_first_rank = folder / STOP_FILE, max_runtime, is_first_rank
+        self._pid, self._launcher = os.getpid(), _launcher()
+        self._signal: str | None = None
+        self._reason: str | None = None
+        self._signalled_at = 0.0
+        self._in_steps = False
+        self._longest_step = self._longest_save = 0.0
+        self._step_began: float | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Signals raise the flag inside; outside and in other threads they do what they did before."""
+        if self._is_first_rank and self._file.exists() and self._file.stat().st_mtime < StopRequests._asks_since:
+            self._file.unlink()
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        self._signal = self._reason = None
+        before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            self._in_steps = False
+            StopRequests._asks_since = time.time()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def steps_begin(self) -> None:
+        """From here on a request waits for the end of the step; before, there is nothing to save."""
+        self._in_steps = True
+        self._step_began = time.monotonic()
+        if self._signal is not None:
+            raise RunStopped(self._signal)
+
+    def step_ends(self) -> None:
+        """Measures the step for the time limit."""
+        now = time.monotonic()
+        if self._step_began is not None:
+            self._longest_step = max(self._longest_step, now - self._step_began)
+        self._step_began = now
+
+    def saved(self, seconds: float) -> None:
+        """A checkpoint took that long; its time is not the step's."""
+        self._longest_save = max(self._longest_save, seconds)
+        self._step_began = time.monotonic()
+
+    def reason(self) -> str | None:
+        """Why this rank wants to stop, None while it does not. The first reason stays: the time limit alone would come
+        and go with the margin that the last save asks for. Cheap: a flag, a clock and a look at one file."""
+        if self._reason is None:
+            self._reason = self._look()
+        return self._reason
+
+    def _look(self) -> str | None:
+        if self._signal is not None:
+            return self._signal
+        if self._is_first_rank and self._file.exists():
+            return f"the file {self._file}"
+        if self._max_runtime is not None:
+            margin = 2 * self._longest_save or max(LEAST_MARGIN, MARGIN_SHARE * self._max_runtime)
+            # Half of a limit that is shorter than the margin is for training.
+            margin = self._longest_step + min(margin, self._max_runtime / 2)
+            if time.time() - PROCESS_STARTED + margin >= self._max_runtime:
+                return f"max_runtime of {self._max_runtime:.0f} s"
+        if self._launcher is not None and os.getppid() != self._launcher:
+            return "the launcher is gone"
+        return None
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if os.getpid() != self._pid:  # a forked worker of a data loader
+            _die_of(number)
+        if self._signal is None:
+            self._signal, self._signalled_at = name, time.monotonic()
+            if not self._in_steps:
+                raise RunStopped(name)
+            if self._launcher is None:
+                # By the kernel: Python's own handlers wait while the main thread is inside a collective.
+                for other in SIGNALS:
+                    signal.signal(other, signal.SIG_DFL)
+            os.write(2, f"orpo-dist: {name}: stopping after this step. Once more stops at once.\n".encode())
+        elif self._launcher is None or time.monotonic() - self._signalled_at > ECHO_SECONDS:
+            _die_of(number)
+
+
+@contextmanager
+def raising_on_signals() -> Iterator[None]:
+    """Around the parts of a run that have nothing to save: a signal raises RunStopped in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != process:
+            _die_of(number)
+        signal.signal(number, signal.SIG_IGN)  # torchrun passes the same signal on
+        raise RunStopped(signal.Signals(number).name)
+
+    process = os.getpid()
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def ignore_signals() -> None:
+    """The checkpoint is there and the process is about to exit: a launcher that ends the others must not spoil it."""
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+
+def _die_of(number: int) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
+def _launcher() -> int | None:
+    """Process id of torchrun or accelerate launch, when one of them is this process's parent.
+
+    Both die of SIGUSR1 unless told otherwise (PET_SIGNALS_TO_HANDLE) and leave their workers behind.
+    """
+    parent = os.getppid()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return parent
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        try:
+            command = psutil.Process(parent).cmdline()
+        except psutil.Error:
+            return None
+        if any("accelerate" in word for word in command):
+            return parent
+    return None

@@ -1,0 +1,93 @@
+"""What a run leaves behind besides the model: log.jsonl while it trains, run_summary.json at its end."""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from transformers import TrainerState
+
+from orpo_dist.run.callbacks import _finite
+
+SUMMARY_NAME = "run_summary.json"
+# What an evaluation reports about its own speed.
+_SPEED_KEYS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "num_input_tokens_seen")
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One finished run, as in run_summary.json.
+
+    Attributes:
+        pairs: training pairs after the audit; `dropped` rows did not pass it. `eval_pairs`, `eval_dropped` likewise.
+        epochs: passes over the training pairs, a fraction when `max_steps` ended the run.
+        global_batch_size: pairs per optimizer step.
+        eval_before, eval_after: metrics of the untrained and of the trained model, without the `eval_` prefix; None
+            without an evaluation set.
+        train_seconds: time spent in optimizer steps by this call, without evaluating and saving.
+        pairs_per_second: pairs of those steps by that time, over all ranks; None when no step was left to do.
+        peak_memory_gib: per rank, of the accelerator, or of the process where there is none.
+    """
+
+    model: str
+    model_revision: str | None
+    dataset: str
+    output_dir: str
+    adapter: bool
+    merged_model: str | None
+    pairs: int
+    dropped: int
+    eval_pairs: int
+    eval_dropped: int
+    steps: int
+    epochs: float
+    global_batch_size: int
+    world_size: int
+    device: str
+    parameters: int
+    trainable_parameters: int
+    train_loss: float | None
+    eval_before: dict[str, float] | None
+    eval_after: dict[str, float] | None
+    train_seconds: float
+    pairs_per_second: float | None
+    peak_memory_gib: list[float]
+    versions: dict[str, str]
+
+    def save(self, folder: Path) -> None:
+        text = json.dumps(_finite(asdict(self)), indent=2, ensure_ascii=False)
+        temporary = folder / f".{SUMMARY_NAME}"  # the file exists only after success, and then it is whole
+        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.replace(folder / SUMMARY_NAME)
+
+    def table(self) -> str:
+        """The evaluations side by side, for a terminal; empty without an evaluation set."""
+        if self.eval_before is None or self.eval_after is None:
+            return ""
+        names = [name for name in self.eval_after if name in self.eval_before and name != "epoch"]
+        width = max(len(name) for name in names)
+        rows = [f"{'':{width}}  {'before':>10}  {'after':>10}"]
+        rows += [f"{name:{width}}  {self.eval_before[name]:>10.4f}  {self.eval_after[name]:>10.4f}" for name in names]
+        return "\n".join(rows)
+
+
+def evaluation_at(state: TrainerState, step: int) -> dict[str, float] | None:
+    """The last evaluation of `step` in the history (a resumed run has that of the run it continues), or None."""
+    for event in reversed(state.log_history):
+        if event["step"] == step and "eval_loss" in event:
+            return without_prefix(event)
+    return None
+
+
+def without_prefix(metrics: dict[str, float]) -> dict[str, float]:
+    """`eval_rewards/margins` as `rewards/margins`; what an evaluation says about its own speed is left out."""
+    names = {name: name.removeprefix("eval_") for name in metrics if name.startswith("eval_")}
+    return {short: float(metrics[name]) for name, short in names.items() if short not in _SPEED_KEYS}
+
+
+def pairs_seen(steps: int, pairs: int, global_batch_size: int, drop_last: bool) -> int:
+    """Pairs in the first `steps` optimizer steps; the last global batch of an epoch may be smaller."""
+    per_epoch = pairs // global_batch_size if drop_last else math.ceil(pairs / global_batch_size)
+    epochs, rest = divmod(steps, max(per_epoch, 1))
+    in_epoch = min(pairs, per_epoch * global_batch_size)
+    return epochs * in_epoch + min(rest * global_batch_size, in_epoch)

@@ -1,1 +1,0 @@
-"""What surrounds the steps of a run: metrics, evaluation, reports."""

@@ -1,0 +1,93 @@
+"""What ORPOTrainer refuses, and what it works out from its arguments before any model is loaded."""
+
+from typing import Any
+
+from transformers.utils import is_liger_kernel_available
+
+from orpo_dist.config import ORPOConfig
+from orpo_dist.errors import UserError
+
+
+def refuse_contradictions(args: ORPOConfig, model: Any, model_init: Any, has_rows: bool) -> None:
+    """Raises UserError for arguments of the trainer that exclude each other."""
+    if not has_rows:
+        raise UserError("train_dataset is missing: pass rows of preference pairs.")
+    if (model is None) == (model_init is None):
+        raise UserError("Pass either model or model_init, and not both.")
+    if not isinstance(model, str) and args.model_init_kwargs:
+        raise UserError("model_init_kwargs needs the model given by name or path; this one is instantiated already.")
+
+
+def refuse_what_needs_logits(args: ORPOConfig, preprocess_logits_for_metrics: Any) -> None:
+    """Raises UserError for options that would gather logits or mean something else here."""
+    reason = "compute_metrics receives per-pair log-probabilities; logits are never gathered"
+    if preprocess_logits_for_metrics is not None:
+        raise UserError(f"preprocess_logits_for_metrics cannot be used: {reason}.")
+    if args.batch_eval_metrics:
+        raise UserError(f"batch_eval_metrics cannot be used: {reason}, and they are computed over the whole set.")
+    if args.include_for_metrics:
+        raise UserError(f"include_for_metrics={args.include_for_metrics} cannot be used: {reason}.")
+    if args.label_smoothing_factor:
+        raise UserError("label_smoothing_factor smooths token labels, not preferences: use label_smoothing.")
+
+
+def refuse_unsupported_parallelism(args: ORPOConfig) -> None:
+    """Raises UserError for parallelism other than data parallelism, and for a batch size search on several ranks."""
+    parallelism = args.parallelism_config
+    if parallelism is not None and parallelism.non_data_parallel_size > 1:
+        raise UserError(
+            "Tensor, context and sequence parallelism are not supported: torch's context parallelism strips attention "
+            "masks. Use data parallelism (DDP, ZeRO, FSDP2)."
+        )
+    if args.auto_find_batch_size and args.world_size > 1:
+        raise UserError(
+            "auto_find_batch_size works in one process only: with ZeRO-3, FSDP2 or several ranks, one rank that runs "
+            "out of memory leaves the others waiting in a collective. Set per_device_train_batch_size and "
+            "gradient_accumulation_steps instead."
+        )
+
+
+def refuse_missing_kernels(args: ORPOConfig, zero3: bool) -> None:
+    """Raises UserError for kernels that are not installed or have no device, and for compiled blocks under ZeRO-3."""
+    if args.torch_compile and zero3:
+        raise UserError(
+            "torch_compile does not work with ZeRO-3, whose hooks gather the weights inside the blocks: "
+            "leave it unset, or take ZeRO-2 or FSDP2."
+        )
+    if not args.use_liger_kernel:
+        return
+    if not is_liger_kernel_available():
+        raise UserError(
+            "use_liger_kernel=true needs liger-kernel, which is not installed: pip install 'orpo-dist[liger]'."
+        )
+    if args.device.type == "cpu":
+        raise UserError(
+            "use_liger_kernel=true needs a GPU: Liger's kernels are written in Triton. Leave it unset on a CPU."
+        )
+
+
+def liger_knows(model: Any) -> bool:
+    """Whether Liger has kernels for this kind of model; for another one it does nothing and says so at level INFO."""
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    return model.config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN
+
+
+def no_evaluation_rows() -> UserError:
+    return UserError("Evaluation needs rows: pass eval_dataset to the trainer or to evaluate().")
+
+
+def router_aux_loss_coef(config: Any, asked: float | None) -> float:
+    """Weight of the load-balancing loss: as asked, else the model's own; 0 for a model without routers.
+
+    Raises:
+        UserError: one is asked for and the model has no routers.
+    """
+    declared = config.get_text_config().to_dict().get("router_aux_loss_coef")
+    if declared is None:
+        if asked:
+            raise UserError(
+                f"router_aux_loss_coef={asked} needs a mixture-of-experts model; {config.model_type} has no routers."
+            )
+        return 0.0
+    return declared if asked is None else asked

@@ -1,0 +1,166 @@
+"""`generate_during_eval`: a few sampled replies at each evaluation, in `<run>/samples.jsonl` and in the trackers."""
+
+import json
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+
+from orpo_dist.config import ORPOConfig
+from orpo_dist.errors import UserError
+from orpo_dist.model.loading.processor import tokenizer_of
+from orpo_dist.packing.images import process_prompts
+
+if TYPE_CHECKING:
+    from orpo_dist.trainer import ORPOTrainer
+
+SAMPLES_NAME = "samples.jsonl"
+PROMPTS = 4
+MAX_REPLY_TOKENS = 128
+_COLUMNS = ("step", "prompt", "reply", "chosen")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One reply: what the model answers at `step`, beside the completion that the pair prefers."""
+
+    step: int
+    prompt: str
+    reply: str
+    chosen: str
+
+
+class SampleReplies(TrainerCallback):
+    """Writes sampled replies after each evaluation; the same prompts every time, so that progress can be read.
+
+    Every rank generates, since sharded parameters (ZeRO-3, FSDP2) need all of them; the main process writes.
+
+    Raises:
+        UserError: the trainer has no evaluation pairs. Of several sets of them the first is sampled from.
+    """
+
+    def __init__(self, trainer: "ORPOTrainer") -> None:
+        rows: Any = trainer.eval_dataset
+        if isinstance(rows, dict):
+            rows = next(iter(rows.values()), None)
+        if rows is None:
+            raise UserError("generate_during_eval needs pairs to evaluate on: pass eval_dataset.")
+        self._trainer = trainer
+        chosen = random.Random(trainer.args.seed).sample(range(len(rows)), k=min(PROMPTS, len(rows)))
+        self._rows = [rows[index] for index in chosen]
+        self._written_step: int | None = None
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._written_step == state.global_step:  # one event for each of several evaluation sets
+            return
+        self._written_step = state.global_step
+        samples = self._generate(state.global_step)
+        if not state.is_world_process_zero:
+            return
+        _write(Path(str(args.output_dir)) / SAMPLES_NAME, samples)
+        trackers = args.report_to or []
+        if "wandb" in trackers:
+            _to_wandb(samples)
+        if "trackio" in trackers:
+            _to_trackio(samples)
+        if "comet_ml" in trackers:
+            _to_comet(samples)
+        if "tensorboard" in trackers:
+            _to_tensorboard(self._trainer, samples)
+
+    def _generate(self, step: int) -> list[Sample]:
+        trainer = self._trainer
+        args = cast(ORPOConfig, trainer.args)
+        tokenizer: Any = tokenizer_of(cast(PreTrainedTokenizerBase, trainer.processing_class))
+        model: Any = trainer.model
+        device = args.device
+        limit = min(MAX_REPLY_TOKENS, args.max_completion_length or MAX_REPLY_TOKENS)
+        was_training = model.training
+        model.eval()
+        # Training must not depend on whether replies are sampled, so its random state is set aside.
+        devices = [device] if device.type == "cuda" else []
+        own_attention, autocast = trainer.forward.paused(), trainer.compute_loss_context_manager()
+        with torch.random.fork_rng(devices=devices), torch.no_grad(), own_attention, autocast:
+            torch.manual_seed(args.seed + step)
+            replies: list[list[int]] = []
+            for inputs in _prompts(trainer, self._rows, tokenizer.pad_token_id):
+                inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+                output = model.generate(
+                    **inputs, do_sample=True, max_new_tokens=limit, pad_token_id=tokenizer.pad_token_id
+                )
+                prompt = 0 if trainer.is_encoder_decoder else inputs["input_ids"].shape[1]
+                replies += output[:, prompt:].tolist()
+        model.train(was_training)
+
+        def text(ids: Any) -> str:
+            return tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+        return [
+            Sample(step, text(row["prompt_ids"]), text(reply), text(row["chosen_ids"]))
+            for row, reply in zip(self._rows, replies, strict=True)
+        ]
+
+
+def _prompts(trainer: "ORPOTrainer", rows: list[dict[str, Any]], pad: int) -> list[dict[str, torch.Tensor]]:
+    """Batches for generate(): all prompts padded on the left, or, where one has images, each by itself."""
+    if any(row.get("images") for row in rows):
+        batches = []
+        for number, row in enumerate(rows):
+            made = process_prompts(trainer.processing_class, [{**row, "index": number}])
+            types = {name: of_rows[0][None] for name, of_rows in made.token_types.items()}
+            ids = torch.tensor([row["prompt_ids"]])
+            batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), **types, **made.tensors})
+        return batches
+    longest = max(len(row["prompt_ids"]) for row in rows)
+    blanks = [longest - len(row["prompt_ids"]) for row in rows]
+    ids = torch.tensor([[pad] * blank + list(row["prompt_ids"]) for blank, row in zip(blanks, rows, strict=True)])
+    mask = torch.tensor([[0] * blank + [1] * (longest - blank) for blank in blanks])
+    return [{"input_ids": ids, "attention_mask": mask}]
+
+
+def _write(path: Path, samples: list[Sample]) -> None:
+    """Append; lines of the same or a later step are those of a run that was restarted, or of another one."""
+    kept = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    kept = [line for line in kept if json.loads(line)["step"] < samples[0].step]
+    lines = kept + [json.dumps(asdict(sample), ensure_ascii=False) for sample in samples]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def _table(samples: list[Sample]) -> list[list[Any]]:
+    return [[getattr(sample, column) for column in _COLUMNS] for sample in samples]
+
+
+def _to_wandb(samples: list[Sample]) -> None:
+    import wandb
+
+    if wandb.run is not None:
+        wandb.log({"samples": wandb.Table(columns=list(_COLUMNS), data=_table(samples))})
+
+
+def _to_trackio(samples: list[Sample]) -> None:
+    import pandas
+    import trackio
+
+    trackio.log({"samples": trackio.Table(dataframe=pandas.DataFrame(_table(samples), columns=list(_COLUMNS)))})
+
+
+def _to_comet(samples: list[Sample]) -> None:
+    import comet_ml
+
+    experiment = comet_ml.get_running_experiment()
+    if experiment is not None:
+        experiment.log_table(f"samples-{samples[0].step}.csv", tabular_data=_table(samples), headers=list(_COLUMNS))
+
+
+def _to_tensorboard(trainer: "ORPOTrainer", samples: list[Sample]) -> None:
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+            for number, sample in enumerate(samples):
+                text = f"**{sample.prompt}**\n\n{sample.reply}\n\n---\n\nPreferred: {sample.chosen}"
+                callback.tb_writer.add_text(f"samples/{number}", text, sample.step)
+            callback.tb_writer.flush()

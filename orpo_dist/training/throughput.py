@@ -1,0 +1,116 @@
+"""Pairs and tokens per second, FLOPs, MFU and peak memory: from host numbers alone, so nothing waits for the device.
+
+Model FLOPs of one pair in the shared layout:
+
+    linear layers   2 * parameters * (P + C + R) forward, the same for the gradient of the input, and once more for the
+                    gradient of the weight where it is trained
+    attention       4 * query width * query-key pairs forward, twice that backward, per layer of attention
+    loss head       2 * H * V * scored rows for the logits and for the gradient of the rows, and once more where the
+                    head is trained
+
+Recomputation (activation checkpointing) is not counted, so MFU says what the device does for the model.
+
+Shape legend: P, C, R tokens of prompt, chosen and rejected, H hidden, V vocabulary.
+"""
+
+import resource
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+
+from orpo_dist.model.flops import ModelFlops
+from orpo_dist.packing.lengths import PairLengths
+
+# Dense bf16 peak of one device, FLOP/s, from the vendors' datasheets.
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A40": 150e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "MI300X": 1307e12,
+    "MI250X": 191e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 FLOP/s of one device; None on a CPU and for a device that is not in the table."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory held at once by this process, GiB: the allocator's on a GPU, resident memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+
+
+class Throughput:
+    """Counts what this rank computed since the last log line."""
+
+    def __init__(self, flops: ModelFlops, nll_scope: str):
+        self._flops, self._nll_scope = flops, nll_scope
+        self._start()
+
+    def _start(self) -> None:
+        self._since = time.perf_counter()
+        self._pairs = self._tokens = self._padded_tokens = self._model_flops = 0.0
+
+    def add(self, micro_batch: Iterable[PairLengths]) -> None:
+        """Pairs of one micro-batch, without fillers."""
+        pairs = list(micro_batch)
+        if not pairs:
+            return
+        longest = max(pair.prompt + max(pair.chosen, pair.rejected) for pair in pairs)
+        self._pairs += len(pairs)
+        self._tokens += sum(pair.shared_tokens for pair in pairs)
+        self._padded_tokens += 2 * len(pairs) * longest
+        self._model_flops += self.flops_of(pairs)
+
+    def flops_of(self, pairs: Iterable[PairLengths]) -> float:
+        return sum(self._flops.of_pair(pair, self._nll_scope) for pair in pairs)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that is no training (evaluation, saving) is not counted."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._since += time.perf_counter() - start
+
+    def drain(self, accelerator: Accelerator) -> dict[str, float]:
+        """Figures over all ranks since the last call; every rank must call it. Starts again from zero."""
+        seconds = time.perf_counter() - self._since
+        sums = [self._pairs, self._tokens, self._padded_tokens, self._model_flops / 1e12]
+        local = torch.tensor(sums, dtype=torch.float32, device=accelerator.device)
+        pairs, tokens, padded_tokens, teraflops = accelerator.reduce(local, reduction="sum").tolist()
+        self._start()
+        if not pairs:
+            return {}
+        figures = {
+            "pairs_per_second": pairs / seconds,
+            "tokens_per_second": tokens / seconds,
+            "padded_tokens_ratio": padded_tokens / tokens,
+            "tflops_per_second": teraflops / seconds,
+            "peak_memory_gib": peak_memory_gib(accelerator.device),
+        }
+        peak = peak_flops(accelerator.device)
+        if peak is not None:
+            figures["mfu"] = teraflops * 1e12 / seconds / (peak * accelerator.num_processes)
+        return {name: round(value, 4) for name, value in figures.items()}

@@ -1,0 +1,181 @@
+"""The packed attention function and its backends against attention written out over the whole row."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from orpo_dist.model.attention import sequences as attention_sequences
+from orpo_dist.model.attention.interface import packed_attention
+from orpo_dist.model.attention.kernels import KernelCase, on_gathered_keys, trusted_kernel
+from orpo_dist.model.attention.sequences import Scores, explicit_attention, sdpa_attention
+from orpo_dist.packing.collate import PackedCollator
+from orpo_dist.packing.layout import PackedLayoutError
+from tests.model.attention.varlen_reference import reference_kernel
+from tests.model.packing_reference import rows
+
+HEADS, KEY_HEADS, SIZE = 4, 2, 8
+
+
+def make(sharing=True, dtype=torch.float64, device="cpu", size=SIZE, lengths=None):
+    options = {} if lengths is None else {"lengths": lengths}
+    layout = PackedCollator(sharing, "sequence")(rows(**options))["orpo_layout"].to(device)
+    generator = torch.Generator().manual_seed(0)
+
+    def tensor(heads):
+        values = torch.randn(1, heads, layout.length, size, generator=generator, dtype=torch.float64)
+        return values.to(device, dtype).requires_grad_()
+
+    return layout, tensor(HEADS), tensor(KEY_HEADS), tensor(KEY_HEADS)
+
+
+def whole_row(query, key, value, layout, scores):
+    """The definition, over all T x T scores: a token sees tokens of its own pair at or before its position, its own
+    branch or the prompt."""
+    pair, branch, position = [], [], []
+    for i, s in enumerate(layout.segments):
+        lengths = [s.prompt, s.chosen, s.rejected] if layout.shared else [0, s.prompt + s.chosen, s.prompt + s.rejected]
+        for kind, length in enumerate(lengths):
+            start = s.prompt if layout.shared and kind else 0
+            pair += [i] * length
+            branch += [kind] * length
+            position += range(start, start + length)
+    pair, branch, position = (torch.tensor(x, device=query.device) for x in (pair, branch, position))
+    behind = position[:, None] - position
+    sees = (pair[:, None] == pair) & (behind >= 0) & ((branch == 0) | (branch[:, None] == branch))
+    if scores.window is not None:
+        sees &= behind < scores.window
+    key, value = key.repeat_interleave(2, 1), value.repeat_interleave(2, 1)
+    logits = query @ key.transpose(2, 3) * scores.scale
+    if scores.softcap is not None:
+        logits = torch.tanh(logits / scores.softcap) * scores.softcap
+    logits = logits.masked_fill(~sees, -torch.inf)
+    if scores.sinks is not None:
+        sinks = scores.sinks[None, :, None, None].expand(1, -1, layout.length, 1)
+        logits = torch.cat([logits, sinks.to(logits.dtype)], 3)
+    weights = logits.softmax(3)[..., : layout.length]
+    return (weights @ value).transpose(1, 2)
+
+
+def gradients(output, *inputs):
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return torch.autograd.grad((output * weights.to(output)).sum(), inputs)
+
+
+def assert_same(function, inputs, scores, layout, rtol=1e-10, atol=1e-10):
+    extra = () if scores.sinks is None else (scores.sinks,)
+    expected, output = whole_row(*inputs, layout, scores), function(*inputs)
+    torch.testing.assert_close(output, expected, rtol=rtol, atol=atol)
+    for ours, theirs in zip(gradients(output, *inputs, *extra), gradients(expected, *inputs, *extra), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("window", [None, 1, 6])
+@pytest.mark.parametrize("sharing", [True, False])
+def test_sdpa_and_varlen(sharing, window):
+    layout, *inputs = make(sharing)
+    scores = Scores(scale=0.7, window=window)
+    assert_same(lambda q, k, v: sdpa_attention(q, k, v, layout, scores), inputs, scores, layout)
+    kernel = on_gathered_keys(reference_kernel)
+    assert_same(lambda q, k, v: kernel(q, k, v, layout, scores), inputs, scores, layout)
+
+
+@pytest.mark.parametrize("block", [1024, 4], ids=["whole", "blocks"])
+@pytest.mark.parametrize("sharing", [True, False])
+@pytest.mark.parametrize("softcap, sinks, window", [(2.0, False, None), (None, True, 6), (2.0, True, 6)])
+def test_softcap_and_sinks(monkeypatch, softcap, sinks, window, sharing, block):
+    monkeypatch.setattr(attention_sequences, "EXPLICIT_BLOCK", block)
+    layout, *inputs = make(sharing)
+    sink_logits = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64, requires_grad=True)
+    scores = Scores(scale=0.7, window=window, softcap=softcap, sinks=sink_logits if sinks else None)
+    assert_same(lambda q, k, v: explicit_attention(q, k, v, layout, scores), inputs, scores, layout)
+
+
+def test_interface_reads_the_keywords_of_a_layer():
+    layout, *inputs = make()
+    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64, requires_grad=True)
+    for keywords, scores in (
+        ({}, Scores(SIZE**-0.5)),
+        ({"scaling": 0.3, "sliding_window": 6}, Scores(0.3, window=6)),
+        ({"scaling": 0.3, "sliding_window": 4096}, Scores(0.3)),
+        ({"softcap": 2.0}, Scores(SIZE**-0.5, softcap=2.0)),
+        ({"s_aux": sinks, "sliding_window": 6}, Scores(SIZE**-0.5, window=6, sinks=sinks)),
+    ):
+
+        def call(q, k, v, keywords=keywords):
+            output, weights = packed_attention(nn.Identity(), q, k, v, None, orpo_layout=layout, **keywords)
+            assert weights is None and output.is_contiguous()
+            return output
+
+        assert_same(call, inputs, scores, layout)
+
+
+def test_dropout_is_applied():
+    layout, *inputs = make()
+    for keywords in ({}, {"softcap": 2.0}):
+        call = {"orpo_layout": layout, "dropout": 0.5, **keywords}
+        torch.manual_seed(0)
+        first, _ = packed_attention(nn.Identity(), *inputs, None, **call)
+        second, _ = packed_attention(nn.Identity(), *inputs, None, **call)
+        assert not torch.allclose(first, second)
+
+
+@pytest.mark.parametrize(
+    "keywords, message",
+    [
+        ({"orpo_layout": None}, "received no orpo_layout"),
+        ({"attention_mask": torch.ones(1)}, "received an attention mask"),
+        ({"is_causal": False}, "is not causal"),
+        ({"position_bias": torch.ones(1)}, "uses position_bias"),
+        ({"query": torch.ones(2, HEADS, 5, SIZE)}, "received 2 x 5 queries"),
+    ],
+)
+def test_what_it_cannot_honour_is_refused(keywords, message):
+    layout, query, key, value = make()
+    call = {"query": query, "key": key, "value": value, "attention_mask": None, "orpo_layout": layout, **keywords}
+    with pytest.raises(PackedLayoutError, match=message):
+        packed_attention(nn.Identity(), **call)
+
+
+def test_autocast_brings_rotary_float32_to_one_dtype():
+    layout, query, key, value = make(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, _ = packed_attention(nn.Identity(), query, key, value.bfloat16(), None, orpo_layout=layout)
+    assert output.dtype == torch.bfloat16
+
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@cuda
+@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize("window", [None, 1, 6, 100])
+@pytest.mark.parametrize("softcap, sinks", [(None, False), (20.0, False), (None, True)])
+@pytest.mark.parametrize("sharing", [True, False])
+def test_kernel_on_the_device(sharing, softcap, sinks, window, size):
+    """Alignment and gradients of the trusted kernel, against the definition in float64."""
+    lengths = ((11, 7, 9), (1, 1, 4), (300, 130, 65), (8, 10, 1))
+    layout, *inputs = make(sharing, torch.bfloat16, "cuda", size, lengths)
+    sink = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    scores = Scores(scale=size**-0.5, window=window, softcap=softcap, sinks=sink if sinks else None)
+    trusted = trusted_kernel(KernelCase.of(*inputs, layout, scores))
+    assert trusted is not None
+    output = trusted.kernel(*inputs, layout, scores)
+    exact = [x.detach().double().requires_grad_() for x in (*inputs, *([sink] if sinks else []))]
+    expected = whole_row(*exact[:3], layout, replace(scores, sinks=exact[3] if sinks else None))
+    inputs += [sink] if sinks else []
+    pairs = [(output, expected), *zip(gradients(output, *inputs), gradients(expected, *exact), strict=True)]
+    for ours, theirs in pairs:
+        assert (ours.double() - theirs).norm() / theirs.norm() < 1e-2
+        assert (ours.double() - theirs).abs().max() < 3e-2 * theirs.abs().max()
+
+
+@cuda
+@pytest.mark.parametrize("keywords", [{}, {"softcap": 2.0}, {"sinks": True}])
+def test_sequence_by_sequence_on_the_device(keywords):
+    layout, *inputs = make(True, torch.float32, "cuda", 64)
+    sinks = torch.linspace(-1, 1, HEADS, device="cuda", requires_grad=True) if keywords.get("sinks") else None
+    scores = Scores(scale=0.125, window=6, softcap=keywords.get("softcap"), sinks=sinks)
+    function = explicit_attention if keywords else sdpa_attention
+    assert_same(lambda q, k, v: function(q, k, v, layout, scores), inputs, scores, layout, rtol=1e-3, atol=1e-4)

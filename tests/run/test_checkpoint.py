@@ -1,0 +1,117 @@
+"""Folders that are whole or not there."""
+
+import errno
+import json
+import os
+
+import pytest
+
+from orpo_dist.run import checkpoint as checkpoints
+
+
+@pytest.fixture
+def staged(tmp_path):
+    def make(step: int):
+        folder = tmp_path / checkpoints.STAGING / f"checkpoint-{step}"
+        (folder / "shards").mkdir(parents=True)
+        (folder / "rng_state.pth").write_bytes(b"random" * step)
+        (folder / "shards" / "optimizer.bin").write_bytes(b"x" * 1000)
+        return folder
+
+    return make
+
+
+def published(staged, run, step):
+    folder = staged(step)
+    checkpoints.seal(folder, step, 2, {"options": {"beta": 0.1}})
+    return checkpoints.publish(folder, run)
+
+
+def test_a_published_checkpoint_is_whole(staged, tmp_path):
+    folder = published(staged, tmp_path, 3)
+    assert folder == tmp_path / "checkpoint-3"
+    manifest = checkpoints.verify(folder)
+    assert (manifest.step, manifest.world_size, manifest.fingerprint) == (3, 2, {"options": {"beta": 0.1}})
+    assert manifest.files["shards/optimizer.bin"][0] == 1000
+    assert not list((tmp_path / checkpoints.STAGING).iterdir())
+
+
+def damage_size(folder):
+    (folder / "shards" / "optimizer.bin").write_bytes(b"x" * 999)
+
+
+def damage_content(folder):
+    (folder / "shards" / "optimizer.bin").write_bytes(b"y" * 1000)
+
+
+def damage_missing(folder):
+    (folder / "rng_state.pth").unlink()
+
+
+def damage_marker(folder):
+    (folder / "complete.json").write_text('{"step": 3')
+
+
+def damage_version(folder):
+    content = json.loads((folder / "complete.json").read_text())
+    (folder / "complete.json").write_text(json.dumps({**content, "format_version": 99}))
+
+
+def damage_unsealed(folder):
+    (folder / "complete.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (damage_size, "999 bytes instead of 1000"),
+        (damage_content, "checksum"),
+        (damage_missing, "rng_state.pth is missing"),
+        (damage_marker, "cannot be read"),
+        (damage_version, "format version 99"),
+        (damage_unsealed, "no complete.json"),
+    ],
+)
+def test_every_damage_is_seen(staged, tmp_path, damage, reason):
+    folder = published(staged, tmp_path, 3)
+    damage(folder)
+    with pytest.raises(ValueError, match=reason):
+        checkpoints.verify(folder)
+
+
+def test_rotation_keeps_two_complete_ones_and_the_best(staged, tmp_path):
+    folders = [published(staged, tmp_path, step) for step in (9, 10, 11, 12)]
+    (folders[2] / "complete.json").unlink()  # an incomplete one counts for nothing and is not touched
+    assert checkpoints.rotate(tmp_path, None, None) == []
+    assert checkpoints.rotate(tmp_path, 1, folders[0]) == []
+    assert checkpoints.rotate(tmp_path, 1, None) == [folders[0]]
+    assert checkpoints.checkpoint_folders(tmp_path) == folders[1:]
+
+
+def test_publishing_over_an_older_one_of_the_same_step(staged, tmp_path):
+    old = published(staged, tmp_path, 3)
+    (old / "left_over").touch()
+    new = published(staged, tmp_path, 3)
+    assert not (new / "left_over").exists()
+    assert [path.name for path in tmp_path.iterdir() if path.name != checkpoints.STAGING] == ["checkpoint-3"]
+
+
+def test_what_a_kill_left_behind_is_swept_away(staged, tmp_path):
+    whole = published(staged, tmp_path, 3)
+    staged(4)
+    os.rename(published(staged, tmp_path, 2), tmp_path / f"{checkpoints.DELETING}checkpoint-2")
+    assert sorted(path.name for path in checkpoints.sweep(tmp_path)) == ["_deleting-checkpoint-2", "checkpoint-4"]
+    assert list(tmp_path.iterdir()) == [whole]
+
+
+def test_disk_errors_in_every_wrapping(tmp_path):
+    def why(error):
+        return checkpoints.why_unwritable(error, tmp_path)
+
+    assert "no space left" in why(OSError(errno.ENOSPC, "No space left on device"))
+    assert "read-only" in why(OSError(errno.EROFS, "Read-only file system"))
+    wrapped = RuntimeError("unexpected pos 64 vs 0")
+    wrapped.__context__ = OSError(errno.ENOSPC, "No space left on device")
+    assert "no space left" in why(wrapped)
+    assert "writing failed" in why(RuntimeError("[enforce fail at inline_container.cc] PytorchStreamWriter failed"))
+    assert why(RuntimeError("shapes differ")) is None

@@ -1,0 +1,113 @@
+"""Durations, and what a process does with a second signal."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from orpo_dist.errors import RunStopped, UserError
+from orpo_dist.options.durations import seconds_of
+from orpo_dist.run.stop import StopRequests, raising_on_signals
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90", 90),
+        (5400, 5400),
+        ("1h30m", 5400),
+        ("90m", 5400),
+        ("1.5h", 5400),
+        ("2d1s", 172801),
+        ("01:30:00", 5400),
+        ("30:00", 1800),
+        ("1-00:00:10", 86410),
+        (" 45S ", 45),
+    ],
+)
+def test_durations(text, seconds):
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "soon", "1h30", "0", "-5", "1:2:3:4", "h"])
+def test_what_is_no_duration(text):
+    with pytest.raises(UserError, match="max_runtime="):
+        seconds_of(text)
+
+
+def test_a_signal_before_the_first_step_ends_at_once():
+    with pytest.raises(RunStopped, match="SIGUSR1"), raising_on_signals():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(5)
+
+
+def test_only_the_first_rank_looks_for_the_stop_file(tmp_path):
+    (tmp_path / "STOP").touch()
+    assert StopRequests(tmp_path, None, is_first_rank=True).reason() == f"the file {tmp_path / 'STOP'}"
+    assert StopRequests(tmp_path, None, is_first_rank=False).reason() is None
+
+
+IN_A_LONG_STEP = """
+import sys, time
+from pathlib import Path
+from orpo_dist.run.stop import StopRequests
+stop = StopRequests(Path("."), None, is_first_rank=False)
+with stop.listening():
+    stop.steps_begin()
+    print("in a step", flush=True)
+    begun = time.monotonic()
+    while time.monotonic() < begun + 60:
+        if {step_ends} and stop.reason():
+            print(stop.reason(), flush=True)
+            sys.exit(75)
+        time.sleep(0.01)
+"""
+
+
+@pytest.fixture
+def in_a_long_step():
+    started = []
+
+    def start(*, step_ends: bool, **environment):
+        process = subprocess.Popen(
+            [sys.executable, "-c", IN_A_LONG_STEP.format(step_ends=step_ends)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment},
+        )
+        started.append(process)
+        assert process.stdout.readline() == "in a step\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_one_signal_waits_for_the_step(in_a_long_step):
+    process = in_a_long_step(step_ends=True)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(60) == 75
+    assert process.stdout.read() == "SIGUSR1\n"
+
+
+def test_a_second_signal_ends_the_process_at_once(in_a_long_step):
+    process = in_a_long_step(step_ends=False)
+    process.send_signal(signal.SIGTERM)
+    assert "stopping after this step" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == -signal.SIGINT
+
+
+def test_below_torchrun_the_same_signal_passed_on_is_no_second_one(in_a_long_step):
+    process = in_a_long_step(step_ends=True, TORCHELASTIC_RUN_ID="none")
+    process.send_signal(signal.SIGSTOP)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(60) == 75
