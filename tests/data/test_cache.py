@@ -8,7 +8,7 @@ import pytest
 
 from orpo_dist.data.cache import built_once, cache_root, digest
 from orpo_dist.distributed import once
-from orpo_dist.distributed.once import on_first_rank
+from orpo_dist.distributed.once import built_on_first_rank
 from orpo_dist.errors import UserError
 
 
@@ -72,7 +72,7 @@ def test_digest_separates_its_parts():
 
 
 def test_without_process_group_it_is_the_work_itself():
-    assert on_first_rank(lambda: Path("/here")) == Path("/here")
+    assert built_on_first_rank(lambda: Path("/here")) == Path("/here")
     assert once.is_first_rank()
 
 

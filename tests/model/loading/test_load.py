@@ -123,7 +123,8 @@ def _pretend_sharding(monkeypatch, strategy: str) -> None:
     if strategy == "FSDP":
         monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     else:
-        monkeypatch.setattr("orpo_dist.model.loading.load.is_deepspeed_zero3_enabled", lambda: True)
+        config = {"zero_optimization": {"stage": 3}}
+        monkeypatch.setattr("transformers.integrations.deepspeed.deepspeed_config", lambda: config)
 
 
 def test_missing_bitsandbytes_says_how_to_get_it(monkeypatch):
