@@ -227,7 +227,7 @@ class Patched:
     """A patch in force on one object.
 
     restore puts back what was there. is_outermost says whether the patch is still what its owner holds: another
-    library may have wrapped it since (accelerate wraps a model's forward for mixed precision), and that wrapper must not
+    library may have wrapped it since (accelerate wraps a forward for mixed precision), and that wrapper must not
     be lost.
     """
 
