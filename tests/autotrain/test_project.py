@@ -1,10 +1,11 @@
 """AutoTrain's face: defaults, the recipe each option becomes, both spellings, errors, launching, and one real run."""
 
-import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -12,17 +13,13 @@ import pytest
 
 from orpo_dist.autotrain import local as autotrain_launch
 from orpo_dist.autotrain.ignored_options import FOREIGN
-from orpo_dist.autotrain.local import (
-    Attempt,
-    Relay,
-    TrainingFailed,
-    accelerate_config,
-    launch_command,
-    smaller_batches,
-)
+from orpo_dist.autotrain.local import Attempt, attempt_of, config_of, smaller_batches
 from orpo_dist.autotrain.project import AutoTrainProject, LLMTrainingParams, main
 from orpo_dist.autotrain.setup import choose_chat_template, set_up
-from orpo_dist.errors import UserError
+from orpo_dist.cluster.ends import End
+from orpo_dist.cluster.files import accelerate_config
+from orpo_dist.cluster.processes import Placement, launcher_command
+from orpo_dist.errors import RunStopped, TrainingFailed, UserError
 from orpo_dist.options.data import asked_length
 from orpo_dist.recipe.recipe import Recipe
 
@@ -493,17 +490,19 @@ def test_help_imports_no_torch():
     ],
 )
 def test_the_accelerate_config_of_a_backend(backend, quantised, name):
-    path = accelerate_config(backend, quantised)
+    path = accelerate_config(config_of(backend, {"load_in_4bit": quantised}))
     assert path.name == f"{name}.yaml" and path.is_file()
 
 
 def test_accelerate_understands_the_command():
     from accelerate.commands.launch import launch_command_parser
 
-    command = launch_command({"bf16": True, "fp16": False}, Path("r.yaml"), accelerate_config("deepspeed"), 4)
+    config = config_of("deepspeed", {})
+    command = launcher_command(config, accelerate_config(config), Placement(processes=4), "r.yaml", [])
     assert command[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
     parsed = launch_command_parser().parse_args(command[3:])
-    assert (parsed.num_processes, parsed.mixed_precision, parsed.main_process_port) == (4, "bf16", 0)
+    assert (parsed.num_processes, parsed.main_process_port) == (4, 0)
+    assert Path(parsed.config_file).name == "zero2.yaml"
     assert (parsed.module, parsed.training_script) == (True, "orpo_dist.cli")
     assert parsed.training_script_args == ["train", "r.yaml"]
 
@@ -513,7 +512,7 @@ def two_gpus(monkeypatch, outcomes):
     started, outcomes = [], iter(outcomes)
 
     def start(recipe, environment, config, processes):
-        started.append({**recipe, "config": config.name, "processes": processes, "environment": environment})
+        started.append({**recipe, "config": config, "processes": processes, "environment": environment})
         return next(outcomes)
 
     monkeypatch.setattr(autotrain_launch, "gpu_count", lambda: 2)
@@ -524,7 +523,7 @@ def two_gpus(monkeypatch, outcomes):
 def test_as_many_processes_as_gpus(monkeypatch):
     started = two_gpus(monkeypatch, [Attempt(0, False)])
     autotrain_launch.run(set_up(params(token="t")), "deepspeed")
-    assert (started[0]["processes"], started[0]["config"]) == (2, "zero2.yaml")
+    assert (started[0]["processes"], started[0]["config"]) == (2, "zero2")
     assert started[0]["environment"] == {"HF_TOKEN": "t"}
     assert "auto_find_batch_size" not in started[0]  # the trainer searches in one process only
 
@@ -567,48 +566,21 @@ def test_one_process_trains_here_with_the_environment_of_the_run(monkeypatch, ca
     assert "distributed_backend=deepspeed needs several GPUs" in capsys.readouterr().err
 
 
-def relay(text, chunk):
-    sink, data = io.BytesIO(), text.encode()
-    relay = Relay(sink)
-    for start in range(0, len(data), chunk):
-        relay.feed(data[start : start + chunk])
-    during = sink.getvalue().decode()
-    return relay, during, relay.close(), sink.getvalue().decode()
+def test_a_stop_of_the_processes_is_a_stop_here(monkeypatch):
+    stop = RunStopped("SIGTERM", 7, "runs/p/checkpoint-7", printed=True)
+    started = two_gpus(monkeypatch, [Attempt(75, False, stop)])
+    with pytest.raises(RunStopped) as caught:
+        autotrain_launch.run(set_up(params(auto_find_batch_size=True)), "ddp")
+    assert caught.value is stop and len(started) == 1
 
 
-REPORT = """E0101 torch/distributed/elastic/multiprocessing/api.py:874] failed (exitcode: {code}) local_rank: 0
-Traceback (most recent call last):
-  File "x.py", line 1, in <module>
-torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
-=====
-  exitcode  : {code} (pid: 12)
-"""
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 10_000])
-def test_a_user_error_of_the_processes_is_one_readable_line(chunk):
-    _, _, user_error, shown = relay("error: rows.jsonl is missing\n" + REPORT.format(code=2), chunk)
-    assert user_error and shown == "error: rows.jsonl is missing\n"
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 10_000])
-def test_any_other_report_is_passed_on(chunk):
-    text = "step 1\n" + REPORT.format(code=-9)
-    _, _, user_error, shown = relay(text, chunk)
-    assert not user_error and shown == text
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 10_000])
-def test_progress_and_tracebacks_that_end_are_passed_on_at_once(chunk):
-    text = 'Traceback (most recent call last):\n  File "x.py"\nValueError: caught\nTraining 10%\rTraining 20%'
-    _, during, user_error, shown = relay(text, chunk)
-    assert during == shown == text and not user_error
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 10_000])
-def test_running_out_of_memory_is_seen(chunk):
-    assert relay("[rank1]: torch.OutOfMemoryError: CUDA out of memory. Tried\n", chunk)[0].out_of_memory
-    assert not relay("all is well\n", chunk)[0].out_of_memory
+def test_what_the_processes_wrote_about_their_ends():
+    assert attempt_of(0, []) == Attempt(0, False)
+    assert attempt_of(1, []) == Attempt(1, False)  # killed: nothing is written
+    assert attempt_of(2, [End(), End(out_of_memory=True)]) == Attempt(2, True)
+    stopped = attempt_of(75, [End(reason="SIGTERM"), End(False, "SIGINT", 4, "p/checkpoint-4")]).stopped
+    assert (stopped.reason, stopped.step, stopped.checkpoint) == ("SIGINT", 4, "p/checkpoint-4")
+    assert stopped.code == 75 and stopped.printed
 
 
 # ---------------------------------------------------------------- the documentation
@@ -700,24 +672,25 @@ def test_bad_input_is_one_line_and_exit_code_2(model_folder, data_folder, tmp_pa
 TWO_PROCESSES = """
 import sys, yaml
 from pathlib import Path
-from orpo_dist import autotrain_launch, cli
+from orpo_dist import cli
+from orpo_dist.autotrain import local
 
-config, start = autotrain_launch.accelerate_config, autotrain_launch._start
+config, start = local.accelerate_config, local._start
 
-def on_cpu(*arguments):
+def on_cpu(name):
     path = Path("accelerate.yaml").resolve()
-    path.write_text(yaml.safe_dump({**yaml.safe_load(config(*arguments).read_text()), "use_cpu": True}))
+    path.write_text(yaml.safe_dump({**yaml.safe_load(config(name).read_text()), "use_cpu": True}))
     return path
 
-autotrain_launch.gpu_count = lambda: 2
-autotrain_launch.accelerate_config = on_cpu
-autotrain_launch._start = lambda recipe, *rest: start({**recipe, "use_cpu": True}, *rest)
-sys.exit(cli.main(sys.argv[1:]))
+local.gpu_count = lambda: 2
+local.accelerate_config = on_cpu
+local._start = lambda recipe, *rest: start({**recipe, "use_cpu": True}, *rest)
 """
+COMMAND_LINE = TWO_PROCESSES + "sys.exit(cli.main(sys.argv[1:]))"
 
 
 def run_two_processes(command, folder):
-    (folder / "two.py").write_text(TWO_PROCESSES)
+    (folder / "two.py").write_text(COMMAND_LINE)
     command = [sys.executable, "two.py", *command[command.index("llm") :]]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(DOCS.parents[1])}
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
@@ -743,3 +716,55 @@ def test_bad_input_in_two_processes_is_one_line_too(model_folder, data_folder, t
     assert (
         result.stderr.count("error") == 1 and "validation.jsonl" in result.stderr and "Traceback" not in result.stderr
     )
+
+
+def a_long_run(model_folder, data_folder, tmp_path, script):
+    """Starts a run of many steps in two processes and returns it after its first steps, with its run folder."""
+    run_folder = tmp_path / "run"
+    flags = ["--distributed-backend=deepspeed", "--log=none", "--batch-size=1", "--epochs=2000", "--save-strategy=no"]
+    command = llm_command(model_folder, data_folder, run_folder, *flags, "--logging-steps", "1")
+    (tmp_path / "two.py").write_text(script)
+    run = subprocess.Popen(
+        [sys.executable, "two.py", *command[command.index("llm") :]],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(DOCS.parents[1])},
+    )
+    log, deadline = run_folder / "log.jsonl", time.monotonic() + 180
+    while not (log.exists() and log.read_text().count("\n") > 2):
+        assert run.poll() is None and time.monotonic() < deadline, run.stderr.read()
+        time.sleep(0.1)
+    return run, run_folder
+
+
+FROM_PYTHON = (
+    TWO_PROCESSES
+    + """
+from orpo_dist.autotrain import AutoTrainProject, LLMTrainingParams
+from orpo_dist.autotrain.project import _parser
+from orpo_dist.errors import RunStopped
+given = vars(_parser().parse_args(sys.argv[2:]))
+del given["train"]
+try:
+    AutoTrainProject(LLMTrainingParams(**given)).create()
+except RunStopped as stop:
+    print("from Python:", stop.step, stop.checkpoint, file=sys.stderr)
+    raise
+"""
+)
+
+
+@pytest.mark.topology
+@pytest.mark.parametrize(("number", "script"), [(signal.SIGUSR1, COMMAND_LINE), (signal.SIGTERM, FROM_PYTHON)])
+def test_a_signal_stops_two_processes_with_a_checkpoint(number, script, model_folder, data_folder, tmp_path):
+    run, run_folder = a_long_run(model_folder, data_folder, tmp_path, script)
+    run.send_signal(number)
+    _, told = run.communicate(timeout=180)
+    assert run.returncode == 75, told
+    (checkpoint,) = [path.parent for path in run_folder.glob("checkpoint-*/complete.json")]
+    step = checkpoint.name.removeprefix("checkpoint-")
+    assert told.count(f"orpo-dist: Stopped at step {step} ") == 1 and "Traceback" not in told
+    if script is FROM_PYTHON:
+        assert f"from Python: {step} {checkpoint}" in told
