@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from orpo_dist.packing.lengths import PairLengths, pair_costs, pair_lengths, sharing_gain
-from orpo_dist.packing.loader import PairDataset
+from orpo_dist.packing.lengths import PairLengths, pair_costs
 from orpo_dist.packing.sampler import FILLER, EvaluationSampler, GlobalBatchSampler, balanced_bins
 
 
@@ -132,27 +131,3 @@ def test_evaluation_sees_every_pair_once_in_as_many_batches_on_every_rank(n, wor
     assert len({len(rank) for rank in ranks}) == 1
     assert sorted(i for rank in ranks for b in rank for i in b if i != FILLER) == list(range(n))
     assert all(len(b) <= batch_size for rank in ranks for b in rank)
-
-
-def test_cost_counts_the_shared_prompt_once():
-    # P=4, C=2, R=3, H=10: 9 tokens and 1+2+..+6 = 21 query-keys of [P C], 5+6+7 = 18 of R, each 1/60 token
-    assert pair_costs([PairLengths(4, 2, 3)], hidden_size=10) == [9 + 39 / 60]
-
-
-def test_lengths_follow_a_selection_of_rows():
-    datasets = pytest.importorskip("datasets")
-    rows = [{"prompt_ids": [1] * n, "chosen_ids": [1] * (n + 1), "rejected_ids": [1] * (2 * n)} for n in range(1, 6)]
-    table = datasets.Dataset.from_list(rows).select([4, 0, 2])
-    assert pair_lengths(table) == [PairLengths(5, 6, 10), PairLengths(1, 2, 2), PairLengths(3, 4, 6)]
-    assert pair_lengths([rows[4], rows[0]]) == [PairLengths(5, 6, 10), PairLengths(1, 2, 2)]
-
-
-def test_sharing_gain():
-    assert sharing_gain([PairLengths(4, 2, 2), PairLengths(2, 1, 1)]) == pytest.approx((12 + 6) / 12)
-
-
-def test_the_filler_is_a_pair_of_weight_zero():
-    row = {"prompt_ids": [5], "chosen_ids": [6], "rejected_ids": [7]}
-    pairs = PairDataset([row], filler_id=9)
-    assert pairs[0] == {**row, "weight": 1.0, "index": 0}
-    assert pairs[FILLER]["weight"] == 0.0 and pairs[FILLER]["chosen_ids"] == [9]

@@ -2,16 +2,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from huggingface_hub import constants
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from transformers import LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from orpo_dist.errors import UserError
-from orpo_dist.model.loading.hub import hub_errors
 from orpo_dist.model.loading.load import base_identity, load_config, load_model, quantization_config
 from orpo_dist.model.loading.processor import load_processing_class
 from orpo_dist.options.model import ModelArguments, resolve_dtype
@@ -36,24 +33,6 @@ def hub_cache(tmp_path, folder, monkeypatch) -> Path:
     folder.rename(repository / "snapshots" / COMMIT)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path / "hub"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "precision", "expected"),
-    [
-        ({}, {"bf16": True}, torch.float32),
-        ({}, {"fp16": True}, torch.float32),
-        ({"use_peft": True}, {"bf16": True}, torch.bfloat16),
-        ({"use_peft": True}, {"fp16": True}, torch.float16),
-        ({"use_peft": True}, {}, torch.float32),
-        ({"adapter_name_or_path": "a"}, {"bf16": True}, torch.bfloat16),
-        ({"dtype": "bfloat16"}, {}, torch.bfloat16),
-        ({"dtype": "float16", "use_peft": True}, {}, torch.float16),
-        ({"dtype": "auto"}, {"bf16": True}, "auto"),
-    ],
-)
-def test_precision_of_the_weights(arguments, precision, expected):
-    assert resolve_dtype(ModelArguments("m", **arguments), **precision) == expected
 
 
 def test_float16_weights_cannot_be_trained():
@@ -238,28 +217,6 @@ def test_pickled_weights_do_not_run_code(folder):
     assert not marker.exists()
 
 
-RESPONSE = SimpleNamespace(headers={}, request=None)  # of either HTTP library that huggingface_hub has used
-
-
-@pytest.mark.parametrize(
-    ("cause", "message"),
-    [
-        (
-            GatedRepoError("gated", response=RESPONSE),
-            "some-org/model is gated: accept its licence at https://huggingface.co/some-org/model, then log in with "
-            "`hf auth login`",
-        ),
-        (RepositoryNotFoundError("no", response=RESPONSE), "neither a folder nor a model on the hub"),
-        (RevisionNotFoundError("no", response=RESPONSE), "some-org/model has no revision 'v9'"),
-    ],
-)
-def test_errors_of_the_hub_are_one_line(cause, message):
-    with pytest.raises(UserError) as caught, hub_errors("some-org/model", "v9"):
-        raise OSError("You are trying to access\nsomething") from cause  # as transformers wraps them
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
 def test_a_package_that_code_of_the_repository_needs_is_named(folder):
     config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
@@ -272,44 +229,3 @@ def test_a_package_that_code_of_the_repository_needs_is_named(folder):
 def test_an_attention_that_does_not_exist_is_the_users(folder):
     with pytest.raises(UserError, match="attn_implementation"):
         load_model(str(folder), attn_implementation="no_such_attention")
-
-
-def raised_by(module: str, error: Exception):
-    """Raises `error` in a module of that name."""
-    exec("raise error", {"__name__": module, "error": error})
-
-
-@pytest.mark.parametrize(
-    ("module", "error"),
-    [
-        ("transformers.models.auto.configuration_auto", ValueError("Unrecognized model in some-org/model.")),
-        ("transformers.models.llama.configuration_llama", ValueError("rope_type")),
-        ("transformers.utils.import_utils", ImportError("LlavaProcessor requires the PIL library")),
-        ("transformers.quantizers.quantizer_bnb_4bit", ImportError("requires bitsandbytes")),
-        ("peft.config", ValueError("Can't find 'adapter_config.json'")),
-        ("json.decoder", FileNotFoundError(2, "No such file or directory")),
-        ("urllib3", ConnectionRefusedError(111, "Connection refused")),
-    ],
-)
-def test_what_the_user_can_fix_is_one_line(module, error):
-    with pytest.raises(UserError), hub_errors("some-org/model"):
-        raised_by(module, error)
-
-
-@pytest.mark.parametrize(
-    ("module", "error"),
-    [
-        ("transformers.core_model_loading", ValueError("Undefined Operation encountered!")),
-        ("transformers.models.llama.modeling_llama", ValueError("too many values to unpack")),
-        ("transformers.models.llama.modeling_llama", ImportError("cannot import name 'cache'")),
-        ("transformers.utils.import_utils", ModuleNotFoundError("Could not import module 'LlamaForCausalLM'.")),
-        ("torch.nn.modules.module", ValueError("a bug")),
-        ("orpo_dist.model.loading.load", ValueError("a bug")),
-        ("transformers.modeling_utils", AttributeError("a bug")),
-        ("huggingface_hub.file_download", OSError(28, "No space left on device")),
-    ],
-)
-def test_what_the_user_cannot_fix_goes_up(module, error):
-    with pytest.raises(type(error)) as caught, hub_errors("some-org/model"):
-        raised_by(module, error)
-    assert caught.value is error

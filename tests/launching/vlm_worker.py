@@ -1,7 +1,7 @@
 """One rank of a topology test with images; see worker.py. Only every eighth pair has images, so that at each micro-step
 at least one of two ranks has none.
 
-[torchrun ... | accelerate launch ...] vlm_worker.py SETTINGS.json OUT
+python -m tests.launching.vlm_worker SETTINGS.json OUT, or below torchrun or accelerate launch.
 """
 
 import json
@@ -11,8 +11,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-import fsdp_on_cpu
+from tests.launching import fsdp_on_cpu
 
 if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
     fsdp_on_cpu.enable()

@@ -1,6 +1,6 @@
 """One rank of a topology test: trains from a JSON file of settings and writes down what happened.
 
-[torchrun ... | accelerate launch ...] worker.py SETTINGS.json OUT
+python -m tests.launching.worker SETTINGS.json OUT, or below torchrun or accelerate launch.
 """
 
 import json
@@ -10,9 +10,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-import collectives
-import fsdp_on_cpu
+from tests.launching import collectives, fsdp_on_cpu
 
 if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
     fsdp_on_cpu.enable()
