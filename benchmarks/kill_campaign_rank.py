@@ -1,4 +1,4 @@
-"""One rank of a run in the kill campaign: the command line, with FSDP2 made real on a CPU (see fsdp_on_cpu.py)."""
+"""One rank of a run in the kill campaign: the command line, with real FSDP2 sharding on a CPU (see fsdp_on_cpu.py)."""
 
 import os
 import sys
