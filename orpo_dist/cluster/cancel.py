@@ -16,6 +16,7 @@ def main(argv: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="orpo-dist cancel",
+        allow_abbrev=False,
         description="End a run's jobs. A job that runs saves a checkpoint first; submitting the recipe again goes on.",
     )
     parser.add_argument("which", nargs="+", metavar="RUN|JOB", help="A run's folder or the id of a job.")

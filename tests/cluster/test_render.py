@@ -178,7 +178,7 @@ def test_site_profile_errors(tmp_path):
     with pytest.raises(UserError, match="bash cannot read it"):
         read_site(str(tmp_path / "broken.sh"))
     (tmp_path / "odd.sh").write_text("SITE_GPU_REQUEST=--gres=gpu\n")
-    with pytest.raises(UserError, match="no option with a %d"):
+    with pytest.raises(UserError, match="not an option with a %d"):
         render("multi_node", PLAIN, read_site(str(tmp_path / "odd.sh")), [RECIPE])
 
 
