@@ -17,7 +17,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="orpo-dist cancel",
         allow_abbrev=False,
-        description="End a run's jobs. A job that runs saves a checkpoint first; submitting the recipe again goes on.",
+        description="End a run's jobs. A running job saves a checkpoint first; submit the recipe again to continue.",
     )
     parser.add_argument("which", nargs="+", metavar="RUN|JOB", help="A run's folder or the id of a job.")
     parser.add_argument("--now", action="store_true", help="Do not wait for a checkpoint.")

@@ -42,7 +42,7 @@ class SiteProfile:
         if shared:
             return f"is in none of the shared folders of the site profile ({self.shared_folders})"
         local = next((place for place in self.local_folders.split() if _is_below(folder, place)), None)
-        return f"is on {local}, which each node has for itself" if local else None
+        return f"is on {local}, which is local to each node" if local else None
 
 
 def read_site(path: str | None = None) -> SiteProfile:

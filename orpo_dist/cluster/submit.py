@@ -299,7 +299,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--gpus-per-node", type=int, dest="gpus", help="0 trains on the CPU. Default: 8.")
     add("--processes-per-node", type=int, dest="processes", help="Default: one per GPU.")
     add("--cpus-per-node", type=int, dest="cpus", help="Default: 8 per process, at most what a node has.")
-    add("--time", help="Time limit, as SLURM writes it; the run goes on in the next attempt. Default: 24:00:00.")
+    add("--time", help="Time limit, as SLURM writes it; the run continues in the next attempt. Default: 24:00:00.")
     add("--stop-before", type=int, help="Seconds before the limit to save and stop. Default: 600, at most a quarter.")
     add("--share-nodes", action="store_true", help="Other jobs may use what this one leaves of its nodes.")
     add("--partition")

@@ -186,7 +186,7 @@ def test_site_profile_errors(tmp_path):
     ("shared", "folder", "refusal"),
     [
         ("", "/home/me/run", None),
-        ("", "/tmp/run", "is on /tmp, which each node has for itself"),
+        ("", "/tmp/run", "is on /tmp, which is local to each node"),
         ("", "/tmpfs/run", None),
         ("/shared /gpfs", "/gpfs/run", None),
         ("/shared /gpfs", "/home/me/run", "is in none of the shared folders of the site profile (/shared /gpfs)"),
