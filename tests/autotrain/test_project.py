@@ -742,13 +742,10 @@ def a_long_run(model_folder, data_folder, tmp_path, script):
 FROM_PYTHON = (
     TWO_PROCESSES
     + """
-from orpo_dist.autotrain import AutoTrainProject, LLMTrainingParams
-from orpo_dist.autotrain.project import _parser
+from orpo_dist.autotrain.project import main
 from orpo_dist.errors import RunStopped
-given = vars(_parser().parse_args(sys.argv[2:]))
-del given["train"]
 try:
-    AutoTrainProject(LLMTrainingParams(**given)).create()
+    main(sys.argv[2:])
 except RunStopped as stop:
     print("from Python:", stop.step, stop.checkpoint, file=sys.stderr)
     raise
