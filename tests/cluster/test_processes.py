@@ -10,7 +10,7 @@ import pytest
 
 from orpo_dist.cluster.processes import run_launcher
 
-# Written by rank 1 as soon as it can be told to stop.
+# Rank 1 ends as told, or asks the launcher to stop once both ranks run.
 PROGRAM = """
 import os, signal, sys, time
 rank = int(os.environ["RANK"])
