@@ -32,8 +32,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 from orpo_dist.run.checkpoint import STAGING, checkpoint_folders, step_of, verify  # noqa: E402
-from tests.conftest import CHATML_WITH_TOOLS, train_bpe  # noqa: E402
 from tests.pair_files import write_pairs  # noqa: E402
+from tests.tiny_tokenizers import CHATML_WITH_TOOLS, train_bpe  # noqa: E402
 
 STEPS, START_SECONDS, END_SECONDS = 40, 600, 300
 PROCESSES = {"plain": 1, "lora": 2, "ddp": 2, "zero1": 2, "zero2": 2, "zero3": 2, "fsdp2": 2}

@@ -1,13 +1,13 @@
-"""One rank of a run in the kill campaign: the command line, with FSDP2 made real on a CPU (see fsdp_on_cpu.py)."""
+"""One rank of a run in the kill campaign: the command line, with FSDP2 made real on a CPU.
+
+kill_campaign.py starts it with the repository on PYTHONPATH; see tests/launching/fsdp_on_cpu.py.
+"""
 
 import os
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "topologies"))
 
 if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
-    import fsdp_on_cpu
+    from tests.launching import fsdp_on_cpu
 
     fsdp_on_cpu.enable()
 

@@ -11,38 +11,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-CHATML_WITH_TOOLS = (
-    "{% if tools %}<|im_start|>system\nTools: {{ tools | tojson }}<|im_end|>\n{% endif %}"
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
-    "{% if message.get('tool_calls') %}{{ message['tool_calls'] | tojson }}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-CORPUS = [
-    "The quick brown fox jumps over the lazy dog near the river bank.",
-    "How do I reset my password? Open the settings, choose security and follow the link.",
-    "What is the capital of France? The capital of France is Paris, of course.",
-    "Human: please help me with my order. Assistant: I am sorry to hear that, let me check.",
-    "user assistant system tool question answer reply refund delivery account invoice",
-    "One two three four five six seven eight nine ten eleven twelve.",
-]
+from tests.tiny_tokenizers import CHATML_WITH_TOOLS, train_bpe
 
-
-def train_bpe(special_tokens: list[str], vocab_size: int = 512) -> Tokenizer:
-    """A byte-level BPE tokenizer; `special_tokens` get the first ids."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=special_tokens,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(CORPUS * 4, trainer)
-    return tokenizer
+for helper in (
+    "trainer_runs",
+    "training.resumable_runs",
+    "topologies.runs",
+    "cluster.workplace",
+    "model.attention.cases",
+):
+    pytest.register_assert_rewrite(f"tests.{helper}")  # a failed assertion in them shows its values
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -96,6 +76,26 @@ def tiny_llama() -> Callable[[int], LlamaForCausalLM]:
         return LlamaForCausalLM(config)
 
     return build
+
+
+@pytest.fixture
+def trained(tmp_path, chat_tokenizer, tiny_llama):
+    """`trained(rows, **config)`: a trainer after its run."""
+    from orpo_dist import ORPOTrainer  # here: most tests need no trainer
+    from tests.trainer_runs import config
+
+    def train(rows, model=None, peft_config=None, **more):
+        trainer = ORPOTrainer(
+            model or tiny_llama(len(chat_tokenizer)),
+            config(tmp_path / "run", **more),
+            train_dataset=rows,
+            processing_class=chat_tokenizer,
+            peft_config=peft_config,
+        )
+        trainer.train()
+        return trainer
+
+    return train
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from orpo_dist import ORPOTrainer
-from tests.test_trainer import config, pairs
+from tests.trainer_runs import config, pairs
 
 READS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default}
 

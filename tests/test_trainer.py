@@ -1,4 +1,3 @@
-import random
 import warnings
 
 import datasets
@@ -19,6 +18,7 @@ from trl.experimental.utils import DPODataCollatorWithPadding
 
 from orpo_dist import ORPOConfig, ORPOTrainer
 from orpo_dist.errors import UserError
+from tests.trainer_runs import assert_same_weights, config, largest_difference, pairs, weights
 
 TEXT_ROWS = [
     {
@@ -30,69 +30,6 @@ TEXT_ROWS = [
         [" No.", " I do not know, ask somebody else.", " Why?", " Later.", " Never ever.", " Hm."] * 2
     )
 ]
-
-
-def pairs(n, vocab, seed=0, longest=40):
-    """Tokenised pairs of very unequal length."""
-    rng = random.Random(seed)
-
-    def ids(low, high):
-        return [rng.randrange(4, vocab) for _ in range(rng.randint(low, high))]
-
-    return [
-        {"prompt_ids": ids(1, longest), "chosen_ids": ids(1, longest), "rejected_ids": ids(1, longest)}
-        for _ in range(n)
-    ]
-
-
-def config(folder, **more):
-    defaults = dict(
-        output_dir=str(folder),
-        per_device_train_batch_size=4,
-        max_steps=3,
-        learning_rate=0.1,
-        optim="sgd",
-        lr_scheduler_type="constant",
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-        gradient_checkpointing=False,
-    )
-    return ORPOConfig(**{**defaults, **more})
-
-
-@pytest.fixture
-def trained(tmp_path, chat_tokenizer, tiny_llama):
-    """`trained(rows, **config)`: a trainer after its run."""
-
-    def train(rows, model=None, peft_config=None, **more):
-        trainer = ORPOTrainer(
-            model or tiny_llama(len(chat_tokenizer)),
-            config(tmp_path / "run", **more),
-            train_dataset=rows,
-            processing_class=chat_tokenizer,
-            peft_config=peft_config,
-        )
-        trainer.train()
-        return trainer
-
-    return train
-
-
-def weights(trainer):
-    return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
-
-
-def assert_same_weights(ours, theirs, tolerance=1e-5):
-    assert ours.keys() == theirs.keys()
-    for name, weight in theirs.items():
-        assert (ours[name] - weight).abs().max() <= tolerance * weight.abs().max() + 1e-8, name
-
-
-def largest_difference(ours, theirs):
-    return max((ours[name] - weight).abs().max().item() for name, weight in theirs.items())
 
 
 # ---------------------------------------------------------------- invariance
@@ -149,8 +86,8 @@ def test_every_layout_gives_the_same_training(trained, chat_tokenizer, checkpoin
             label_smoothing=0.1,
             **options,
         )
-        assert trainer.forward.is_packed == (name != "padded")
-        assert trainer.forward.prefix_sharing == (name == "packed")
+        assert trainer.layout.is_packed == (name != "padded")
+        assert trainer.layout.prefix_sharing == (name == "packed")
         runs[name] = trainer
     for name in ("packed", "unshared"):
         assert_same_weights(weights(runs[name]), weights(runs["padded"]))
@@ -164,7 +101,7 @@ def test_sharing_is_off_where_it_gains_nothing(tmp_path, chat_tokenizer, tiny_ll
     trainer = ORPOTrainer(
         tiny_llama(len(chat_tokenizer)), config(tmp_path), train_dataset=rows, processing_class=chat_tokenizer
     )
-    assert trainer.forward.is_packed and not trainer.forward.prefix_sharing
+    assert trainer.layout.is_packed and not trainer.layout.prefix_sharing
     assert "prefix_sharing is off" in caplog.text  # at the default level: no silent fallback
 
 
@@ -187,11 +124,11 @@ def test_a_wrong_packed_layout_is_seen_and_falls_back(tmp_path, trained, chat_to
 
     monkeypatch.setitem(transformers.AttentionInterface._global_mapping, "orpo_packed", sees_too_little)
     trainer = trained(rows)
-    assert not trainer.forward.is_packed
+    assert not trainer.layout.is_packed
     assert "hidden states differ by" in caplog.text
     assert_same_weights(weights(trainer), padded)
     unverified = trained(rows, verify_layout=False)
-    assert unverified.forward.is_packed
+    assert unverified.layout.is_packed
     assert largest_difference(weights(unverified), padded) > 1e-4
 
 
@@ -258,7 +195,7 @@ def test_a_model_given_by_name_with_its_own_tokenizer(tmp_path, chat_tokenizer, 
     chat_tokenizer.save_pretrained(tmp_path / "model")
     args = config(tmp_path / "run", model_init_kwargs={"dtype": "float32", "attn_implementation": "eager"})
     trainer = ORPOTrainer(str(tmp_path / "model"), args, train_dataset=datasets.Dataset.from_list(TEXT_ROWS))
-    with trainer.forward.paused():
+    with trainer.layout.paused():
         assert trainer.model.config._attn_implementation == "eager"
     trainer.train()
     trainer.save_model()
@@ -266,7 +203,7 @@ def test_a_model_given_by_name_with_its_own_tokenizer(tmp_path, chat_tokenizer, 
     trainer.model.eval()
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     assert reloaded.config._attn_implementation == "sdpa"
-    with trainer.forward.paused():
+    with trainer.layout.paused():
         torch.testing.assert_close(reloaded(ids).logits, trainer.model(ids).logits)
 
 
@@ -550,3 +487,30 @@ def test_router_aux_loss_by_its_definition(tmp_path, chat_tokenizer):
 def test_router_loss_trains(tmp_path, chat_tokenizer, trained):
     trainer = trained(pairs(8, len(chat_tokenizer)), model=moe(len(chat_tokenizer)))
     assert np.isfinite(trainer.state.log_history[0]["loss"])
+
+
+# ---------------------------------------------------------------- the config that was given
+
+
+def test_the_given_config_is_not_changed(tmp_path, chat_tokenizer, tiny_llama):
+    """Reused for a second trainer it means the same again."""
+    args = config(
+        tmp_path,
+        save_total_limit=1,
+        gradient_checkpointing=True,
+        ddp_find_unused_parameters=None,
+        max_prompt_length=8,
+        warmup_steps=0.1,
+    )
+    before = dict(vars(args))
+    for _ in range(2):
+        trainer = ORPOTrainer(
+            tiny_llama(len(chat_tokenizer)),
+            args,
+            train_dataset=datasets.Dataset.from_list(TEXT_ROWS),
+            processing_class=chat_tokenizer,
+            peft_config=LoraConfig(r=2, target_modules="all-linear"),
+        )
+        trainer.train()
+        assert vars(args) == before
+    assert trainer.args is not args

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.cluster.conftest import SECONDS, until
+from tests.cluster.workplace import SECONDS, until
 
 pytestmark = pytest.mark.topology
 

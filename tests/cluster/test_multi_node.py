@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.cluster.conftest import REPOSITORY, SECONDS, assert_same_weights
+from tests.cluster.workplace import REPOSITORY, SECONDS, assert_same_weights
 
 pytestmark = pytest.mark.cluster
 SCRIPT = REPOSITORY / "launch" / "multi_node.sh"

@@ -9,7 +9,7 @@ import re
 
 import pytest
 
-from tests.cluster.conftest import GATE, REPOSITORY, STEPS, assert_same_weights, until
+from tests.cluster.workplace import GATE, REPOSITORY, STEPS, assert_same_weights, until
 
 pytestmark = pytest.mark.cluster
 

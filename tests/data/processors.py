@@ -4,8 +4,8 @@ from functools import lru_cache
 
 from transformers import PreTrainedTokenizerFast, ProcessorMixin, Qwen2VLImageProcessorPil, Qwen2VLProcessor
 
-from tests.conftest import train_bpe
 from tests.model.tiny_vlms import NoVideos
+from tests.tiny_tokenizers import train_bpe
 
 QWEN_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"

@@ -15,7 +15,7 @@ from orpo_dist.data.sources import load_rows
 from orpo_dist.errors import UserError
 from orpo_dist.options.data import PrepareOptions
 from tests.data.processors import qwen_processor
-from tests.images.test_decode import png_of
+from tests.images.pictures import png_of
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "data.md"
 USER = {"role": "user", "content": "Hi"}

@@ -1,7 +1,5 @@
 import io
 import os
-import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -10,22 +8,7 @@ from PIL import Image
 from orpo_dist.errors import BadRow, UserError
 from orpo_dist.images import decode as images
 from orpo_dist.images.decode import encode_image, image_identity, open_image, require_pillow
-
-
-def gradient(width: int = 40, height: int = 30) -> Image.Image:
-    """Different in every corner, so that a turned or mirrored copy shows."""
-    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
-    return Image.fromarray(np.stack([x, y, 255 - x], -1).astype(np.uint8))
-
-
-def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format=format, **options)
-    return buffer.getvalue()
-
-
-def stored(content: bytes) -> dict:
-    return {"bytes": content, "path": None}
+from tests.images.pictures import encoded, gradient, png_of, stored
 
 
 @pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF", "PPM", "WEBP"])
@@ -76,17 +59,6 @@ def test_of_several_frames_the_first():
 
 
 # -- what cannot be read --
-
-
-def png_of(width: int, height: int) -> bytes:
-    """A PNG of a few bytes that announces width x height pixels."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + body
 
 
 NOISE = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)))

@@ -21,7 +21,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-from tests.conftest import train_bpe
+from tests.tiny_tokenizers import train_bpe
 
 VISION_TOKENS = {
     "image_token": "<image>",

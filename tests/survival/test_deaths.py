@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from kill_campaign import REPOSITORY, make_inputs, newest, recipe
+
+from benchmarks.kill_campaign import REPOSITORY, make_inputs, newest, recipe
 
 BOUND = 1500  # seconds, on a machine that others use too
 

@@ -10,8 +10,8 @@ from peft import LoraConfig
 from orpo_dist import ORPOTrainer
 from orpo_dist.errors import SaveError
 from orpo_dist.run.checkpoint import checkpoint_folders, verify
-from tests.test_trainer import assert_same_weights, config, pairs, weights
-from tests.training.test_resumable import RUN, At, assert_same_history
+from tests.trainer_runs import assert_same_weights, config, pairs, weights
+from tests.training.resumed_runs import RUN, At, assert_same_history
 
 
 @pytest.fixture

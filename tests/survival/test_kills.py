@@ -5,7 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from kill_campaign import REPOSITORY
+
+from benchmarks.kill_campaign import REPOSITORY
 
 
 @pytest.mark.kill

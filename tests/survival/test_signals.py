@@ -6,7 +6,8 @@ import time
 
 import psutil
 import pytest
-from kill_campaign import START_SECONDS, STEPS, Run, make_inputs, newest, same_losses, same_weights
+
+from benchmarks.kill_campaign import START_SECONDS, STEPS, Run, make_inputs, newest, same_losses, same_weights
 
 SIGNALS = {signal.SIGTERM: 2, signal.SIGINT: 5, signal.SIGUSR1: 8}  # sent when this checkpoint is there
 

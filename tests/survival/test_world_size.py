@@ -1,11 +1,11 @@
 """A run goes on with another number of ranks and the same global batch; ZeRO after a conversion."""
 
-import kill_campaign
 import pytest
 import torch
-from kill_campaign import START_SECONDS, Run, make_inputs
 from safetensors.torch import load_file
 
+from benchmarks import kill_campaign
+from benchmarks.kill_campaign import START_SECONDS, Run, make_inputs
 from orpo_dist import cli
 
 STEPS = 5

@@ -1,9 +1,8 @@
 """Gradient checkpointing of an adapter, with and without reentrance, trains like one process without checkpointing."""
 
 import pytest
-from test_matrix import GENTLE_SPLIT, LORA, assert_same, lora_reference, run, setting
 
-__all__ = ["lora_reference", "setting"]  # fixtures
+from tests.topologies.runs import GENTLE_SPLIT, LORA, assert_same, run
 
 
 @pytest.mark.topology

@@ -4,10 +4,10 @@ import pytest
 import torch
 import transformers as t
 from peft import PeftModel
-from test_matrix import SKIP_IN_LOG
 
-from launch import run_worker
+from tests.launching.launch import run_worker
 from tests.model.tiny_vlms import TOWER, _ids, _llava_processor, _text, drawing, tiny_vlm, tokenizer
+from tests.topologies.runs import SKIP_IN_LOG
 
 STEPS = 6
 CONFIG = dict(
@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
 
 def run(folder, name, family, config, launcher=None, **more):
     settings = {"family": family, "model": str(folder / family), "config": config, **more}
-    return run_worker(settings, folder / name, launcher, worker="vlm_worker.py")
+    return run_worker(settings, folder / name, launcher, worker="vlm_worker")
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from orpo_dist.training import malloc_trim as heap
-from tests.test_trainer import pairs, trained
-
-__all__ = ["trained"]  # fixture
+from tests.trainer_runs import pairs
 
 
 def resident_mib() -> float:

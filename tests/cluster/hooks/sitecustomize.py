@@ -4,15 +4,13 @@ ORPO_TEST_GATE=12: after its 12th step a run waits for its stop file, or for the
 """
 
 import os
-import sys
 import time
 from pathlib import Path
 
 GATE_SECONDS = 1800
 
 if "RANK" in os.environ and os.environ.get("ACCELERATE_USE_FSDP") == "true":
-    sys.path.insert(0, str(Path(__file__).parents[2] / "topologies"))
-    import fsdp_on_cpu
+    from tests.launching import fsdp_on_cpu
 
     fsdp_on_cpu.enable()
 

@@ -8,8 +8,8 @@ from torch.nn.attention.flex_attention import flex_attention
 from orpo_dist.model.attention import flex as attention_flex
 from orpo_dist.model.attention.flex import block_mask, flex_packed_attention, visible_keys, with_sinks
 from orpo_dist.model.attention.sequences import Scores, explicit_attention
+from tests.model.attention.cases import assert_same, make
 from tests.model.attention.flex_reference import dense_mask, reference_flex
-from tests.model.attention.test_interface import assert_same, make
 
 LENGTHS = (
     ((11, 7, 9), (5, 6, 3), (1, 1, 4), (8, 10, 1)),  # one block

@@ -19,7 +19,7 @@ from orpo_dist.model.attention.kernels import (
     trusted_kernel,
 )
 from orpo_dist.model.attention.sequences import Scores, explicit_attention, sdpa_attention
-from tests.model.attention.test_interface import gradients, make
+from tests.model.attention.cases import gradients, make
 from tests.model.attention.varlen_reference import reference_kernel, reference_varlen
 
 CASE = KernelCase(torch.device("cpu"), torch.bfloat16, 4, 2, 16, 16, False, False, False, False, False)

@@ -14,7 +14,7 @@ from orpo_dist.model.packed.switch import use_packed_layout
 from orpo_dist.packing.collate import PackedCollator
 from tests.model.packing_reference import rows, score_packed
 from tests.model.tiny_models import tiny_model
-from tests.test_trainer import config, pairs
+from tests.trainer_runs import config, pairs
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 LENGTHS = (

@@ -1,7 +1,7 @@
 """One rank of a topology test with images; see worker.py. Only every eighth pair has images, so that at each micro-step
 at least one of two ranks has none.
 
-[torchrun ... | accelerate launch ...] vlm_worker.py SETTINGS.json OUT
+python -m tests.launching.vlm_worker SETTINGS.json OUT, or below torchrun or accelerate launch.
 """
 
 import json
@@ -11,8 +11,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-import fsdp_on_cpu
+from tests.launching import fsdp_on_cpu
 
 if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
     fsdp_on_cpu.enable()
@@ -71,8 +70,8 @@ def main() -> None:
         "partitioned_parameters": sum(hasattr(p, "ds_tensor") for p in trainer.model.parameters()),
         "quantized_layers": len(linear4),
         "quantized_in_vision": sum("language_model" not in name for name in linear4),
-        "packed": trainer.forward.is_packed,
-        "has_filler": trainer.forward._collator.filler is not None,
+        "packed": trainer.layout.is_packed,
+        "has_filler": trainer.layout.collator.chosen.filler is not None,
     }
     trainer.save_model(str(out) + ".saved")
     if trainer.accelerator.is_main_process:

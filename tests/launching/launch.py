@@ -11,8 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-HERE = Path(__file__).parent
-REPOSITORY = HERE.parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "accelerate_configs"
 
 
@@ -24,21 +23,22 @@ class Outcome:
     saved: Path
 
 
-def run_worker(settings: dict, out: Path, launcher: str | None = None, processes: int = 2, worker: str = "worker.py"):
-    """launcher: None for one process, "torchrun", or the name of an accelerate config."""
+def run_worker(settings: dict, out: Path, launcher: str | None = None, processes: int = 2, worker: str = "worker"):
+    """launcher: None for one process, "torchrun", or the name of an accelerate config; worker: a module of this
+    package."""
     out.with_suffix(".json").write_text(json.dumps(settings))
-    script = [str(HERE / worker), str(out.with_suffix(".json")), str(out)]
+    module = ["-m", f"tests.launching.{worker}", str(out.with_suffix(".json")), str(out)]
     if launcher is None:
-        command = [sys.executable, *script]
+        command = [sys.executable, *module]
     elif launcher == "torchrun":
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command += script
+        command += module
     else:
         config = yaml.safe_load((CONFIGS / f"{launcher}.yaml").read_text())
         on_cpu = out.with_suffix(".accelerate.yaml")  # the flag --cpu would start one plain process
         on_cpu.write_text(yaml.safe_dump({**config, "use_cpu": True, "num_processes": processes}))
         command = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={on_cpu}"]
-        command += ["--main_process_port=0", *script]
+        command += ["--main_process_port=0", *module]
     environment = {
         **os.environ,
         "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",

@@ -1,6 +1,6 @@
-"""Run by test_cache.py under torchrun: `prepare_pairs` on two ranks. Each rank writes what it saw to OUT/RANK.json.
+"""Run by test_once.py under torchrun: `prepare_pairs` on two ranks. Each rank writes what it saw to OUT/RANK.json.
 
-torchrun --nproc_per_node 2 -m tests.data.prepare_worker TOKENIZER OUT
+torchrun --nproc_per_node 2 -m tests.distributed.prepare_worker TOKENIZER OUT
 """
 
 import json

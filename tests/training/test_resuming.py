@@ -14,34 +14,9 @@ from transformers import TrainerCallback
 from orpo_dist import ORPOTrainer
 from orpo_dist.errors import NonFiniteRun, RunStopped, SaveError, UserError
 from orpo_dist.run.stop import StopRequests
-from tests.test_trainer import assert_same_weights, config, pairs, weights
-
-STEPS = 7
-RUN = dict(
-    max_steps=STEPS,
-    optim="adamw_torch",
-    learning_rate=1e-3,
-    lr_scheduler_type="linear",
-    save_strategy="steps",
-    save_steps=2,
-    save_total_limit=2,
-    per_device_train_batch_size=4,
-    gradient_accumulation_steps=2,
-    logging_steps=3,  # log lines and checkpoints at different steps
-)
-# Figures of speed are counted since the run was resumed.
-OF_THE_MACHINE = ("runtime", "per_second", "memory", "preparation_time", "padded_tokens_ratio")
-
-
-class At(TrainerCallback):
-    """Does something during one step."""
-
-    def __init__(self, step, action):
-        self.step, self.action = step, action
-
-    def on_substep_end(self, args, state, control, **kwargs):
-        if state.global_step + 1 == self.step:
-            self.action()
+from orpo_dist.training.step_guard import StepGuard
+from tests.trainer_runs import assert_same_weights, config, pairs, weights
+from tests.training.resumed_runs import RUN, STEPS, At, assert_same_history
 
 
 @pytest.fixture
@@ -60,22 +35,6 @@ def make(tmp_path, chat_tokenizer, tiny_llama):
         )
 
     return trainer
-
-
-def history(trainer):
-    """The log without figures of the machine."""
-    return [
-        {name: value for name, value in event.items() if not any(word in name for word in OF_THE_MACHINE)}
-        for event in trainer.state.log_history
-    ]
-
-
-def assert_same_history(ours, theirs):
-    ours, theirs = history(ours), history(theirs)
-    assert [sorted(event) for event in ours] == [sorted(event) for event in theirs]
-    for one, other in zip(ours, theirs, strict=True):
-        differing = {name: (one[name], other[name]) for name in one if one[name] != other[name]}
-        assert not differing, one["step"]
 
 
 def checkpoints(folder: Path) -> list[str]:
@@ -223,12 +182,16 @@ def test_the_best_checkpoint_is_known_by_its_final_name_and_kept(make, tmp_path)
 
 def spoil(monkeypatch, steps, value):
     """The loss of these optimizer steps becomes `value`, as an overflow would make it; its gradient stays finite."""
-    compute = ORPOTrainer.poisoned
+    compute = ORPOTrainer.compute_loss
 
-    def spoilt(self, loss):
-        return compute(self, loss + value if self.state.global_step + 1 in steps else loss)
+    def spoilt(self, *args, **kwargs):
+        guard = self._step_guard
+        extra = value if self.state.global_step + 1 in steps else 0.0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(guard, "count", lambda loss: StepGuard.count(guard, loss + extra))
+            return compute(self, *args, **kwargs)
 
-    monkeypatch.setattr(ORPOTrainer, "poisoned", spoilt)
+    monkeypatch.setattr(ORPOTrainer, "compute_loss", spoilt)
 
 
 @pytest.mark.parametrize("clipping", [1.0, 0.0])
@@ -305,4 +268,4 @@ def test_the_flag_of_one_run_does_not_stop_the_next(make):
         trainer.train()
     trainer.train("auto")
     assert trainer.state.global_step == STEPS
-    assert isinstance(trainer._stop, StopRequests)
+    assert isinstance(trainer._stop_requests, StopRequests)

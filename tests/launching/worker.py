@@ -1,6 +1,6 @@
 """One rank of a topology test: trains from a JSON file of settings and writes down what happened.
 
-[torchrun ... | accelerate launch ...] worker.py SETTINGS.json OUT
+python -m tests.launching.worker SETTINGS.json OUT, or below torchrun or accelerate launch.
 """
 
 import json
@@ -10,9 +10,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-import collectives
-import fsdp_on_cpu
+from tests.launching import collectives, fsdp_on_cpu
 
 if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
     fsdp_on_cpu.enable()
@@ -58,7 +56,7 @@ def main() -> None:
         "sharded_parameters": sum(isinstance(p, DTensor) for p in trainer.model.parameters()),
         "partitioned_parameters": sum(hasattr(p, "ds_tensor") for p in trainer.model.parameters()),
         "collectives": dict(asked),
-        "is_packed": trainer.forward.is_packed,
+        "is_packed": trainer.layout.is_packed,
         "quantized_layers": sum(type(m).__name__ == "Linear4bit" for m in trainer.model.modules()),
     }
     trainer.save_model(str(out) + ".saved")
