@@ -18,6 +18,7 @@ from orpo_dist.model.loading.adapters import is_quantized, quiet_peft
 from orpo_dist.model.loading.hub import hub_errors
 from orpo_dist.model.loading.load import auto_class_of, base_identity, load_config, load_model, plain_loading
 from orpo_dist.model.loading.vision import is_vision_language
+from orpo_dist.model.patches import DEQUANTISED_WEIGHTS, replace_attribute
 from orpo_dist.options.model import parse_dtype
 
 REPORT_NAME = "merge_report.json"
@@ -203,7 +204,7 @@ def _load_base(name: str, revision: str | None, trust_remote_code: bool) -> PreT
     if is_quantized(base):
         # The base exists in quantised form alone: its own values, written out in full, are what was trained on.
         base = base.dequantize()
-        base._weight_conversions = None  # those of the quantised format; transformers cannot reverse them to save
+        replace_attribute(base, "_weight_conversions", None, DEQUANTISED_WEIGHTS)
     return base.eval()
 
 

@@ -12,6 +12,8 @@ from orpo_dist.errors import UserError
 from orpo_dist.model.loading.hub import hub_errors
 from orpo_dist.model.loading.load import load_config
 from orpo_dist.model.loading.vision import is_vision_language
+from orpo_dist.model.patches import FIXED_IMAGE_OPTIONS, replace_attribute
+from orpo_dist.model.upstream import fixed_image_options
 from orpo_dist.options.data import asked_length
 
 logger = get_logger(__name__)
@@ -108,17 +110,17 @@ def set_image_sizes(processing_class: PreTrainedTokenizerBase | ProcessorMixin, 
     except (TypeError, ValueError) as error:
         raise UserError(f"{type(own).__name__} refuses {options}: {error}") from error
     # What a processor class fixes for its image processor (Gemma 3's do_pan_and_scan) would win over it.
-    fixed: dict[str, Any] = dict(getattr(processing_class, "images_kwargs", None) or {})
+    fixed = fixed_image_options(processing_class)
     if not fixed.keys().isdisjoint(options):
-        own_options: Any = {name: options.get(name, value) for name, value in fixed.items()}
-        processing_class.images_kwargs = own_options
+        own_options = {name: options.get(name, value) for name, value in fixed.items()}
+        replace_attribute(processing_class, "images_kwargs", own_options, FIXED_IMAGE_OPTIONS)
 
 
 def model_init_kwargs(args: ORPOConfig) -> dict[str, Any]:
     """The keyword arguments for from_pretrained.
 
     Raises:
-        UserError: they are a string that is no JSON object.
+        UserError: they are a string that is not a JSON object.
     """
     kwargs = args.model_init_kwargs
     if isinstance(kwargs, str):
