@@ -15,8 +15,9 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from orpo_dist.loss import Objective
+from orpo_dist.model.head.chunked_pass import LogitTransform
 from orpo_dist.model.head.chunks import PairRows
-from orpo_dist.model.head.fused_loss import Adapter, LogitTransform, fused_orpo_loss
+from orpo_dist.model.head.fused_loss import Adapter, fused_orpo_loss
 from orpo_dist.model.patches import HEAD_CALL, replace_attribute
 from orpo_dist.packing.layout import PackedLayout, PackedLayoutError
 

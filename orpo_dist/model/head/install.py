@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from orpo_dist.loss import Objective, PairScores
 from orpo_dist.model.head.call import HeadOptions, call_head
-from orpo_dist.model.head.fused_loss import LogitTransform
+from orpo_dist.model.head.chunked_pass import LogitTransform
 from orpo_dist.model.patches import HEAD_STAND_IN, LOSS_HEAD, Patched, replace_attribute, replace_item
 from orpo_dist.packing.layout import PackedLayout, PackedLayoutError
 
