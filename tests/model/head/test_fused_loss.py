@@ -10,8 +10,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from orpo_dist.loss import Objective, PairScores, orpo_loss
-from orpo_dist.model.head.chunks import PairRows, pair_starts, plan_chunks
 from orpo_dist.model.head.chunked_pass import LogitTransform
+from orpo_dist.model.head.chunks import PairRows, pair_starts, plan_chunks
 from orpo_dist.model.head.fused_loss import Adapter, FusedLoss, fused_orpo_loss
 
 HIDDEN, VOCABULARY = 16, 97
