@@ -40,6 +40,18 @@ def refuses_keyword(error: TypeError, keyword: str) -> bool:
     return f"unexpected keyword argument '{keyword}'" in str(error)
 
 
+def wants_remote_code(error: BaseException) -> bool:
+    """Whether transformers refused to run Python code of a repository. It raises a plain ValueError that names the
+    argument. https://github.com/huggingface/transformers/blob/main/src/transformers/dynamic_module_utils.py"""
+    return "trust_remote_code" in str(error)
+
+
+def is_unknown_architecture(error: BaseException) -> bool:
+    """Whether transformers has no such `model_type`. It raises a plain ValueError.
+    https://github.com/huggingface/transformers/blob/main/src/transformers/models/auto/configuration_auto.py"""
+    return "does not recognize this architecture" in str(error)
+
+
 def is_adapter_on_experts_refusal(error: ValueError) -> bool:
     """Whether peft refused dropout, DoRA or lora_bias on the fused experts of a mixture.
 

@@ -1,5 +1,9 @@
 """What model/upstream.py reads from other libraries still is what it takes it for."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 import transformers as t
 from peft import LoraConfig, get_peft_model
@@ -14,8 +18,10 @@ from orpo_dist.model.upstream import (
     config_value,
     has_image_features,
     is_adapter_on_experts_refusal,
+    is_unknown_architecture,
     refuses_keyword,
     uses_attention_interface,
+    wants_remote_code,
 )
 from tests.model.tiny_models import HEADS, MOE, tiny_model
 
@@ -45,6 +51,25 @@ def test_an_unknown_keyword_is_told_by_its_name():
     with pytest.raises(TypeError) as missing:
         forward()
     assert not refuses_keyword(missing.value, "orpo_layout")
+
+
+def _folder(folder: Path, **config: Any) -> Path:
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text("from transformers import PreTrainedConfig as OwnConfig\n")
+    return folder
+
+
+def test_code_of_a_repository_is_refused_by_the_name_of_the_argument(tmp_path):
+    folder = _folder(tmp_path, model_type="own", auto_map={"AutoConfig": "own.OwnConfig"})
+    with pytest.raises(ValueError) as refusal:
+        t.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    assert wants_remote_code(refusal.value) and not is_unknown_architecture(refusal.value)
+
+
+def test_an_unknown_architecture_is_told_in_these_words(tmp_path):
+    with pytest.raises(ValueError) as refusal:
+        t.AutoConfig.from_pretrained(_folder(tmp_path, model_type="own"))
+    assert is_unknown_architecture(refusal.value) and not wants_remote_code(refusal.value)
 
 
 @pytest.mark.parametrize("setting", [{"lora_dropout": 0.1}, {"use_dora": True}], ids=str)

@@ -1,7 +1,7 @@
 """Attention over a packed row of pairs, registered with transformers as "orpo_packed".
 
 A pair is two causal sequences, [P C] and [P R] (see packing/layout.py). No mask function is registered, so the model's
-mask builders return None and the layout, an extra keyword of `model(...)`, is all that says who sees whom.
+mask builders return None, and the layout, an extra keyword of `model(...)`, alone says which token sees which.
 
     CUDA, half precision   one kernel over all pairs, from model/attention/kernels.py
     the rest               sequence by sequence, model/attention/sequences.py: any device, float32, attention dropout

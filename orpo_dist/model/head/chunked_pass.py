@@ -38,7 +38,7 @@ class HeadJob:
 
 
 class ChunkedPass:
-    """One pass over the scored rows. `gradients` has one entry per term, None where none is asked for; each is the
+    """One pass over the scored rows. `gradients` has one entry per term, None where none is needed; each is the
     gradient of tokens * loss."""
 
     def __init__(self, job: HeadJob, terms: Sequence[torch.Tensor], needed: list[bool], dtype: torch.dtype):
@@ -164,7 +164,7 @@ class ChunkedPass:
         return self.buffers[branch]
 
     def _find_factors(self, closing: Sequence[int]) -> None:
-        """Writes the factor of the completions' rows: d(tokens * loss)/d(log-probability) with the sign turned."""
+        """Writes the factor of the completions' rows: d(tokens * loss)/d(log-probability) negated."""
         starts = [self.starts[i] for i in closing]
         first, last = closing[0], closing[-1] + 1
         with torch.enable_grad():
@@ -178,7 +178,7 @@ class ChunkedPass:
             self.factor[s.rejected : s.end] = -by_rejected[i] / (s.end - s.rejected)
 
     def _close_open_rows(self, chunk: Chunk) -> None:
-        """Scales what open chunks left behind; `chunk` closes their pair."""
+        """Scales the gradients of open chunks; `chunk` closes their pair."""
         start = self.starts[chunk.closes[0]]
         rows = slice(start.chosen, chunk.start)
         for gradient in self.gradients[0::2]:

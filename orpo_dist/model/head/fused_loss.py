@@ -3,8 +3,8 @@
     chunk of rows -> logits (one matmul) -> log-probabilities and softmax error, in place
                   -> gradient of the hidden rows (second matmul) and of the head's weight (third)
 
-The backward only scales what is there. A row of the prompt has a coefficient that is known at once. A completion's is
-one number, known when both completions of its pair have been scored:
+The backward only scales these gradients. A row of the prompt has a coefficient that is known at once. A completion has
+one, known when both completions of its pair have been scored:
 
 - Completions that fit one chunk together are scored in one piece, so their coefficients are known before the gradients
   are formed. Several short pairs share a chunk.
@@ -14,8 +14,8 @@ one number, known when both completions of its pair have been scored:
   pair for the buffers, which win from 90 rows on.
 
 Only one chunk of logits ever exists, so the memory beyond (N, H) and (V, H) does not depend on the completions' length.
-Gradients are kept times `tokens`, the loss's denominator, in float32 until the backward: half-precision operands and
-the small numbers of a large global batch never meet.
+Gradients are kept multiplied by `tokens`, the loss's denominator, in float32 until the backward: the small numbers of
+a large global batch are never half-precision operands.
 
 Shape legend: B pairs, N scored rows, n rows of a chunk, H hidden, V vocabulary, r rank of an adapter.
 """

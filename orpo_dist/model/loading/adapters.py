@@ -1,4 +1,4 @@
-"""LoRA on a plain, 4-bit or 8-bit base: a new adapter, a given one to continue from, and dropout of the base alone."""
+"""LoRA on a plain, 4-bit or 8-bit base: a new adapter or one to continue from, and the dropout of the base."""
 
 import copy
 import warnings
@@ -79,7 +79,7 @@ def add_adapter(
     gradient_checkpointing_kwargs: dict[str, Any] | None = None,
     zero3: bool = False,
 ) -> PreTrainedModel | PeftModel:
-    """Make `model` train an adapter: a new one, one from a folder or the hub, or the one it already carries.
+    """Make `model` train an adapter: a new one, one from a folder or the hub, or the one it already has.
 
     A plain model is returned unchanged when no adapter is asked for. The base keeps the precision it was loaded in:
     peft's `prepare_model_for_kbit_training` is not used, since it copies every weight that is not quantised
@@ -292,7 +292,7 @@ def _refuse_settings_of_a_given_adapter(arguments: ModelArguments) -> None:
 
 
 def _refuse_tied_targets(model: PreTrainedModel, peft_config: PeftConfig) -> None:
-    """Tied, the output head and the input embedding are one weight: an adapter on one of them could not be merged."""
+    """When tied, the output head and the input embedding are one weight: an adapter on one could not be merged."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     settings = vars(peft_config)  # not every kind of adapter has targets, and LoRA alone can tie its weights
     targets = settings.get("target_modules")

@@ -79,11 +79,11 @@ def merge_run(
         run_folder: folder with adapter_config.json.
         output: where to write, by default `RUN/merged`. An earlier merge there is replaced, anything else is not.
         dtype: `bfloat16`, `float16` or `float32`; by default the one the base is stored in.
-        verify: compare logits before the result gets its name.
+        verify: compare logits before the result is moved to `output`.
         trust_remote_code: run Python code that the base's repository ships.
 
     Raises:
-        UserError: no adapter in the folder, the base cannot be had, the output exists, or the logits differ.
+        UserError: no adapter in the folder, the base cannot be loaded, the output exists, or the logits differ.
     """
     run_folder = Path(run_folder)
     output = run_folder / "merged" if output is None else Path(output)
@@ -179,7 +179,7 @@ def _check_output(run_folder: Path, output: Path) -> None:
 def _load_base(name: str, revision: str | None, trust_remote_code: bool) -> PreTrainedModel:
     base = load_model(name, revision=revision, dtype="auto", trust_remote_code=trust_remote_code)
     if is_quantized(base):
-        # The base exists in quantised form alone: its own values, written out in full, are what was trained on.
+        # The base is stored quantised: its dequantised values are what the adapter was trained on.
         base = base.dequantize()
         replace_attribute(base, "_weight_conversions", None, DEQUANTISED_WEIGHTS)
     return base.eval()

@@ -21,7 +21,7 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class ImageSizes:
-    """What of a processor's image options the run sets; the same names as in ORPOConfig.
+    """The image options of a processor that the run sets; the same names as in ORPOConfig.
 
     min_pixels, max_pixels: bounds of an image's area after resizing (Qwen-VL: 28 x 28 pixels make a token, 32 x 32 from
         Qwen3-VL on). processor_kwargs: any other option of the model's image processor (`size`, `do_image_splitting`,
@@ -132,7 +132,7 @@ def is_encoder_decoder(model: Any, args: ORPOConfig) -> bool:
     """Which kind of model it is, from the model, its config by name, or `args` with model_init.
 
     Raises:
-        UserError: model_init without is_encoder_decoder, or a model that is not there.
+        UserError: model_init without is_encoder_decoder, or a model that does not exist.
     """
     if isinstance(model, str):
         revision = model_init_kwargs(args).get("revision")
@@ -148,7 +148,7 @@ def processing_class_of(model: Any, args: ORPOConfig, given: Any) -> PreTrainedT
     """The tokenizer or processor that was given, or the one that belongs to the model, with the run's image sizes.
 
     Raises:
-        UserError: nothing says where the model came from, there is no tokenizer, or an image option that it lacks.
+        UserError: the model does not say where it came from, there is no tokenizer, or it lacks an image option.
     """
     sizes = image_sizes(args)
     if given is not None:

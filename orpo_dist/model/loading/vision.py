@@ -43,7 +43,7 @@ def is_vision_language(config: PretrainedConfig) -> bool:
 
 @dataclass(frozen=True)
 class VisionParts:
-    """Names of the modules (and single parameters) of a model outside its language model; as few as tell them apart."""
+    """Names of the modules (and single parameters) of a model outside its language model; as few as possible."""
 
     tower: tuple[str, ...]
     projector: tuple[str, ...]
@@ -108,8 +108,8 @@ def frozen_parts(base: PreTrainedModel, *, train_vision_tower: bool, train_proje
 
 
 def _behind_the_features(base: PreTrainedModel, tower: tuple[str, ...]) -> tuple[str, ...]:
-    """What of the tower comes after the layer whose output is taken (LLaVA's `vision_feature_layer`). It never gets a
-    gradient, and DDP would wait for it."""
+    """The parts of the tower after the layer whose output is used (LLaVA's `vision_feature_layer`). They never get a
+    gradient, and DDP would wait for one."""
     taken = base.config.to_dict().get("vision_feature_layer")
     inside = [name for name, _ in base.named_modules() if any(name.startswith(f"{part}.") for part in tower)]
     layers = [name for name in inside if re.search(r"encoder\.layers\.\d+$", name)]

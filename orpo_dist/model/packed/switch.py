@@ -4,10 +4,10 @@
     if verdict.ok:
         model(input_ids=..., position_ids=..., orpo_layout=..., use_cache=False)   # no attention_mask
     else:
-        log(verdict.reason)                                                        # and stay with the padded layout
+        log(verdict.reason)                                                        # and keep the padded layout
     verdict.restore()                                                              # before generate()
 
-What cannot be seen from outside (a window that only the masks know of, positions made inside the model) shows in
+What cannot be seen from outside (a window that only the masks contain, positions computed inside the model) is found by
 `verify_layout` (model/packed/verify.py), which every run calls.
 """
 
@@ -128,12 +128,12 @@ def _implementations(config: PreTrainedConfig) -> dict:
 
 
 def _flat(implementations: dict) -> dict | str:
-    """A part without parts of its own by its plain name: transformers 5.17 takes no nested dicts."""
+    """A part without sub-configs by its plain name: transformers 5.17 does not accept nested dicts."""
     return implementations[""] if len(implementations) == 1 else implementations
 
 
 def _packed_implementations(config: PreTrainedConfig) -> dict:
-    """The same with the text config, and the configs around it (whose masks it gets), set to the packed attention."""
+    """The same, with the text config and the configs around it (which make its masks) set to the packed attention."""
     text = config.get_text_config(decoder=True)
     result = _implementations(config)
     result[""] = PACKED_ATTENTION
