@@ -1,4 +1,4 @@
-# Each target does its own set-up: from a fresh clone `make demo` or `make test` is enough.
+# Each target does its own set-up: in a fresh clone `make demo` or `make test` is enough.
 # Needs Python 3.10 or newer with its headers (python3-dev), make and g++; DeepSpeed compiles its CPU ops on first use.
 
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3.10 python3,\
@@ -7,9 +7,9 @@ VENV ?= .venv
 VENV_OLDEST ?= .venv-oldest
 WORKERS ?= 2
 PYTEST_ARGS ?=
-# What `make test-oldest` runs: the way from rows to a merged model, in one process. Not the model families: some older
-# versions of them differ from the packed layout (Gemma 2, LFM2), which every run's start-up check sees and answers, and
-# older image processors of some need torchvision.
+# What `make test-oldest` runs: everything from rows to a merged model, in one process. The model families are left out: in
+# older versions some of them differ from the packed layout (Gemma 2, LFM2), which the start-up check of every run detects and
+# handles, and some older image processors need torchvision.
 SMOKE_TESTS ?= tests/test_loss.py tests/recipe/test_recipe.py tests/test_cli.py tests/test_trainer.py tests/test_train.py \
 	tests/model/loading/test_merge.py tests/demo/test_command.py tests/data tests/packing tests/model/loading/test_load.py tests/model/loading/test_adapters.py \
 	tests/model/attention/test_interface.py tests/model/attention/test_kernels.py tests/model/attention/test_flex.py \
@@ -18,27 +18,29 @@ SMOKE_TESTS ?= tests/test_loss.py tests/recipe/test_recipe.py tests/test_cli.py 
 
 BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
-# Tests meet no network; several processes share the cores, so each computes on one thread.
-# The path of the environment is for ninja, which compiles DeepSpeed's ops.
+# Tests run offline. Several processes share the cores, so each uses one thread.
+# PATH includes the environment for ninja, which compiles DeepSpeed's ops.
 TEST_ENV = PATH="$(abspath $(BIN)):$$PATH" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .PHONY: help setup demo test test-topologies test-kill test-cluster test-vlm test-oldest bench bench-quick lint format clean
 
 help:
-	@echo "make demo              train SmolLM2-135M on a made-up support set; results in runs/demo/"
-	@echo "make test              the fast tests"
-	@echo "make test-topologies   the long tests: DDP, ZeRO 1/2/3, FSDP2, QLoRA on two processes"
-	@echo "make test-kill         training runs killed at random moments, resumed, compared bit by bit"
-	@echo "make test-cluster      jobs on a SLURM of two nodes on this machine (root; installs slurm), two network namespaces"
-	@echo "make test-vlm          of those, the vision-language ones: learning from images, ranks without images, QLoRA"
-	@echo "make test-oldest       the smoke tests on the oldest versions that pyproject.toml admits"
-	@echo "make bench-quick       ours against TRL on the CPU, under 15 minutes; make bench: under 60"
+	@echo "make demo              train SmolLM2-135M on a synthetic support data set; results in runs/demo/"
+	@echo "make test              the fast tests; no network, no GPU"
+	@echo "make test-topologies   tests with several processes (DDP, ZeRO 1/2/3, FSDP2, QLoRA), and the slow tests"
+	@echo "make test-vlm          part of test-topologies: learning from images, ranks without images, QLoRA with images"
+	@echo "make test-kill         training runs killed at random moments, resumed and compared bit by bit"
+	@echo "make test-cluster      jobs on a two-node SLURM cluster on this machine, in two network namespaces (root; installs slurm)"
+	@echo "make test-oldest       smoke tests on the oldest versions that pyproject.toml allows, in $(VENV_OLDEST)/"
+	@echo "make bench-quick       this trainer against TRL on the CPU, under 15 minutes"
+	@echo "make bench             the same with more cases, then pairs with images; under 60 minutes"
 	@echo "make lint              ruff format --check, ruff check, mypy"
 	@echo "make format            ruff format, ruff check --fix"
-	@echo "make setup             only install, into $(VENV)/"
+	@echo "make setup             install into $(VENV)/, nothing else"
+	@echo "make clean             remove the virtual environments, build outputs and caches"
 
-# $(1): virtual environment, $(2): constraints file, $(3): extras. torch comes first and at the version of the
-# constraints, so that nothing below can pull another build of it.
+# $(1): virtual environment, $(2): constraints file, $(3): extras. torch is installed first, at the version of the
+# constraints file, so that no later package pulls in another build.
 define install
 	@test -n "$(PYTHON)" || { echo "No Python 3.10 or newer found; name one: make PYTHON=/path/to/python3"; exit 1; }
 	@echo "Installing into $(1)/ ($$($(PYTHON) --version), versions of $(2))"
@@ -71,7 +73,7 @@ test-topologies: setup
 test-kill: setup
 	$(TEST_ENV) $(BIN)/python -m pytest -m kill $(PYTEST_ARGS)
 
-# Installs slurm, munge and iproute2 where they are missing (apt, as root); without root and without them it skips.
+# Installs slurm, munge and iproute2 if they are missing (apt, as root). Without root, and without them, the tests skip.
 test-cluster: setup
 	bash tests/cluster/two_nodes.sh packages
 	$(TEST_ENV) $(BIN)/python -m pytest -m cluster $(PYTEST_ARGS)

@@ -39,8 +39,8 @@ def balance(lengths: list[list[int]], ranks: int, per_device: int, accumulation:
         of_pair,
         global_batch=ranks * per_device * accumulation,
         accumulation=accumulation,
-        world_size=ranks,
-        rank=0,
+        data_ranks=ranks,
+        data_rank=0,
         seed=0,
         drop_last=True,
     )
@@ -58,8 +58,8 @@ def planning_milliseconds(lengths: list[list[int]], repeats: int) -> list[float]
         costs(lengths, repeats=PLANNED_PAIRS // len(lengths) + 1)[:PLANNED_PAIRS],
         global_batch=PLANNED_PAIRS,
         accumulation=16,
-        world_size=PLANNED_RANKS,
-        rank=0,
+        data_ranks=PLANNED_RANKS,
+        data_rank=0,
         seed=0,
     )
     batch = next(sampler.global_batches())
@@ -86,11 +86,11 @@ def step_seconds(lengths: list[list[int]], batch: int, repeats: int) -> dict[str
         batches = stratified(lengths, 1, batch)
 
         def trained() -> None:
-            loader = iter(trainer._loader(trainer.train_dataset, batches))
+            loader = iter(trainer.loaders.of(trainer.train_dataset, batches))
             (inputs,), tokens = trainer.get_batch_samples(loader, 1, trainer.args.device)
             trainer.training_step(model, inputs, tokens)
 
-        prepared = next(iter(trainer._loader(trainer.train_dataset, batches)))
+        prepared = next(iter(trainer.loaders.of(trainer.train_dataset, batches)))
         layout = prepared["orpo_layout"]
         layout.tokens, layout.pairs = layout.counts().float().unbind()
         model.train()

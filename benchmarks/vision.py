@@ -166,7 +166,7 @@ def worker(settings: dict) -> dict:
             callbacks=[Clock()],
         )
         if settings["layout"] == "duplicated":
-            trainer.forward._collator = replace(trainer.forward._collator, pixels_twice=True)
+            trainer.layout.collator.chosen = replace(trainer.layout.collator.chosen, pixels_twice=True)
         flops = None
         if settings["count_flops"]:
             loader = iter(trainer.get_train_dataloader())

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Train on the GPUs of this machine, one process each.
+# Train on the GPUs of this machine, with one process per GPU.
 #
 #   launch/multi_gpu.sh recipe.yaml [--field value ...]
 #
-# GPUS=4 takes four processes (default: one per visible GPU). CONFIG=zero3 takes that accelerate config (a name from
-# accelerate_configs/ or a file; default: by the recipe, see docs/scaling.md). PYTHON names the interpreter.
+# GPUS=4 starts four processes (default: one per visible GPU). CONFIG=zero3 selects an accelerate config (a name from
+# accelerate_configs/ or a file; default: chosen from the recipe, see docs/scaling.md). PYTHON sets the interpreter.
 set -euo pipefail
 
 options=()

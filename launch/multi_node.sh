@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
-# Train on several nodes without SLURM: run this on every node, by ssh or by any scheduler.
+# Train on several nodes without SLURM: run this on every node, over ssh or with any scheduler.
 #
 #   NODES=2 NODE_RANK=0 HEAD=10.0.0.1 PORT=29500 launch/multi_node.sh recipe.yaml [--field value ...]
 #   launch/multi_node.sh --nodes 2 --node-rank 1 --head-address 10.0.0.1 --port 29500 recipe.yaml [--field value ...]
 #
-# NNODES, MASTER_ADDR and MASTER_PORT, which some schedulers set, are read too. All nodes need the same versions, the
-# same recipe and a shared output_dir; the nodes meet first and say so where one differs. GPUS and CONFIG as in
-# multi_gpu.sh. NCCL_SOCKET_IFNAME (GPUs) or GLOO_SOCKET_IFNAME (CPU) names the network interface where the machine's
-# own choice is wrong.
+# NNODES, MASTER_ADDR and MASTER_PORT, which some schedulers set, are read too. All nodes need the same versions, the same
+# recipe and a shared output_dir; the nodes compare these before they start and report differences. GPUS and CONFIG work as
+# in multi_gpu.sh. Set NCCL_SOCKET_IFNAME (GPUs) or GLOO_SOCKET_IFNAME (CPU) if the wrong network interface is chosen.
 set -euo pipefail
 
 options=()

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Train on one GPU, or on the CPU where there is none.
+# Train on one GPU, or on the CPU if there is no GPU.
 #
 #   launch/single_gpu.sh recipe.yaml [--field value ...]
 #
-# GPU=2 takes the third GPU. PYTHON names the interpreter (default: python).
+# GPU=2 selects the third GPU. PYTHON sets the interpreter (default: python).
 set -euo pipefail
 
 if [ -n "${GPU-}" ]; then export CUDA_VISIBLE_DEVICES=$GPU; fi

@@ -1,31 +1,66 @@
 """ORPO for text and vision-language models, on one process and on many.
 
-from orpo_dist import ORPOConfig, ORPOTrainer
+    from orpo_dist import ORPOConfig, ORPOTrainer
+
+`__all__` is the public interface. Everything in it is imported on first use (PEP 562): `orpo-dist --help` and
+`orpo-dist data check` should not wait for torch.
 """
 
+import importlib
 import logging
 from typing import TYPE_CHECKING
 
 from orpo_dist.version import __version__
 
-__all__ = ["ORPOConfig", "ORPOTrainer", "__version__"]
-
 if TYPE_CHECKING:
     from orpo_dist.config import ORPOConfig
+    from orpo_dist.data.prepare import prepare_pairs
+    from orpo_dist.errors import NonFiniteRun, RankError, RunStopped, SaveError, TrainingFailed, UserError
+    from orpo_dist.loss import Objective, PairScores, log1mexp, log_odds, orpo_loss, pair_sums, preference
+    from orpo_dist.model.loading.merge import merge_run
     from orpo_dist.trainer import ORPOTrainer
+
+__all__ = [
+    "NonFiniteRun",
+    "ORPOConfig",
+    "ORPOTrainer",
+    "Objective",
+    "PairScores",
+    "RankError",
+    "RunStopped",
+    "SaveError",
+    "TrainingFailed",
+    "UserError",
+    "__version__",
+    "log1mexp",
+    "log_odds",
+    "merge_run",
+    "orpo_loss",
+    "pair_sums",
+    "preference",
+    "prepare_pairs",
+]
+
+_MODULES = {
+    "orpo_dist.config": ("ORPOConfig",),
+    "orpo_dist.data.prepare": ("prepare_pairs",),
+    "orpo_dist.errors": ("NonFiniteRun", "RankError", "RunStopped", "SaveError", "TrainingFailed", "UserError"),
+    "orpo_dist.loss": ("Objective", "PairScores", "log1mexp", "log_odds", "orpo_loss", "pair_sums", "preference"),
+    "orpo_dist.model.loading.merge": ("merge_run",),
+    "orpo_dist.trainer": ("ORPOTrainer",),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 # Without the optional `kernels` package bitsandbytes warns at every start on a CPU, used or not: peft imports it.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
-def __getattr__(name: str):
-    # Imported on first use: `orpo-dist --help` and `orpo-dist data check` should not pay for torch.
-    if name == "ORPOConfig":
-        from orpo_dist.config import ORPOConfig
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'orpo_dist' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    return value
 
-        return ORPOConfig
-    if name == "ORPOTrainer":
-        from orpo_dist.trainer import ORPOTrainer
 
-        return ORPOTrainer
-    raise AttributeError(f"module 'orpo_dist' has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted(globals().keys() | set(__all__))

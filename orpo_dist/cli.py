@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from orpo_dist.cluster.ends import recorded_end
 from orpo_dist.errors import (
     BAD_INPUT,
     FAILED,
@@ -37,7 +38,7 @@ COMMANDS = {
         "orpo_dist.commands.convert_checkpoint",
         "resume a ZeRO run with another number of processes: CHECKPOINT",
     ),
-    "doctor": ("orpo_dist.commands.doctor", "what this machine has, what is missing and how to mend it"),
+    "doctor": ("orpo_dist.commands.doctor", "what this machine has, what is missing and how to fix it"),
     "demo": ("orpo_dist.demo.command", "a small model, a small preference set, before and after"),
 }
 # transformers has an option of the same name, with a value.
@@ -60,8 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FINISHED
     try:
         if command not in COMMANDS:
-            raise UserError(f"{command!r} is no command. Commands: {', '.join(COMMANDS)}.")
-        return importlib.import_module(COMMANDS[command][0]).main(arguments[1:])
+            raise UserError(f"{command!r} is not a command. Commands: {', '.join(COMMANDS)}.")
+        with recorded_end():
+            return importlib.import_module(COMMANDS[command][0]).main(arguments[1:])
     except UserError as error:
         if debug:
             raise
@@ -73,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _print_error(error)
         return GAVE_UP if isinstance(error, NonFiniteRun) else FAILED
     except RunStopped as stop:
-        if os.environ.get("RANK", "0") == "0":
+        if _rank() in (None, 0) and not stop.printed:
             print(f"orpo-dist: {stop}", file=sys.stderr)
         return STOPPED
     except SystemExit as stop:  # argparse, after --help or a wrong flag
@@ -82,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("Interrupted.", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        if "RANK" not in os.environ:
+        if _rank() is None:
             raise
         _print_death(error)
         return FAILED
@@ -100,11 +102,19 @@ def _without_debug_flag(arguments: list[str]) -> tuple[list[str], bool]:
     return rest, debug
 
 
+def _rank() -> int | None:
+    """This process's rank, None where no launcher started it."""
+    return int(os.environ["RANK"]) if "RANK" in os.environ else None
+
+
+def _is_first_of_node() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def _print_error(error: Exception) -> None:
-    """Once per node, where every rank fails alike (what is missing on one node may be there on another)."""
-    if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, RankError | SaveError):
-        rank = os.environ.get("RANK", "0")
-        where = f" (rank {rank})" if rank != "0" else ""
+    """Once per node where every rank fails in the same way: what is missing on one node may be present on another."""
+    if _is_first_of_node() or isinstance(error, RankError | SaveError):
+        where = f" (rank {_rank()})" if _rank() else ""
         print(f"orpo-dist: error{where}: {error}", file=sys.stderr)
 
 
@@ -112,13 +122,9 @@ def _print_death(error: Exception) -> None:
     """Traceback, and as the last line which rank died where and why: many ranks write to one terminal. torchrun repeats
     what is recorded in the file that it names."""
     traceback.print_exc()
-    rank, ranks = os.environ["RANK"], os.environ.get("WORLD_SIZE", "?")
     reason = str(error).strip().split("\n", maxsplit=1)[0]
-    print(
-        f"orpo-dist: rank {rank} of {ranks} on {socket.gethostname()} failed: {type(error).__name__}: {reason}",
-        file=sys.stderr,
-        flush=True,
-    )
+    where = f"rank {_rank()} of {os.environ.get('WORLD_SIZE', '?')} on {socket.gethostname()}"
+    print(f"orpo-dist: {where} failed: {type(error).__name__}: {reason}", file=sys.stderr, flush=True)
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 

@@ -1,18 +1,40 @@
-"""How a run can end other than well, and the exit code of each end (docs/runs.md)."""
+"""How a run can end other than well. docs/runs.md describes each exit code for the user.
+
+    Exception
+    ├── ValueError
+    │   └── UserError          2  BAD_INPUT    the user can fix it; starting again would fail in the same way
+    │       └── RankError      2  BAD_INPUT    the same, known to one rank only
+    ├── SaveError              1  FAILED       a checkpoint could not be written
+    ├── NonFiniteRun           3  GAVE_UP      too many steps with a non-finite loss or gradient norm
+    ├── RuntimeError
+    │   └── TrainingFailed     that of the training processes, which have printed the error
+    ├── BadRow                 -               one row; the data step drops it or makes it a UserError
+    └── anything else          1  FAILED       with its traceback
+    BaseException
+    ├── SystemExit
+    │   └── RunStopped        75  STOPPED      asked to stop; a checkpoint is saved and the run can be resumed
+    └── KeyboardInterrupt    130  INTERRUPTED  Ctrl-C where no run listens for it
+
+0 (FINISHED) is the only exit code of a run that has finished. Restarting helps after 1 and 75, never after 2 and 3.
+"""
+
+import sys
 
 FINISHED, FAILED, BAD_INPUT, GAVE_UP, STOPPED, INTERRUPTED = 0, 1, 2, 3, 75, 130
 
 
-class UserError(Exception):
-    """Something the user can mend: bad data, a contradicting option, a missing package or model.
+class UserError(ValueError):
+    """Something the user can fix: bad data, a contradicting option, a missing package or model. Exit code 2.
 
     The message says what is wrong, where (file, row, column, option) and what to do. The command line prints it as
-    it is, without a traceback, and exits with code 2: starting again would end in the same way.
+    it is, without a traceback: starting again would fail in the same way.
+
+    It is a ValueError because callers of TRL's trainers catch that for wrong arguments.
     """
 
 
 class RankError(UserError):
-    """A UserError that only this rank knows about: every rank prints its own."""
+    """A UserError that only this rank knows about: every rank prints its own. Exit code 2."""
 
 
 class SaveError(Exception):
@@ -20,7 +42,19 @@ class SaveError(Exception):
 
 
 class NonFiniteRun(Exception):
-    """Too many optimizer steps with a loss or gradient norm that is no number. Exit code 3: do not start again."""
+    """Too many optimizer steps with a loss or gradient norm that is not finite. Exit code 3: do not start again."""
+
+
+class TrainingFailed(RuntimeError):
+    """The training processes that this process started failed, and have printed why.
+
+    Attributes:
+        exit_code: the exit code of the processes that says most (see `cluster.processes.telling_code`).
+    """
+
+    def __init__(self, exit_code: int):
+        super().__init__(f"the training processes failed (exit code {exit_code}); their error is above.")
+        self.exit_code = exit_code
 
 
 class RunStopped(SystemExit):
@@ -32,11 +66,12 @@ class RunStopped(SystemExit):
         reason: who asked: a signal, the stop file, the time limit, the launcher.
         step: optimizer steps done; 0 when training had not begun.
         checkpoint: the folder to resume from, None when training had not begun.
+        printed: whether the training processes that this process started have printed it already.
     """
 
-    def __init__(self, reason: str, step: int = 0, checkpoint: str | None = None):
+    def __init__(self, reason: str, step: int = 0, checkpoint: str | None = None, *, printed: bool = False):
         super().__init__(STOPPED)
-        self.reason, self.step, self.checkpoint = reason, step, checkpoint
+        self.reason, self.step, self.checkpoint, self.printed = reason, step, checkpoint, printed
 
     def __str__(self) -> str:
         saved = f"saved {self.checkpoint}" if self.checkpoint else "nothing to save yet"
@@ -44,10 +79,29 @@ class RunStopped(SystemExit):
 
 
 class BadRow(Exception):
-    """One row that cannot be trained on. `kind` is a key of ADVICE; `reason` says what was found in `column`."""
+    """One row that cannot be trained on.
+
+    Attributes:
+        kind: a key of `data.audit.ADVICE`.
+        column: where it was found, None for the row as a whole.
+        reason: what was found.
+    """
 
     def __init__(self, kind: str, column: str | None, reason: str):
         super().__init__(kind, column, reason)  # all three, so that it survives pickling between processes
-        self.kind = kind
-        self.column = column
-        self.reason = reason
+        self.kind, self.column, self.reason = kind, column, reason
+
+
+def raised_in(error: BaseException) -> str:
+    """The module that raised `error`, "" when it was never raised. The standard library counts as its caller: a JSON
+    text that `json` refuses was refused by who gave it to `json`.
+
+    Tells a library's refusal of an option from a bug that happens to raise the same type.
+    """
+    module, trace = "", error.__traceback__
+    while trace is not None:
+        name = str(trace.tb_frame.f_globals.get("__name__", ""))
+        if name.split(".")[0] not in sys.stdlib_module_names:
+            module = name
+        trace = trace.tb_next
+    return module

@@ -161,7 +161,7 @@ def _summarise(
     """What run_summary.json says. Every rank takes part."""
     from transformers.trainer_pt_utils import get_model_param_count
 
-    from orpo_dist.run.machine import device_name, peak_memory_gib, versions
+    from orpo_dist.run.machine import device_name, peak_memory_of_ranks, versions
     from orpo_dist.run.summary import RunSummary, evaluation_at, pairs_seen, without_prefix
 
     args, state = trainer.args, trainer.state
@@ -170,7 +170,7 @@ def _summarise(
     if pairs.evaluation is not None and (after is None or args.load_best_model_at_end):
         after = without_prefix(trainer.evaluate())
     count = len(pairs.train.dataset)
-    global_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    global_batch = trainer.environment.global_batch(args)
     first, last = (
         pairs_seen(step, count, global_batch, args.dataloader_drop_last) for step in (log.first_step, state.global_step)
     )
@@ -188,7 +188,7 @@ def _summarise(
         steps=state.global_step,
         epochs=round(state.epoch or 0.0, 4),
         global_batch_size=global_batch,
-        world_size=args.world_size,
+        world_size=trainer.environment.world_size,
         device=device_name(args.device),
         parameters=get_model_param_count(model),
         trainable_parameters=get_model_param_count(model, trainable_only=True),
@@ -197,7 +197,7 @@ def _summarise(
         eval_after=after,
         train_seconds=round(log.train_seconds, 3),
         pairs_per_second=round((last - first) / log.train_seconds, 3) if log.train_seconds else None,
-        peak_memory_gib=peak_memory_gib(args.device),
+        peak_memory_gib=peak_memory_of_ranks(args.device),
         versions=versions(),
     )
 

@@ -1,69 +1,83 @@
 """ORPOTrainer: a transformers.Trainer whose gradients do not depend on how the global batch is cut.
 
-    rows -> prepare_pairs -> GlobalBatchSampler (one bin of pairs per rank and micro-step) -> collator (+ layout)
-         -> get_batch_samples: one all-reduce of (tokens, pairs, stop, last loss) per optimizer step
-         -> compute_loss: this micro-batch's share of the global loss, times the data-parallel size
+A run, from top to bottom:
 
-DDP, ZeRO and FSDP2 all average gradients over the ranks while the shares of the loss add up: hence the last factor.
-Between two log lines nothing is read on the host: metrics are one small vector on the device.
+    __init__               refusals; rows to pairs; the model, adapted and switched to its layout; the parts of a run
+    train                  which checkpoint to go on from; then the Trainer's loop, which calls what follows
+    _training_begins       start-up check of the layout, sums of the checkpoint, the optimizer guarded
+    get_batch_samples      all micro-batches of a step: one all-reduce of (tokens, pairs, stop, last loss)
+    compute_loss           a micro-batch's share of the global loss, times the number of ranks
+    _get_grad_norm         the one host read of a step: may it be applied, do the ranks stop after it
+    _step_ends             asks for the last checkpoint when the ranks have agreed to stop
+    evaluation_loop        the metrics of a whole set, each pair once
+    _save_checkpoint       into RUN/_saving, sealed and renamed
+
+DDP, ZeRO and FSDP2 all average gradients over the ranks while the shares of the loss add up: hence the factor in
+compute_loss. Between two log lines nothing else is read on the host: metrics are one small vector on the device.
 """
 
-import os
+import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from accelerate.logging import get_logger
-from accelerate.utils import TorchDynamoPlugin
-from peft import PeftModel
+from accelerate.utils import TorchDynamoPlugin, gather_object
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, set_seed
-from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import EvalPrediction
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    set_seed,
+)
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from orpo_dist.config import ORPOConfig
-from orpo_dist.errors import UserError
+from orpo_dist.distributed.environment import Environment, loading_sharding, sharding_of
+from orpo_dist.distributed.timeouts import START_SECONDS, collectives_may_take
+from orpo_dist.distributed.zero import safe_pickles
+from orpo_dist.errors import RunStopped
 from orpo_dist.loss import Objective, pair_sums
-from orpo_dist.model.flops import ModelFlops
-from orpo_dist.model.forward import ForwardOptions, ImageSetup, PairForward
-from orpo_dist.model.loading.adapters import add_adapter, disable_base_dropout
+from orpo_dist.model.forward import PairForward
 from orpo_dist.model.loading.load import load_model
-from orpo_dist.model.loading.processor import (
-    is_encoder_decoder,
-    model_init_kwargs,
-    processing_class_of,
-    resolve_max_length,
-    tokenizer_of,
-)
-from orpo_dist.model.loading.vision import freeze, frozen_parts, name_present_layers, without_parts
-from orpo_dist.model.packed.compile import compile_blocks
-from orpo_dist.options.data import PrepareOptions
-from orpo_dist.options.model import compute_dtype
-from orpo_dist.packing.images import shortest_with_images
-from orpo_dist.packing.lengths import pair_lengths, sharing_gain
-from orpo_dist.packing.sampler import FILLER, GlobalBatchSampler
+from orpo_dist.model.loading.processor import model_init_kwargs
+from orpo_dist.model.packed.choose_layout import LayoutChoice
+from orpo_dist.options.durations import seconds_of
+from orpo_dist.packing.lengths import PairLengths, is_tokenised, pair_lengths
+from orpo_dist.packing.sampler import FILLER
+from orpo_dist.run.fingerprint import fingerprint
+from orpo_dist.run.prepare import preparation_of
+from orpo_dist.run.stop import StopRequests, ignore_signals
 from orpo_dist.training import refusals
-from orpo_dist.training.evaluation import PairEvaluation
+from orpo_dist.training.adapting import adapted_model
+from orpo_dist.training.checkpoint_writer import CheckpointWriter
+from orpo_dist.training.evaluation import EvaluationPass, with_prefix
+from orpo_dist.training.layout_options import layout_options
+from orpo_dist.training.loaders import PairLoaders
 from orpo_dist.training.malloc_trim import returning_freed_memory
 from orpo_dist.training.metrics import MetricSums
-from orpo_dist.training.resumable import ResumableTrainer
-from orpo_dist.training.throughput import Throughput
-
-LEAST_SHARING_GAIN = 1.05
-logger = get_logger(__name__)
+from orpo_dist.training.nonfinite import PairFacts
+from orpo_dist.training.out_of_memory import is_out_of_memory, out_of_memory
+from orpo_dist.training.resuming import Progress, Resuming
+from orpo_dist.training.step_guard import StepGuard
+from orpo_dist.training.throughput import ModelFlops, Throughput
 
 if TYPE_CHECKING:
     from orpo_dist.data.prepare import PreparedPairs
 
 
-class ORPOTrainer(PairEvaluation, ResumableTrainer):
+class ORPOTrainer(Trainer):
     """Trainer for odds-ratio preference optimisation; a drop-in for `trl.experimental.orpo.ORPOTrainer`.
 
     Args:
         model: a model, or the name or path of one (loaded after the data was audited).
-        args: an `ORPOConfig`.
+        args: an `ORPOConfig`. The trainer works on a copy of its own, `trainer.args`.
         data_collator: a collator written for TRL's trainer; unset, the built-in one.
         train_dataset, eval_dataset: rows of preference pairs in any format of docs/data.md, or rows that are tokenised
             already (`prompt_ids`, `chosen_ids`, `rejected_ids`). `eval_dataset` may be a dict or a DatasetDict.
@@ -82,7 +96,6 @@ class ORPOTrainer(PairEvaluation, ResumableTrainer):
     model: Any
     args: ORPOConfig
     eval_dataset: Any
-    objective: Objective
 
     def __init__(
         self,
@@ -99,47 +112,50 @@ class ORPOTrainer(PairEvaluation, ResumableTrainer):
         peft_config: Any = None,
         compute_metrics: Callable[[EvalPrediction], dict] | None = None,
     ):
-        args = ORPOConfig("trainer_output") if args is None else args
+        args = ORPOConfig("trainer_output") if args is None else copy.copy(args)
+        sharding = loading_sharding()
         refusals.refuse_what_needs_logits(args, preprocess_logits_for_metrics)
         refusals.refuse_unsupported_parallelism(args)
-        refusals.refuse_missing_kernels(args, zero3=is_deepspeed_zero3_enabled())
+        refusals.refuse_missing_kernels(args, sharding)
         has_rows = train_dataset is not None or eval_dataset is not None
         refusals.refuse_contradictions(args, model, model_init, has_rows)
 
-        self.objective = Objective(beta=args.beta, label_smoothing=args.label_smoothing)
-        self._peft_config = peft_config
-        self.is_encoder_decoder = is_encoder_decoder(model, args)
-        self._processing_class = processing_class_of(model, args, processing_class)
-        self._tokenizer = tokenizer_of(self._processing_class)
-        resolve_max_length(args, self._processing_class)
-        self._prepare_options = PrepareOptions.from_config(args, self.is_encoder_decoder)
+        # Rows to pairs, before any model is loaded.
+        self.preparation = preparation_of(args, model, processing_class)
         self.prepared: dict[str, PreparedPairs] = {}
         self._run_folder = Path(str(args.output_dir))
-        if train_dataset is not None:
-            train_dataset = self._tokenised(train_dataset, "train")
+        train_dataset = self._pairs(train_dataset, "train")
         if isinstance(eval_dataset, dict):
-            eval_dataset = {name: self._tokenised(rows, f"eval_{name}") for name, rows in eval_dataset.items()}
-        elif eval_dataset is not None:
-            eval_dataset = self._tokenised(eval_dataset, "eval")
+            eval_dataset = {name: self._pairs(rows, f"eval_{name}") for name, rows in eval_dataset.items()}
+        else:
+            eval_dataset = self._pairs(eval_dataset, "eval")
         self._lengths = pair_lengths(train_dataset) if train_dataset is not None else []
-        self._image_setup = self._images_of(args, train_dataset, eval_dataset)
-        self.forward = PairForward(self._forward_options(args, data_collator))
 
+        # The model, in the layout of the run.
+        self._objective = Objective(beta=args.beta, label_smoothing=args.label_smoothing)
+        self._peft_config = peft_config
+        environment = Environment.of(args, sharding)
+        self.layout = LayoutChoice(
+            layout_options(
+                args, self._objective, self.preparation, environment, data_collator, train_dataset, eval_dataset
+            )
+        )
+        self._forward = PairForward(self.layout, self._objective)
         set_seed(args.seed)  # a new adapter is initialised at random
         if isinstance(model, str):
             model = load_model(model, trust_remote_code=args.trust_remote_code, **model_init_kwargs(args))
         if model is not None:
-            model = self._adapt(model, args)
-        self._train_sums, self._eval_sums = MetricSums(), MetricSums()
-        self._eval_rows: list[tuple[int, float, float]] | None = None
+            model = self._adapted(model, args)
+        # At the end of training transformers deletes every checkpoint but the best one under a limit of 1.
+        args.save_total_limit = 2 if args.save_total_limit == 1 else args.save_total_limit
 
         super().__init__(
             model=model,
             args=args,
-            data_collator=self.forward,
+            data_collator=self.layout.collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=self._processing_class,
+            processing_class=self.preparation.processing_class,
             model_init=model_init,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
@@ -149,80 +165,56 @@ class ORPOTrainer(PairEvaluation, ResumableTrainer):
         # totals of the global batch and does not divide by the accumulation steps (transformers 5.17 has no other way).
         self.model_accepts_loss_kwargs = True
         self.args._n_gpu = min(self.args.n_gpu, 1)  # DataParallel would tear pairs apart; accelerate launch shares them
-        self._global_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.model.add_model_tags(self._tag_names)
-        self._prepare_to_survive()
-        self.add_callback(_VerifyLayout(self))
+        self._make_parts()
+
+    def _make_parts(self) -> None:
+        """What a run consists of besides the model, each with one job and handed what it needs."""
+        args, run = self.args, self._run_folder
+        self.environment = environment = Environment.of(args, sharding_of(self.accelerator))
+        self._global_batch = environment.global_batch(args)
+        self._train_sums = MetricSums()
+        self._evaluation: EvaluationPass | None = None
+        self._throughput = Throughput(ModelFlops.of(self.model), args.nll_scope)
+        filler_id = self.preparation.tokenizer.pad_token_id or 0
+        self.loaders = PairLoaders(args, environment, self.layout, self.model.config, filler_id)
+        facts = PairFacts(self.train_dataset, self._lengths, self.preparation.tokenizer)
+        limit = seconds_of(args.max_runtime) if args.max_runtime is not None else None
+        self._stop_requests = StopRequests(run, limit, is_first_rank=environment.is_first)
+        self._step_guard = StepGuard(run, args, environment, self.accelerator, facts)
+        made_of = {
+            "topology": environment.sharding.value,
+            **fingerprint(args, self.model, self.train_dataset, self._lengths, self._global_batch),
+        }
+        self._checkpoints = CheckpointWriter(args.save_total_limit, made_of, environment, self.accelerator)
+        self._resuming = Resuming(run, args, made_of, environment, self.accelerator)
+        self.add_callback(_Moments(self))
         if args.generate_during_eval:
             from orpo_dist.training.samples import SampleReplies
 
-            self.add_callback(SampleReplies(self))
+            rows = self.eval_dataset
+            rows = next(iter(rows.values()), None) if isinstance(rows, dict) else rows
+            self.add_callback(
+                SampleReplies(rows, self.preparation.processing_class, self._reply, self.callback_handler, args.seed)
+            )
 
     # ------------------------------------------------------------------ model and data
 
-    def _forward_options(self, args: ORPOConfig, foreign: Callable | None) -> ForwardOptions:
-        longest = max((pair.prompt + max(pair.chosen, pair.rejected) for pair in self._lengths), default=None)
-        pad_token_id = args.padding_value if args.padding_value is not None else self._tokenizer.pad_token_id
-        return ForwardOptions(
-            objective=self.objective,
-            padding_free=args.padding_free,
-            prefix_sharing=args.prefix_sharing and self._sharing_pays(args),
-            verify_layout=args.verify_layout,
-            loss_chunk_size=args.loss_chunk_size,
-            nll_scope=args.nll_scope,
-            pad_token_id=pad_token_id,
-            max_length=args.max_length or longest,
-            compute_dtype=compute_dtype(args.bf16, args.fp16),
-            foreign=foreign,
-            images=self._image_setup,
-        )
-
-    def _images_of(self, args: ORPOConfig, train_rows: Any, eval_rows: Any) -> ImageSetup | None:
-        """How images enter the forward; None where no row has one."""
-        sets = [train_rows, *(eval_rows.values() if isinstance(eval_rows, dict) else [eval_rows])]
-        example = next((row for rows in sets if (row := shortest_with_images(rows)) is not None), None)
-        if example is None:
-            return None
-        if not isinstance(self._processing_class, ProcessorMixin):
-            raise UserError(
-                "The rows have images, and the processing class is a tokenizer: pass the model's AutoProcessor. Where "
-                "it cannot be loaded, it usually lacks torchvision: install the build that fits your torch."
-            )
-        sharded = is_deepspeed_zero3_enabled() or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
-        return ImageSetup(self._processing_class, example, sharded, args.world_size)
-
-    def _sharing_pays(self, args: ORPOConfig) -> bool:
-        gain = sharing_gain(self._lengths)
-        if self._lengths and gain < LEAST_SHARING_GAIN:
-            logger.warning(f"prefix_sharing is off: it would save a factor of {gain:.3f} in tokens, under 1.05.")
-        return not self._lengths or gain >= LEAST_SHARING_GAIN
+    def _pairs(self, rows: Any, name: str) -> Any:
+        """Tokenised rows; those that are so already, and None, as they are."""
+        if rows is None or is_tokenised(rows):
+            return rows
+        prepared = self.preparation.pairs(rows, name, self._run_folder / "dropped_rows.jsonl")
+        self.prepared[name] = prepared
+        return prepared.dataset
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        return self._adapt(super().call_model_init(trial), self.args)
+        return self._adapted(super().call_model_init(trial), self.args)
 
-    def _adapt(self, model: nn.Module, args: ORPOConfig) -> nn.Module:
-        if args.disable_dropout:
-            disable_base_dropout(model)
-        peft_config = self._train_parts(model, args)
-        model = add_adapter(
-            model,  # type: ignore[arg-type]
-            peft_config,
-            gradient_checkpointing=args.gradient_checkpointing,
-            gradient_checkpointing_kwargs=cast(dict | None, args.gradient_checkpointing_kwargs),
-            zero3=is_deepspeed_zero3_enabled(),
-        )
-        name_present_layers(model)
-        if args.gradient_checkpointing and args.ddp_find_unused_parameters is None:
-            # transformers decides so for plain models only; for an adapter DDP would search, which reentrant
-            # checkpointing does not survive.
-            args.ddp_find_unused_parameters = False
+    def _adapted(self, model: nn.Module, args: ORPOConfig) -> nn.Module:
+        model = adapted_model(model, args, self._peft_config)
         coefficient = refusals.router_aux_loss_coef(model.config, args.router_aux_loss_coef)
-        self.forward.adapt(model, router_aux_loss_coef=coefficient)
-        if args.use_liger_kernel and not refusals.liger_knows(model):
-            logger.warning(f"use_liger_kernel has no effect: Liger has no kernels for {model.config.model_type}.")
-        if args.torch_compile:
-            compile_blocks(model, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
-        self._throughput = Throughput(ModelFlops.of(model), args.nll_scope)
+        self.layout.choose(model, router_aux_loss_coef=coefficient)
         return model
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -230,32 +222,42 @@ class ORPOTrainer(PairEvaluation, ResumableTrainer):
         # The blocks are compiled (model/packed/compile.py); accelerate would compile the whole model around them.
         self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
 
-    def _train_parts(self, model: Any, args: ORPOConfig) -> Any:
-        """Freeze the parts of a vision-language model that are not to train. Returns the settings of the adapter, which
-        stays out of them."""
-        if isinstance(model, PeftModel):
-            if args.train_vision_tower or args.train_projector:
-                logger.warning("train_vision_tower and train_projector have no effect: the adapter is there already.")
-            return self._peft_config
-        frozen = frozen_parts(model, train_vision_tower=args.train_vision_tower, train_projector=args.train_projector)
-        freeze(model, frozen)
-        return without_parts(self._peft_config, frozen)
-
     def get_train_dataloader(self) -> DataLoader:
-        args = self.args
-        per_micro_step = self._train_batch_size * args.world_size
-        sampler = GlobalBatchSampler(
-            self._costs(self.train_dataset, self._lengths),
+        return self.loaders.training(
+            self.train_dataset,
+            self._lengths,
             global_batch=self._global_batch,
-            accumulation=-(-self._global_batch // per_micro_step),
-            world_size=args.world_size,
-            rank=args.process_index,
-            seed=args.data_seed if args.data_seed is not None else args.seed,
-            drop_last=args.dataloader_drop_last,
+            micro_batch=self._train_batch_size,
         )
-        return self._loader(self.train_dataset, sampler)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(rows, str):
+            rows = self.eval_dataset[rows]
+        if rows is None:
+            raise refusals.no_evaluation_rows()
+        return self.get_test_dataloader(rows)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        if not self.environment.sharding.partitions_weights:  # else the model is not wrapped as it will run yet
+            self.layout.verify(self.model)
+        return self.loaders.evaluation(self._pairs(test_dataset, "test"))
 
     # ------------------------------------------------------------------ training
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, from the beginning or from a checkpoint: a path, `auto` or True.
+
+        Raises:
+            RunStopped: somebody asked for it; a checkpoint was saved.
+            NonFiniteRun: too many steps in a row could not be applied.
+            SaveError: a checkpoint could not be written.
+            UserError: no such checkpoint, or one of another run.
+        """
+        folder = self._resuming.resolve(resume_from_checkpoint)
+        pickles = safe_pickles() if self.environment.sharding.is_zero else nullcontext()
+        with self._stop_requests.listening(), pickles:
+            return super().train(folder, *args, **kwargs)
 
     def _inner_training_loop(  # type: ignore[override]  # the Trainer calls it by these names
         self, batch_size: int | None = None, **kwargs: Any
@@ -266,7 +268,30 @@ class ORPOTrainer(PairEvaluation, ResumableTrainer):
     def _update_auto_batch_size(self, batch_size: int) -> None:
         """A smaller micro-batch means more of them: the global batch, and so the run, stays what was asked for."""
         super()._update_auto_batch_size(batch_size)
-        self.args.gradient_accumulation_steps = -(-self._global_batch // (batch_size * self.args.world_size))
+        micro_batches = -(-self._global_batch // (batch_size * self.environment.data_ranks))
+        self.args.gradient_accumulation_steps = micro_batches
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if optimizer is None:
+            self._resuming.optimizer_made(self.optimizer)
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        load = super()._load_rng_state
+        if checkpoint is not None:
+            self._resuming.restore_rng(self.state.global_step, lambda: load(checkpoint))
+
+    def _training_begins(self) -> None:
+        """The model is wrapped and the checkpoint loaded; the first step comes next."""
+        self.layout.verify(self.model_wrapped)
+        self._step_guard.training_begins()
+        self._take_over(self._resuming.loaded(self.optimizer))
+        if self._resuming.evaluation_is_due(self.state, self.eval_dataset is not None):
+            self._evaluate(None, None)
+        self._step_guard.guard(self.optimizer)
+        collectives_may_take(max(self.args.ddp_timeout, START_SECONDS))
+        self._first_step = self.state.global_step + 1
+        self._stop_requests.steps_begin()
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
@@ -279,27 +304,47 @@ class ORPOTrainer(PairEvaluation, ResumableTrainer):
             return batches, None
         layouts = [batch["orpo_layout"] for batch in batches]
         counts = torch.stack([layout.counts() for layout in layouts]).sum(0)
-        facts = torch.cat([counts.to(device), self.step_report(device)])
-        facts = self.accelerator.reduce(facts, reduction="sum")
+        report = self._step_guard.report(self._stop_requests.reason() is not None, device)
+        facts = self.accelerator.reduce(torch.cat([counts.to(device), report]), reduction="sum")
         tokens, pairs = facts[:2].unbind()
-        self.begin_step(facts[2:], [i for layout in layouts for i in layout.index if i != FILLER])
+        self._step_guard.begin(facts[2:], [i for layout in layouts for i in layout.index if i != FILLER])
         for layout in layouts:
             layout.tokens, layout.pairs = tokens, pairs
-            self._throughput.add(self._lengths[i] for i in layout.index if i != FILLER)
+            self._throughput.add(self._lengths_of(layout))
         return batches, tokens
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        micro_batch = [index for index in inputs["orpo_layout"].index if index != FILLER]
+        try:
+            return super().training_step(model, inputs, num_items_in_batch)
+        except (RuntimeError, MemoryError) as error:
+            if self.args.auto_find_batch_size or not is_out_of_memory(error):
+                raise
+            raise out_of_memory(error, self.state.global_step + 1, micro_batch, self._lengths, self.args) from error
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        result = self.forward.run(model, inputs, self.args.device)
-        self._train_sums.add(pair_sums(result.scores, self.objective))
+        result = self._forward(model, inputs, self.args.device)
+        self._train_sums.add(pair_sums(result.scores, self._objective))
         assert result.loss is not None, "get_batch_samples has written the totals"
-        loss = self.poisoned(result.loss) * self.accelerator.num_processes
+        loss = self._step_guard.count(result.loss) * self.environment.world_size  # over which gradients are averaged
         return (loss, result.scores) if return_outputs else loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self._step_guard.judge(norm, self.state.global_step + 1)
+
+    def _step_ends(self, control: TrainerControl) -> None:
+        self._stop_requests.step_ends()
+        if self.state.global_step == self._first_step:
+            collectives_may_take(self.args.ddp_timeout)
+        if self._step_guard.stops and self.state.global_step < self.state.max_steps:
+            control.should_save, control.should_evaluate = True, False
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # a training event: the Trainer's own loss is exact, the metrics join it
-            metrics = self._train_sums.drain(self.accelerator, self.objective)
+            metrics = self._train_sums.drain(self.accelerator, self._objective)
             logs |= {name: value for name, value in metrics.items() if name != "loss"}
             logs |= self._throughput.drain(self.accelerator)
         if "train_loss" in logs:  # the sum is of the whole run, and the Trainer divides by the steps of this call
@@ -307,30 +352,128 @@ class ORPOTrainer(PairEvaluation, ResumableTrainer):
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Model FLOPs of a micro-batch, by the formula of training/throughput.py."""
-        return int(self._throughput.flops_of(self._lengths[i] for i in inputs["orpo_layout"].index if i != FILLER))
+        """Model FLOPs of a micro-batch, by the formula of model/flops.py."""
+        return int(self._throughput.flops_of(self._lengths_of(inputs["orpo_layout"])))
+
+    def _lengths_of(self, layout: Any) -> list[PairLengths]:
+        return [self._lengths[index] for index in layout.index if index != FILLER]
+
+    # ------------------------------------------------------------------ evaluation
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """The Trainer's loop, with the metrics of the whole set (training/evaluation.py)."""
+        keeps_pairs = self.compute_metrics is not None or description == "Prediction"
+        self._evaluation = evaluation = EvaluationPass(self._objective, keeps_pairs=keeps_pairs)
+        with self._throughput.paused():
+            output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+        metrics = evaluation.metrics(self.accelerator)
+        predicted = evaluation.predictions()
+        if self.compute_metrics is not None and predicted is not None:
+            metrics |= self.compute_metrics(predicted)
+        merged = {**(output.metrics or {}), **with_prefix(metrics, metric_key_prefix)}
+        rows: Any = dataloader.dataset
+        predictions, labels = (predicted.predictions, predicted.label_ids) if predicted is not None else (None, None)
+        return EvalLoopOutput(predictions, labels, merged, len(rows))  # type: ignore[arg-type]
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[None, None, None]:
+        assert self._evaluation is not None, "evaluation_loop calls this"
+        self.layout.verify(model, may_fall_back=False)
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            scores = self._forward(model, inputs, self.args.device).scores
+        self._evaluation.add(scores, inputs["orpo_layout"].index)
+        return None, None, None
+
+    def _reply(self, inputs: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
+        """generate() with the model's own attention, in the precision of training."""
+        inputs = {name: tensor.to(self.args.device) for name, tensor in inputs.items()}
+        was_training = self.model.training
+        self.model.eval()
+        with torch.no_grad(), self.layout.paused(), self.compute_loss_context_manager():
+            output = self.model.generate(**inputs, **options)
+        self.model.train(was_training)
+        return output if self.preparation.options.is_encoder_decoder else output[:, inputs["input_ids"].shape[1] :]
+
+    # ------------------------------------------------------------------ checkpoints
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        write = super()._save_checkpoint
+        progress = Progress(
+            sums=self._train_sums.state(),
+            tr_loss=self._tr_loss.detach().cpu(),
+            total_loss=self._total_loss_scalar,
+            last_logged=self._globalstep_last_logged,
+            losses=self._step_guard.losses(),
+        )
         with self._throughput.paused():
-            super()._save_checkpoint(model, trial)
+            run = Path(super()._get_output_dir(trial))
+            published, seconds = self._checkpoints.save(run, self.state, lambda: write(model, trial), progress)
+            if self.args.push_to_hub:
+                super()._push_from_checkpoint(str(published))
+        self._stop_requests.saved(seconds)
 
-    # ------------------------------------------------------------------ reports
+    def _get_output_dir(self, trial: Any) -> str:
+        staging = self._checkpoints.staging
+        return str(staging) if staging is not None else super()._get_output_dir(trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._checkpoints.staging is None:  # else it is not under its own name yet
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _checkpoint_saved(self) -> None:
+        """Leave, if the ranks have agreed to stop.
+
+        Raises:
+            RunStopped: they have.
+        """
+        step = self.state.global_step
+        if self._step_guard.stops and step < self.state.max_steps:
+            ignore_signals()
+            reasons = [reason for reason in gather_object([self._stop_requests.reason()]) if reason is not None]
+            raise RunStopped(reasons[0] if reasons else "asked to", step, str(self._run_folder / f"checkpoint-{step}"))
+
+    def _take_over(self, saved: list[Progress]) -> None:
+        """Sums since the checkpoint's last log line, so that the next line is that of an uninterrupted run."""
+        if not saved:
+            return
+        if len(saved) == 1 or self.environment.is_first:  # the sums are added up over the ranks
+            for progress in saved:
+                self._train_sums.load(progress.sums, self.args.device)
+        # The Trainer logs the mean over the ranks.
+        self._tr_loss += torch.stack([progress.tr_loss for progress in saved]).mean(0).to(self._tr_loss.device)
+        self._total_loss_scalar, self._globalstep_last_logged = saved[0].total_loss, saved[0].last_logged
+        self._step_guard.restore_losses(saved[0].losses)
 
     def create_model_card(  # type: ignore[override]
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
         """README.md in the output folder; TRL's arguments, which `push_to_hub` passes on."""
         if self.is_world_process_zero():
-            from orpo_dist.run.model_card import write_model_card
+            from orpo_dist.run.model_card import CardFacts, write_model_card
 
-            write_model_card(self, model_name, dataset_name, tags)
+            write_model_card(CardFacts.of(self.model, self.args, model_name, dataset_name, tags), self.args, self.state)
 
 
-class _VerifyLayout(TrainerCallback):
-    """Asks once, with the model wrapped as it will run, whether the packed layout is right for it."""
+class _Moments(TrainerCallback):
+    """The moments of the Trainer's loop that it has no method for."""
 
     def __init__(self, trainer: ORPOTrainer):
         self._trainer = trainer
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer.forward.verify(self._trainer.model_wrapped)
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._trainer._training_begins()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._trainer._step_ends(control)
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._trainer._checkpoint_saved()

@@ -1,13 +1,13 @@
 # shellcheck shell=bash
-# What every template does. A job is a chain of attempts: it stops with a checkpoint before its time limit or when it
-# is preempted, asks SLURM to start it again, and goes on where it was, until the run is finished. docs/slurm.md tells
-# the whole story. Everything a chain must remember is in RUN/slurm/:
+# Shared by all templates. A job is a chain of attempts: it stops with a checkpoint before its time limit or when it is
+# preempted, is requeued by SLURM, and continues from the checkpoint, until the run is finished. See docs/slurm.md. The state
+# of a chain is in RUN/slurm/:
 #
-#   attempt        number of the last attempt            done        the run is finished: later jobs end at once
+#   attempt        number of the last attempt            done        the run is finished: later jobs end immediately
 #   outcome        how the last attempt ended            excluded    nodes that failed their health check
-#   failed_at      checkpoint of the last failure        cancel.JOB  `orpo-dist cancel` asked for the end
-#   chain.ID       a chain of jobs that failed for good
-#   logs/          JOB.ATTEMPT.nodeN.log                 exit/, health/   what each node of an attempt said
+#   failed_at      checkpoint of the last failure        cancel.JOB  `orpo-dist cancel` was called
+#   chain.ID       a chain of jobs that failed permanently
+#   logs/          JOB.ATTEMPT.nodeN.log                 exit/, health/   exit code and health of each node, per attempt
 
 set -uo pipefail
 
@@ -16,7 +16,7 @@ BAD_INPUT=2 NOT_FINITE=3 STOPPED=75
 
 say() { printf '%s orpo-dist: %s\n' "$(date '+%F %T')" "$*"; }
 
-fail() { # fail CODE MESSAGE: the end of the job, without a restart
+fail() { # fail CODE MESSAGE: end the job without a restart
     say "error: $2" >&2
     if [ -d "${STATE-}" ]; then
         echo "failed ($1): $2" >"$STATE/outcome"
@@ -30,11 +30,11 @@ fail() { # fail CODE MESSAGE: the end of the job, without a restart
 set_environment() {
     site_setup || fail 1 "site_setup of the site profile failed."
     PYTHON=${PYTHON:-python}
-    # srun no longer takes the job's --cpus-per-task by itself (SLURM 22.05).
+    # Since SLURM 22.05, srun does not inherit the job's --cpus-per-task.
     [ -z "${SLURM_CPUS_PER_TASK-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
     [ -z "$SITE_CACHE" ] || export HF_HOME=$SITE_CACHE
-    # NCCL finds its interfaces itself; NCCL_SOCKET_IFNAME stays as the user set it. On a hang every rank's last
-    # collectives are written beside the logs (torch's flight recorder).
+    # NCCL finds its interfaces on its own; a NCCL_SOCKET_IFNAME set by the user is kept. On a hang, torch's flight recorder
+    # writes the last collectives of every rank next to the logs.
     export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
     export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
     export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
@@ -66,7 +66,7 @@ set_container() {
     esac
 }
 
-on_head() { # a command in the environment of the run, on one node
+on_head() { # run a command in the environment of the run, on one node
     if [ ${#SRUN_CONTAINER[@]} -gt 0 ]; then
         srun --nodes=1 --ntasks=1 --overlap "${SRUN_CONTAINER[@]}" "$@"
     else
@@ -74,7 +74,7 @@ on_head() { # a command in the environment of the run, on one node
     fi
 }
 
-# --- what the chain remembers --------------------------------------------------------------------------------------
+# --- state of the chain --------------------------------------------------------------------------------------
 
 open_run() { # open_run RECIPE [--field value ...]: RUN, STATE, LOGS and the number of this attempt
     [ $# -gt 0 ] || fail "$BAD_INPUT" "usage: sbatch TEMPLATE recipe.yaml [--field value ...]"
@@ -87,18 +87,18 @@ open_run() { # open_run RECIPE [--field value ...]: RUN, STATE, LOGS and the num
         say "$RUN is finished ($(<"$STATE/done")): nothing to do."
         exit 0
     fi
-    # The jobs of `submit --chain` come one after the other instead of one that is requeued.
+    # `submit --chain` submits several jobs that run one after the other, instead of one job that is requeued.
     if [ -n "${CHAIN-}" ] && [ -e "$STATE/chain.$CHAIN" ]; then
-        say "an earlier job of this chain has failed for good: $(<"$STATE/chain.$CHAIN")"
+        say "an earlier job of this chain failed permanently: $(<"$STATE/chain.$CHAIN")"
         exit 1
     fi
     ATTEMPT=$(($(cat "$STATE/attempt" 2>/dev/null || echo 0) + 1))
     echo "$ATTEMPT" >"$STATE/attempt"
     RESTARTS=${SLURM_RESTART_COUNT:-0}
-    # A checkpoint of an earlier job of this run is continued, as is one of this job before its restart.
+    # Continue from a checkpoint of an earlier job of this run, or of this job before its restart.
     RESUME=(--resume_from_checkpoint auto)
     [[ " $* " != *" --resume_from_checkpoint"* ]] || RESUME=()
-    # For `orpo-dist status`, which finds its jobs by it.
+    # `orpo-dist status` finds its jobs by this comment.
     scontrol update JobId="$SLURM_JOB_ID" Comment="orpo-dist:$RUN" >/dev/null 2>&1 || true
     LIMIT_AT=$(date -d "$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.* EndTime=\([^ ]*\).*/\1/p')" +%s 2>/dev/null) ||
         LIMIT_AT=9999999999 # no limit
@@ -114,7 +114,7 @@ refuse_local_folder() {
         fail "$BAD_INPUT" "output_dir $RUN is in none of the shared folders of the site profile ($SITE_SHARED_FOLDERS)."
     for folder in $SITE_LOCAL_FOLDERS; do
         [[ $RUN/ != "${folder%/}"/* ]] ||
-            fail "$BAD_INPUT" "output_dir $RUN is on $folder, which each node has for itself: checkpoints would be lost."
+            fail "$BAD_INPUT" "output_dir $RUN is on $folder, which is local to each node: checkpoints would be lost."
     done
 }
 
@@ -130,7 +130,7 @@ newest_checkpoint() {
 
 # --- nodes -----------------------------------------------------------------------------------------------------------
 
-# Runs on every node, before the training: says "ok" or what is wrong in RUN/slurm/health/ATTEMPT.NODE.
+# Runs on every node before training: writes "ok" or the problem to RUN/slurm/health/ATTEMPT.NODE.
 # shellcheck disable=SC2317
 node_health() { # node_health STATE ATTEMPT GPUS
     local report=$1/health/$2.$SLURMD_NODENAME found
@@ -138,7 +138,7 @@ node_health() { # node_health STATE ATTEMPT GPUS
         [ -e "$1/health/$2.token" ] && break
         sleep 0.5
     done
-    # Without the shared folder there is nowhere to write: the missing report says it.
+    # If the shared folder is missing, no report can be written; check_nodes handles the missing report.
     [ -e "$1/health/$2.token" ] || { echo "does not see $1" >&2; return 1; }
     if [ "$3" -gt 0 ] && command -v nvidia-smi >/dev/null; then
         found=$(timeout 60 nvidia-smi --query-gpu=uuid --format=csv,noheader 2>&1 | grep -c '^GPU-')
@@ -166,21 +166,21 @@ check_nodes() { # BAD_NODES: those that did not report "ok"
     rm -f "$STATE/health/$ATTEMPT.token"
     [ ${#BAD_NODES[@]} -gt 0 ] || return 0
     [ ${#BAD_NODES[@]} -lt "$SLURM_JOB_NUM_NODES" ] ||
-        fail 1 "every node fails its health check: this is the check, the run's folder or the site profile, no node."
+        fail 1 "every node fails its health check: the cause is the check, the run's folder or the site profile, not a node."
     return 1
 }
 
 # --- one attempt -----------------------------------------------------------------------------------------------------
 
 # USR1: the time limit, preemption or `orpo-dist cancel` asks the run to stop. TERM: SLURM is ending the job, because of
-# scancel, the loss of a node, the end of the preempted job's grace, or the limit itself. From the first line on: with a
-# short time limit the signal may come at once.
+# scancel, the loss of a node, the end of the preemption grace time, or the limit itself. The traps are set first: with a
+# short time limit the signal may be sent immediately.
 STOPPING="" ENDED_AT=""
 trap 'STOPPING=USR1' USR1
 trap 'STOPPING=${STOPPING:-TERM} ENDED_AT=${ENDED_AT:-$(date +%s)}' TERM
 
-# Runs on every node. A stopped run (75) is no failure for srun, which would kill the nodes that are still at it; the
-# file says what it was.
+# Runs on every node. A stopped run (75) is reported to srun as success, because srun would otherwise kill the nodes that
+# are still saving; the real exit code is in the file.
 # shellcheck disable=SC2317
 node_task() { # node_task EXIT_FOLDER/ATTEMPT SCRATCH COMMAND...
     local report=$1.$SLURM_NODEID scratch=$2 attempt=${1##*/} code
@@ -196,7 +196,7 @@ node_task() { # node_task EXIT_FOLDER/ATTEMPT SCRATCH COMMAND...
     return "$code"
 }
 
-run_attempt() { # run_attempt RECIPE [--field value ...]: CODE is what the nodes' exit codes say together
+run_attempt() { # run_attempt RECIPE [--field value ...]: sets CODE from the exit codes of all nodes
     local step log=$LOGS/$SLURM_JOB_ID.$ATTEMPT.node%n.log launch=(--nodes "$SLURM_JOB_NUM_NODES")
     if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
         launch+=(--node-rank @NODE_RANK@ --head-address "$(head_node)" --port "$(job_port)")
@@ -204,11 +204,11 @@ run_attempt() { # run_attempt RECIPE [--field value ...]: CODE is what the nodes
     launch+=(--processes-per-node "$PROCESSES" --wait 300)
     [ -z "$CONFIG" ] || launch+=(--accelerate-config "$CONFIG")
     [ "$GPUS" != 0 ] || launch+=(--cpu)
-    # Of two attempts that overlap in time, the later must not meet the earlier.
+    # If two attempts overlap in time, the later one must not connect to the earlier one.
     export PET_RDZV_ID=$SLURM_JOB_ID.$RESTARTS
     export TORCH_NCCL_DEBUG_INFO_TEMP_FILE=$LOGS/$SLURM_JOB_ID.$ATTEMPT.nccl_trace_rank_
     say "logs: ${log/\%n/*}"
-    # --wait: when one node is done, the others have a minute.
+    # --wait: when one node has finished, the others have one minute left.
     srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --wait=60 \
         --kill-on-bad-exit=1 --open-mode=append --output="$log" ${SRUN_CONTAINER[@]+"${SRUN_CONTAINER[@]}"} \
         bash -c "$(declare -f node_task); node_task \"\$@\"" node "$STATE/exit/$ATTEMPT" "$SITE_SCRATCH" \
@@ -216,10 +216,10 @@ run_attempt() { # run_attempt RECIPE [--field value ...]: CODE is what the nodes
         "$@" ${RESUME[@]+"${RESUME[@]}"} &
     step=$!
     while kill -0 "$step" 2>/dev/null; do
-        # Again and again: a run removes the file when it starts, and it may be starting.
+        # Repeatedly: a run that is just starting removes the file.
         [ -z "$STOPPING" ] || touch "$RUN/STOP"
         sleep 2 &
-        wait $! # ends at once when a signal comes
+        wait $! # returns immediately on a signal
     done
     wait "$step"
     CODE=$(attempt_code $?)
@@ -228,10 +228,10 @@ run_attempt() { # run_attempt RECIPE [--field value ...]: CODE is what the nodes
 
 head_node() { scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1; }
 
-# Outside the ephemeral range (32768 and above), another one for every job and restart.
+# Outside the ephemeral range (32768 and above), and different for every job and restart.
 job_port() { echo $((10000 + (SLURM_JOB_ID + RESTARTS) % 20000)); }
 
-attempt_code() { # attempt_code STEP_CODE: of the nodes' exit codes the one to act on
+attempt_code() { # attempt_code STEP_CODE: the decisive one of the nodes' exit codes
     local codes code
     codes=" $(cat "$STATE/exit/$ATTEMPT".* 2>/dev/null | tr '\n' ' ') "
     for code in "$BAD_INPUT" "$NOT_FINITE" "$STOPPED"; do
@@ -242,7 +242,7 @@ attempt_code() { # attempt_code STEP_CODE: of the nodes' exit codes the one to a
 
 # --- afterwards --------------------------------------------------------------------------------------------------------
 
-conclude() { # what follows from CODE
+conclude() { # finish, fail or restart, depending on CODE
     local newest
     newest=$(newest_checkpoint)
     if [ "$CODE" = 0 ]; then
@@ -254,24 +254,24 @@ conclude() { # what follows from CODE
     [ "$CODE" = "$STOPPED" ] || show_ends
     if [ -e "$STATE/cancel.$SLURM_JOB_ID" ]; then
         echo "cancelled at $newest" >"$STATE/outcome"
-        say "cancelled; newest checkpoint: $newest. Submit the same recipe again to go on."
+        say "cancelled; newest checkpoint: $newest. Submit the same recipe again to continue."
         scancel "$SLURM_JOB_ID" # so that jobs that depend on this one do not start
         sleep 60
         exit "$CODE"
     fi
     case $CODE in
-    "$BAD_INPUT") fail "$CODE" "bad input: a restart would end the same way. See the logs." ;;
-    "$NOT_FINITE") fail "$CODE" "too many steps without finite numbers: a restart would end the same way. See the logs." ;;
+    "$BAD_INPUT") fail "$CODE" "bad input: a restart would fail in the same way. See the logs." ;;
+    "$NOT_FINITE") fail "$CODE" "too many non-finite steps: a restart would fail in the same way. See the logs." ;;
     "$STOPPED")
-        if [ -z "$STOPPING" ]; then # a stop file or max_runtime: somebody's wish
+        if [ -z "$STOPPING" ]; then # a stop file or max_runtime, not SLURM
             echo "stopped at $newest" >"$STATE/outcome"
-            say "stopped, not by SLURM; newest checkpoint: $newest. Submit the same recipe again to go on."
+            say "stopped, not by SLURM; newest checkpoint: $newest. Submit the same recipe again to continue."
             exit "$CODE"
         fi
         restart "stopped for SLURM ($STOPPING) at $newest"
         ;;
     *)
-        # Once per checkpoint: a failure that comes again at the same place would come for ever.
+        # One restart per checkpoint: a failure that repeats at the same place would repeat forever.
         if [ "$(cat "$STATE/failed_at" 2>/dev/null)" = "$newest" ]; then
             fail "$CODE" "failed twice with no new checkpoint in between (newest: $newest). See the logs."
         fi
@@ -292,26 +292,25 @@ restart() { # restart REASON: SLURM starts this job again, without the nodes in 
     local limit=${MAX_RESTARTS:-$SITE_MAX_RESTARTS} excluded answer
     if [ -n "${CHAIN-}" ]; then
         echo "waiting for the next job of the chain: $1" >"$STATE/outcome"
-        say "$1; the next job of the chain goes on."
+        say "$1; the next job of the chain continues."
         exit "$STOPPED"
     fi
-    # After scancel a requeue would undo the cancelling, and SLURM shows the same state (COMPLETING) for every end. After
-    # a preemption or the loss of a node it starts the job again itself. It does not after the time limit, whose end is
-    # known.
+    # After scancel, a requeue would undo the cancellation, and SLURM shows the same state (COMPLETING) in every case. After a
+    # preemption or the loss of a node SLURM restarts the job on its own. It does not after the time limit, whose time is known.
     if [ -n "$ENDED_AT" ] && [ "$ENDED_AT" -lt $((LIMIT_AT - 5)) ]; then
         echo "ended by SLURM: $1" >"$STATE/outcome"
-        say "$1; SLURM has ended the job, and starts it again unless it was cancelled. Submitting the recipe goes on, too."
+        say "$1; SLURM has ended the job, and restarts it unless it was cancelled. Submitting the recipe again also continues the run."
         exit "$STOPPED"
     fi
-    [ "$RESTARTS" -lt "$limit" ] || fail 1 "$1; started $RESTARTS times again already, the limit (SITE_MAX_RESTARTS)."
+    [ "$RESTARTS" -lt "$limit" ] || fail 1 "$1; already restarted $RESTARTS times, the limit (SITE_MAX_RESTARTS)."
     echo "restarting: $1" >"$STATE/outcome"
-    say "$1; starting again."
-    trap '' TERM USR1 # a requeue ends this script, perhaps before it has named the nodes
+    say "$1; restarting."
+    trap '' TERM USR1 # a requeue ends this script, possibly before the excluded nodes are set
     if ! answer=$(scontrol requeue "$SLURM_JOB_ID" 2>&1); then
-        # After the loss of a node SLURM has requeued the job itself while its processes were ending.
+        # After the loss of a node, SLURM has already requeued the job while its processes were ending.
         [[ $answer == *"pending execution"* ]] ||
             fail 1 "$1; SLURM does not requeue ($answer): submit a chain instead (orpo-dist submit --chain 5)."
-        say "SLURM has done so already."
+        say "SLURM has already requeued the job."
     fi
     excluded=$(sort -u "$STATE/excluded" 2>/dev/null | paste -sd, -)
     if [ -n "$excluded" ]; then
@@ -321,12 +320,12 @@ restart() { # restart REASON: SLURM starts this job again, without the nodes in 
     exit 0
 }
 
-# --- what templates call -----------------------------------------------------------------------------------------------
+# --- called by the templates -----------------------------------------------------------------------------------------------
 
 train() { # train RECIPE [--field value ...]
     set_environment
     open_run "$@"
-    # A training job reads what a prefetch or an earlier run has put into the cache (HF_HUB_OFFLINE=0 allows downloads).
+    # A training job reads what a prefetch job or an earlier run has put into the cache (HF_HUB_OFFLINE=0 allows downloads).
     export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
     if ! check_nodes; then
         printf '%s\n' "${BAD_NODES[@]}" >>"$STATE/excluded"
@@ -349,7 +348,7 @@ sweep() { # sweep RECIPE SWEEP_FILE [--field value ...]: line i of the file has 
     train "$recipe" "$@" --output_dir "$folder/$index"
 }
 
-prefetch() { # prefetch RECIPE [--field value ...]: model, rows and tokenised pairs to the shared cache
+prefetch() { # prefetch RECIPE [--field value ...]: put model, rows and tokenised pairs into the shared cache
     [ $# -gt 0 ] || fail "$BAD_INPUT" "usage: sbatch prefetch.sbatch recipe.yaml [--field value ...]"
     GPUS=0
     set_environment

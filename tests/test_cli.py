@@ -95,7 +95,7 @@ def test_one_message_per_node(command, capsys, monkeypatch, rank, local_rank, to
 def test_unknown_command_names_those_that_exist(capsys):
     assert cli.main(["trian"]) == 2
     told = capsys.readouterr().err
-    assert "'trian' is no command" in told
+    assert "'trian' is not a command" in told
     assert ", ".join(cli.COMMANDS) in told and "submit" in told
 
 

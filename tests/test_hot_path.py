@@ -58,7 +58,7 @@ for peft_config in (None, LoraConfig(r=2, target_modules="all-linear")):
     )
     trainer.train()
     figures = trainer.evaluate()
-    assert trainer.forward.is_packed and figures["eval_loss"] > 0, figures
+    assert trainer.layout.is_packed and figures["eval_loss"] > 0, figures
     assert not any(name.split(".")[0] in MISSING for name in sys.modules)
 print("trained")
 """

@@ -86,8 +86,8 @@ def test_every_layout_gives_the_same_training(trained, chat_tokenizer, checkpoin
             label_smoothing=0.1,
             **options,
         )
-        assert trainer.forward.is_packed == (name != "padded")
-        assert trainer.forward.prefix_sharing == (name == "packed")
+        assert trainer.layout.is_packed == (name != "padded")
+        assert trainer.layout.prefix_sharing == (name == "packed")
         runs[name] = trainer
     for name in ("packed", "unshared"):
         assert_same_weights(weights(runs[name]), weights(runs["padded"]))
@@ -101,7 +101,7 @@ def test_sharing_is_off_where_it_gains_nothing(tmp_path, chat_tokenizer, tiny_ll
     trainer = ORPOTrainer(
         tiny_llama(len(chat_tokenizer)), config(tmp_path), train_dataset=rows, processing_class=chat_tokenizer
     )
-    assert trainer.forward.is_packed and not trainer.forward.prefix_sharing
+    assert trainer.layout.is_packed and not trainer.layout.prefix_sharing
     assert "prefix_sharing is off" in caplog.text  # at the default level: no silent fallback
 
 
@@ -124,11 +124,11 @@ def test_a_wrong_packed_layout_is_seen_and_falls_back(tmp_path, trained, chat_to
 
     monkeypatch.setitem(transformers.AttentionInterface._global_mapping, "orpo_packed", sees_too_little)
     trainer = trained(rows)
-    assert not trainer.forward.is_packed
+    assert not trainer.layout.is_packed
     assert "hidden states differ by" in caplog.text
     assert_same_weights(weights(trainer), padded)
     unverified = trained(rows, verify_layout=False)
-    assert unverified.forward.is_packed
+    assert unverified.layout.is_packed
     assert largest_difference(weights(unverified), padded) > 1e-4
 
 
@@ -195,7 +195,7 @@ def test_a_model_given_by_name_with_its_own_tokenizer(tmp_path, chat_tokenizer, 
     chat_tokenizer.save_pretrained(tmp_path / "model")
     args = config(tmp_path / "run", model_init_kwargs={"dtype": "float32", "attn_implementation": "eager"})
     trainer = ORPOTrainer(str(tmp_path / "model"), args, train_dataset=datasets.Dataset.from_list(TEXT_ROWS))
-    with trainer.forward.paused():
+    with trainer.layout.paused():
         assert trainer.model.config._attn_implementation == "eager"
     trainer.train()
     trainer.save_model()
@@ -203,7 +203,7 @@ def test_a_model_given_by_name_with_its_own_tokenizer(tmp_path, chat_tokenizer, 
     trainer.model.eval()
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     assert reloaded.config._attn_implementation == "sdpa"
-    with trainer.forward.paused():
+    with trainer.layout.paused():
         torch.testing.assert_close(reloaded(ids).logits, trainer.model(ids).logits)
 
 

@@ -12,8 +12,7 @@ from typing import Any, NoReturn
 
 from orpo_dist.autotrain.ignored_options import FOREIGN
 from orpo_dist.autotrain.params import LLMTrainingParams, explain_unknown, is_flag
-from orpo_dist.cli import BAD_INPUT, FAILED
-from orpo_dist.errors import UserError
+from orpo_dist.errors import BAD_INPUT, FAILED, TrainingFailed, UserError
 
 __all__ = ["AutoTrainProject", "LLMTrainingParams", "main"]
 
@@ -56,6 +55,7 @@ class AutoTrainProject:
         Raises:
             UserError: bad parameters, data or model.
             TrainingFailed: one of several training processes failed, and has printed why.
+            RunStopped: the run was asked to stop and can be resumed (a SystemExit with code 75).
         """
         # torch and transformers take seconds to import, which `orpo-dist llm --help` should not have to wait for.
         from orpo_dist.autotrain.local import join_processes, print_note, run
@@ -95,8 +95,6 @@ def main(argv: list[str]) -> int:
     if missing:
         raise UserError(f"{', '.join(missing)} missing: say what to train, on what, and where to write it.")
     project = AutoTrainProject(LLMTrainingParams(**given), backend, slurm=slurm)
-
-    from orpo_dist.autotrain.local import TrainingFailed
 
     try:
         project.create()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from orpo_dist.autotrain.local import accelerate_config
+from orpo_dist.autotrain.local import config_of
 from orpo_dist.autotrain.setup import Setup
 from orpo_dist.cluster.site import read_site
 from orpo_dist.cluster.submit import parse, prepare, submit, what_now
@@ -30,8 +30,7 @@ def submit_project(setup: Setup, distributed_backend: str | None, flags: str) ->
     path.write_text(yaml.safe_dump(recipe | {"output_dir": str(folder)}, sort_keys=False), "utf-8")
     words = [str(path), "--name", f"orpo-{folder.name}"]
     if distributed_backend:
-        quantised = bool(recipe.get("load_in_4bit") or recipe.get("load_in_8bit"))
-        words += ["--accelerate-config", accelerate_config(distributed_backend, quantised).stem]
+        words += ["--accelerate-config", config_of(distributed_backend, recipe)]
     options, rest = parse([*words, *shlex.split(read_site().submit), *shlex.split(flags)])
     submission = prepare(options, rest)
     os.environ.update(setup.environment)

@@ -16,7 +16,6 @@ import socket
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import NoReturn
 import yaml
 
 from orpo_dist.cluster.files import accelerate_config
+from orpo_dist.cluster.processes import DEFAULT_PORT, Placement, launcher_command, run_launcher
 from orpo_dist.cluster.rendezvous import NodeReport, meet
 from orpo_dist.errors import FAILED, UserError
 from orpo_dist.recipe.preview import Glance, glance
@@ -32,22 +32,6 @@ from orpo_dist.version import __version__
 
 # Other versions of these on another node give other numbers, or a hang.
 SAME_EVERYWHERE = ("torch", "transformers", "accelerate", "peft", "trl", "deepspeed", "bitsandbytes")
-DEFAULT_PORT = 29500
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where this node stands in the run; `processes` per node."""
-
-    nodes: int = 1
-    node_rank: int = 0
-    head: str = "localhost"
-    port: int = DEFAULT_PORT
-    processes: int = 1
-
-    @property
-    def world_size(self) -> int:
-        return self.nodes * self.processes
 
 
 def main(argv: Sequence[str]) -> int:
@@ -78,8 +62,6 @@ def main(argv: Sequence[str]) -> int:
             except UserError as error:  # not the recipe's fault: another start, another port or node may do
                 print(f"orpo-dist: error (node rank {placement.node_rank}): {error}", file=sys.stderr, flush=True)
                 return FAILED
-        from orpo_dist.cluster.processes import run_launcher
-
         return run_launcher(command)
 
 
@@ -91,40 +73,6 @@ def choose_config(view: Glance, world_size: int) -> str:
     if view.trains_adapter or view.quantised:
         return "ddp"
     return "zero2" if find_spec("deepspeed") else "fsdp2"
-
-
-def launcher_command(
-    name: str, config: Path, placement: Placement, recipe: str, flags: Sequence[str], cpu: bool = False
-) -> list[str]:
-    """The command that starts this node's processes.
-
-    On a CPU accelerate starts several processes for DeepSpeed and FSDP only, so DDP is torchrun's there.
-    """
-    train = ["orpo_dist.cli", "train", recipe, *flags]
-    if name == "ddp" and cpu:
-        where = [f"--nnodes={placement.nodes}", f"--nproc_per_node={placement.processes}"]
-        if placement.nodes > 1:
-            where += [f"--node_rank={placement.node_rank}"]
-            where += [f"--master_addr={placement.head}", f"--master_port={placement.port}"]
-        else:
-            where += ["--standalone"]
-        return [sys.executable, "-m", "torch.distributed.run", *where, "-m", *train]
-    where = ["--num_machines", str(placement.nodes), "--num_processes", str(placement.world_size)]
-    if placement.nodes > 1:
-        where += ["--machine_rank", str(placement.node_rank)]
-        where += ["--main_process_ip", placement.head, "--main_process_port", str(placement.port)]
-    else:
-        where += ["--main_process_port", "0"]  # any free port: two runs may share the machine
-    return [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(config),
-        *where,
-        "--module",
-        *train,
-    ]
 
 
 def _placement(options: argparse.Namespace) -> Placement:

@@ -1,48 +1,99 @@
-"""Runs the launcher of one node (accelerate launch, or torchrun for DDP) in this process, for the sake of its end.
+"""Starts the training processes of one node: the launcher's command, and running it in this process.
 
-As a command of its own a launcher turns every exit code of its processes into 1. Here the codes are read from the
-failure it raises: 2 (bad recipe), 3 (numbers not finite) and 75 (stopped, can be resumed) reach whoever restarts runs.
+The launcher (accelerate launch, or torchrun for DDP on a CPU) as a command of its own turns every exit code of its
+processes into 1. Run here, the codes are read from the failure it raises: 2 (bad input), 3 (numbers not finite) and 75
+(stopped, can be resumed) reach whoever restarts runs.
 """
 
+import logging
 import os
 import signal
+import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from orpo_dist.errors import BAD_INPUT, FAILED, FINISHED, GAVE_UP, STOPPED
 
+DEFAULT_PORT = 29500
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# The processes get those from this launcher or from SLURM; torchrun's own handler would kill them after 30 s.
-_LEFT_TO_TORCHRUN = "SIGHUP,SIGQUIT"
+# The processes get those above from this launcher or from SLURM; torchrun's own handler would kill them after 30 s.
+_LEFT_TO_TORCHRUN = (signal.SIGHUP, signal.SIGQUIT)
+# It reports each failed process with its exit code, as `_print_ends` does.
+_TORCHRUNS_REPORT = "torch.distributed.elastic.multiprocessing.api"
 
 
-def run_launcher(command: Sequence[str]) -> int:
-    """Run `python -m accelerate.commands.launch ...` or `python -m torch.distributed.run ...` here.
+@dataclass(frozen=True)
+class Placement:
+    """Where this node stands in the run; `processes` per node."""
+
+    nodes: int = 1
+    node_rank: int = 0
+    head: str = "localhost"
+    port: int = DEFAULT_PORT
+    processes: int = 1
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.processes
+
+
+def launcher_command(
+    name: str, config: Path, placement: Placement, recipe: str, flags: Sequence[str], cpu: bool = False
+) -> list[str]:
+    """The command that starts this node's processes.
+
+    On a CPU accelerate starts several processes for DeepSpeed and FSDP only, so DDP is torchrun's there.
+    """
+    train = ["orpo_dist.cli", "train", recipe, *flags]
+    if name == "ddp" and cpu:
+        where = [f"--nnodes={placement.nodes}", f"--nproc_per_node={placement.processes}"]
+        if placement.nodes > 1:
+            where += [f"--node_rank={placement.node_rank}"]
+            where += [f"--master_addr={placement.head}", f"--master_port={placement.port}"]
+        else:
+            where += ["--standalone"]
+        return [sys.executable, "-m", "torch.distributed.run", *where, "-m", *train]
+    where = ["--num_machines", str(placement.nodes), "--num_processes", str(placement.world_size)]
+    if placement.nodes > 1:
+        where += ["--machine_rank", str(placement.node_rank)]
+        where += ["--main_process_ip", placement.head, "--main_process_port", str(placement.port)]
+    else:
+        where += ["--main_process_port", "0"]  # any free port: two runs may share the machine
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    return [*launch, *where, "--module", *train]
+
+
+def run_launcher(command: Sequence[str], environment: Mapping[str, str] | None = None) -> int:
+    """Run a command of `launcher_command` here, with further variables for its processes.
+
+    Variables, handlers of signals and logging are as before when it returns. In a thread that is not the main one
+    signals keep the handlers they have.
 
     Returns the exit code that says most about the end: of all local processes that failed, 2 before 3 before 75 before
     any other (128 + number for a signal).
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    module, arguments = command[2], list(command[3:])
-    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", _LEFT_TO_TORCHRUN)
-    try:
-        with _forwarding_signals():
-            if module == "torch.distributed.run":
-                from torch.distributed.run import main
-
-                main(arguments)
-            else:
-                from accelerate.commands.launch import launch_command, launch_command_parser
-
-                launch_command(launch_command_parser().parse_args(arguments))
-    except ChildFailedError as failure:
-        code = telling_code([end.exitcode for end in failure.failures.values()])
-        if code not in (BAD_INPUT, STOPPED):  # about those the processes themselves have printed a line
-            _print_ends(failure)
-        return code
+    with _own_environment(environment or {}), _quiet(_TORCHRUNS_REPORT), _forwarding_signals():
+        try:
+            _launch(command[2], list(command[3:]))
+        except ChildFailedError as failure:
+            codes = {rank: (end.pid, end.exitcode) for rank, end in sorted(failure.failures.items())}
+            code = telling_code([code for _, code in codes.values()])
+            if code not in (BAD_INPUT, STOPPED):  # about those the processes themselves have printed a line
+                _print_ends(codes)
+            return code
+        except subprocess.CalledProcessError as failure:  # accelerate's launcher of a single process
+            code = telling_code([failure.returncode])
+            if code not in (BAD_INPUT, STOPPED):
+                print(f"orpo-dist: the training process ended with {_in_words(failure.returncode)}.", file=sys.stderr)
+            return code
     return FINISHED
 
 
@@ -56,10 +107,49 @@ def telling_code(codes: Sequence[int]) -> int:
     return own[0] if own[0] > 0 else 128 - own[0]
 
 
-def _print_ends(failure: "Exception") -> None:
-    for rank, end in sorted(failure.failures.items()):  # type: ignore[attr-defined]
-        code = f"signal {-end.exitcode}" if end.exitcode < 0 else f"exit code {end.exitcode}"
-        print(f"orpo-dist: rank {rank} (process {end.pid}) ended with {code}.", file=sys.stderr, flush=True)
+def _launch(module: str, arguments: list[str]) -> None:
+    if module == "torch.distributed.run":
+        from torch.distributed.run import main
+
+        main(arguments)
+    else:
+        from accelerate.commands.launch import launch_command, launch_command_parser
+
+        launch_command(launch_command_parser().parse_args(arguments))
+
+
+def _print_ends(codes: Mapping[int, tuple[int, int]]) -> None:
+    for rank, (pid, code) in codes.items():
+        print(f"orpo-dist: rank {rank} (process {pid}) ended with {_in_words(code)}.", file=sys.stderr, flush=True)
+
+
+def _in_words(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+@contextmanager
+def _own_environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """The launchers read their settings from the environment and leave some behind (torchrun: OMP_NUM_THREADS)."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", ",".join(number.name for number in _LEFT_TO_TORCHRUN))
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager
@@ -68,23 +158,24 @@ def _forwarding_signals() -> Iterator[None]:
 
     Not inside a SLURM step: SLURM signals every process itself, and a second signal would stop them at once.
     """
+    if threading.current_thread() is not threading.main_thread():  # Python lets no other thread set a handler
+        yield
+        return
+    this = psutil.Process()
+    strangers = {child.pid for child in this.children()}  # of a script that starts processes of its own
 
     def forward(number: int, _frame: object) -> None:
         if "SLURM_STEP_ID" not in os.environ:
-            for pid in _children():
-                os.kill(pid, number)
+            for child in this.children():
+                if child.pid not in strangers:
+                    with suppress(psutil.NoSuchProcess):
+                        child.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in _FORWARDED}
+    before = {number: signal.getsignal(number) for number in (*_FORWARDED, *_LEFT_TO_TORCHRUN)}
+    for number in _FORWARDED:
+        signal.signal(number, forward)
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _children() -> list[int]:
-    return [
-        int(pid)
-        for task in Path("/proc/self/task").glob("*/children")
-        for pid in task.read_text(encoding="ascii").split()
-    ]

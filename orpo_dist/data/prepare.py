@@ -36,7 +36,7 @@ from orpo_dist.data.rows import (
 )
 from orpo_dist.data.tokenize import PairTokenizer, TokenizedPair, tokenizer_digest
 from orpo_dist.data.tokenize_images import ImagePairTokenizer
-from orpo_dist.distributed.once import is_first_rank, on_first_rank
+from orpo_dist.distributed.once import built_on_first_rank, is_first_rank
 from orpo_dist.errors import BadRow, UserError
 from orpo_dist.images.decode import StoredImage, image_identity, open_image, require_pillow
 from orpo_dist.images.source import fetch_all, is_url
@@ -131,7 +131,7 @@ def prepare_pairs(
     options = replace(options, max_length=asked_length(options.max_length, isinstance(tokenizer, ProcessorMixin)))
     if isinstance(dataset, Dataset) and set(TOKEN_COLUMNS) <= set(dataset.column_names):
         return PreparedPairs(dataset, [], "token ids", len(dataset), 0, 0)
-    folder = on_first_rank(lambda: _prepared_folder(dataset, tokenizer, options, name))
+    folder = built_on_first_rank(lambda: _prepared_folder(dataset, tokenizer, options, name))
     prepared = _read(folder, name)
     if is_first_rank():
         if dropped_rows_path is not None:

@@ -20,7 +20,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from orpo_dist.data.cache import built_once, digest
 from orpo_dist.data.files import file_format, read_file, split_files
 from orpo_dist.data.rows import ROW_COLUMN, SOURCE_COLUMN, dataset_from_rows, parquet_schema, save, save_parquet
-from orpo_dist.distributed.once import on_first_rank
+from orpo_dist.distributed.once import built_on_first_rank
 from orpo_dist.errors import UserError
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
@@ -90,7 +90,7 @@ def _local(path: Path, split: str, streaming: bool) -> Dataset | IterableDataset
         if streaming and match["slice"] is None:
             return IterableDataset.from_generator(_rows, gen_kwargs={"files": files, "split": name})
         # Once per run, into a memory-mapped file: eight ranks would hold the rows eight times otherwise.
-        folder = on_first_rank(lambda: _read_into_cache(files, name))
+        folder = built_on_first_rank(lambda: _read_into_cache(files, name))
         rows = Dataset.load_from_disk(str(folder))
     assert isinstance(rows, Dataset)
     return _slice(rows, name, match["slice"])
@@ -165,7 +165,7 @@ def _hub(
         return Path.cwd()  # every rank reads the hub's own cache; here it only learns that it is filled
 
     if not streaming:
-        on_first_rank(load_first)
+        built_on_first_rank(load_first)
     return loaded[0] if loaded else load()
 
 

@@ -10,21 +10,18 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from orpo_dist.distributed.environment import is_launched_with_others, launched_rank
 from orpo_dist.errors import UserError
 
 POLL_SECONDS = 0.2
-
-
 VISIBLE_SECONDS = 10  # how long a shared file system may take to show a folder that another node has renamed
-
-
 ERROR_SECONDS = 10  # how long rank 0 waits for the others to read its error before it raises
 
 
 _calls = count()  # ranks make the same calls in the same order, so the number names the call on all of them
 
 
-def on_first_rank(work: Callable[[], Path]) -> Path:
+def built_on_first_rank(work: Callable[[], Path]) -> Path:
     """Runs `work` on rank 0 and returns its path on every rank; a node that does not see the path runs it itself.
 
     Every rank of the process group must call this, in the same order. Without a process group it is `work()`.
@@ -35,7 +32,7 @@ def on_first_rank(work: Callable[[], Path]) -> Path:
     """
     from torch import distributed
 
-    if not distributed.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if not distributed.is_initialized() and is_launched_with_others():
         from accelerate import PartialState
 
         PartialState()  # starts the process group from the launcher's environment
@@ -54,10 +51,11 @@ def on_first_rank(work: Callable[[], Path]) -> Path:
         except BaseException:
             _wait_for_readers(store, seen, distributed.get_world_size() - 1)
             raise
-    local_rank = os.environ.get("LOCAL_RANK")
-    if local_rank is None:  # nobody speaks for the node; two ranks that build the same folder do no harm
+    launched = launched_rank()
+    if launched is None or launched.local_rank is None:
+        # Nobody speaks for the node; two ranks that build the same folder do no harm.
         return _seen_or_own(_wait(store, everywhere, seen), work)
-    if local_rank == "0":
+    if launched.local_rank == 0:
         return _work_and_tell(lambda: _seen_or_own(_wait(store, everywhere, seen), work), store, [here])
     return _wait(store, here, seen)
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 
 LATEST_UNIVERSAL = "latest_universal"  # DeepSpeed's own mark of a converted checkpoint
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
@@ -33,12 +32,6 @@ def safe_pickles() -> Iterator[None]:
             os.environ[_FORCE] = before
 
 
-def zero_stage(accelerator: Accelerator) -> int | None:
-    """1 to 3 under DeepSpeed, else None."""
-    plugin: Any = accelerator.state.deepspeed_plugin
-    return plugin.zero_stage if accelerator.distributed_type == DistributedType.DEEPSPEED else None
-
-
 def load_universal(accelerator: Accelerator, universal: bool) -> None:
     """Which of a checkpoint's two forms the engine loads; before it is made."""
     plugin: Any = accelerator.state.deepspeed_plugin
@@ -50,7 +43,7 @@ def weight_decays(optimizer: Any) -> list[float]:
     return [group["weight_decay"] for group in optimizer.param_groups]
 
 
-def mend_universal(optimizer: Any, decays: list[float]) -> None:
+def fix_universal(optimizer: Any, decays: list[float]) -> None:
     """After loading the universal form. DeepSpeed 0.19 gives every parameter group the weight decay of the first and,
     under ZeRO-3, all of them one tensor to count their steps in, which then counts one step several times (stage3.py,
     load_hp_checkpoint_state_from_checkpoint_dir_stage3)."""

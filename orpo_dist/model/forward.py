@@ -1,81 +1,15 @@
-"""The forward of a micro-batch of pairs, in the layout that fits the model: packed, else padded.
+"""The forward of a micro-batch of pairs: tensors and layout -> model -> loss and scores."""
 
-    collator -> tensors and layout -> model -> loss and scores
-
-The packed layout computes the prompt once, pads nothing and forms no logits beyond a chunk. The padded one is TRL's
-concatenated forward; it is the oracle, and the fallback where a model cannot take the other.
-"""
-
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
-from orpo_dist.errors import UserError
 from orpo_dist.loss import Objective, PairScores, orpo_loss
-from orpo_dist.model.head.install import install_head
-from orpo_dist.model.loading.vision import (
-    features_for_both,
-    image_rules,
-    shares_features,
-    trains_vision,
-    vision_cost,
-)
-from orpo_dist.model.packed.switch import PackingVerdict, use_packed_layout
-from orpo_dist.model.packed.verify import LayoutCheck, verify_layout
-from orpo_dist.model.packed.verify_images import drawn_row, verify_images
-from orpo_dist.packing.collate import PackedCollator
-from orpo_dist.packing.images import ImageCollator, process_prompts
+from orpo_dist.model.packed.choose_layout import LayoutChoice
 from orpo_dist.packing.layout import PackedLayout
-from orpo_dist.packing.padded import EncoderDecoderCollator, PaddedCollator, PaddedLayout, score_padded
-from orpo_dist.packing.sampler import FILLER
-from orpo_dist.packing.trl_collator import ForeignCollator
-
-logger = logging.getLogger(__name__)
-
-Rows = Sequence[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class ImageSetup:
-    """What a run with images adds.
-
-    example: a row of the data set with images, the shortest: its prompt shows how images stand in a text.
-    partitioned: whether the ranks share the weights, so that all of them must run the vision tower.
-    world_size: ranks.
-    """
-
-    processor: Any
-    example: dict[str, Any]
-    partitioned: bool
-    world_size: int
-
-
-@dataclass(frozen=True)
-class ForwardOptions:
-    """What of the config and the model the forward depends on.
-
-    foreign: a data collator that the user brought, which means the padded layout.
-    max_length: bound of P + C and P + R, None for none.
-    images: None where no row has any.
-    """
-
-    objective: Objective
-    padding_free: bool
-    prefix_sharing: bool
-    verify_layout: bool
-    loss_chunk_size: int | None
-    nll_scope: str
-    pad_token_id: int
-    max_length: int | None
-    compute_dtype: torch.dtype
-    foreign: Callable[[list[dict]], dict[str, Any]] | None = None
-    images: ImageSetup | None = None
+from orpo_dist.packing.padded import PaddedLayout, score_padded
 
 
 @dataclass(frozen=True)
@@ -87,122 +21,13 @@ class PairResult:
 
 
 class PairForward:
-    """Collator and forward of one layout, decided when the model is known and confirmed when it is ready to run.
+    """Runs a model on what the collator of the chosen layout makes."""
 
-    vision_cost_per_token: of an image token, beside a token's cost in the language model; 0 without images.
+    def __init__(self, layout: LayoutChoice, objective: Objective):
+        self._layout, self._objective = layout, objective
 
-    As a collator it is given to data loaders, whose workers start after the decision.
-    """
-
-    def __init__(self, options: ForwardOptions):
-        self.options = options
-        self._verdict: PackingVerdict | None = None
-        self._collator: Callable[[Rows], dict[str, Any]] | None = None
-        self._base: PreTrainedModel | None = None
-        self._router_aux_loss_coef = 0.0
-        self.vision_cost_per_token = 0.0
-        self._verified = False
-
-    @property
-    def is_packed(self) -> bool:
-        return isinstance(self._layout_collator, PackedCollator)
-
-    @property
-    def prefix_sharing(self) -> bool:
-        return isinstance(self._layout_collator, PackedCollator) and self._layout_collator.prefix_sharing
-
-    @property
-    def _layout_collator(self) -> Callable[[Rows], dict[str, Any]] | None:
-        return self._collator.inner if isinstance(self._collator, ImageCollator) else self._collator
-
-    def __call__(self, rows: Rows) -> dict[str, Any]:
-        assert self._collator is not None, "adapt() comes first"
-        return self._collator(rows)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_collator": self._collator}  # a loader's worker needs no model
-
-    def adapt(self, model: nn.Module, *, router_aux_loss_coef: float) -> None:
-        """Decide the layout for `model` and switch it. With one log line when it cannot be the one asked for."""
-        options = self.options
-        self._router_aux_loss_coef = router_aux_loss_coef
-        self._verified = not options.verify_layout
-        self._base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-        self._collator, self._verdict = self._padded_collator(model), None
-        if options.foreign is not None:
-            logger.warning("A data_collator was given: padded layout.")
-        elif not options.padding_free and options.prefix_sharing:
-            logger.warning("prefix_sharing has no effect with padding_free=false: prompts are padded twice.")
-        elif options.padding_free:
-            verdict = use_packed_layout(model, max_length=options.max_length)
-            if not verdict.ok:
-                logger.warning("Padded layout: %s.", verdict.reason)
-                return
-            if verdict.unshared:
-                kinds = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in verdict.unshared}))
-                logger.info("%d modules (%s) run on unshared rows.", len(verdict.unshared), kinds)
-            install_head(
-                model,  # type: ignore[arg-type]
-                options.objective,
-                chunk_rows=options.loss_chunk_size,
-                router_aux_loss_coef=router_aux_loss_coef,
-            )
-            self._verdict = verdict
-            if options.images is not None and not options.prefix_sharing:
-                logger.warning(
-                    "prefix_sharing=false has no effect on pairs with images: their pixels are encoded once."
-                )
-            sharing = options.prefix_sharing or options.images is not None
-            self._collator = self._with_images(PackedCollator(sharing, options.nll_scope))
-
-    def verify(self, model: nn.Module, *, may_fall_back: bool = True) -> None:
-        """Compare both layouts on a tiny batch; every rank calls it, once, with the model as it will run.
-
-        Raises:
-            UserError: they differ and the micro-batches in flight are packed already (`may_fall_back=False`).
-        """
-        if self._verified:
-            return
-        self._verified = True
-        if self._verdict is not None:
-            check = self._verify_packed(model, self._verdict)
-            if check.ok:
-                return
-            if not may_fall_back:
-                raise UserError(f"The packed layout is wrong for this model: {check.reason}. Set padding_free=false.")
-            logger.warning("Padded layout: %s.", check.reason)
-            self._verdict.restore()
-            self._verdict = None
-            self._collator = self._padded_collator(model)
-        check = self._verify_images(model)
-        if not check.ok and isinstance(self._collator, ImageCollator):
-            logger.warning("The vision tower runs twice per pair: %s.", check.reason)
-            self._collator = replace(self._collator, pixels_twice=True)
-
-    def _verify_packed(self, model: nn.Module, verdict: PackingVerdict) -> LayoutCheck:
-        if self.options.images is not None:  # among whose pairs is one without
-            return self._verify_images(model)
-        return verify_layout(
-            model, verdict, prefix_sharing=self.prefix_sharing, compute_dtype=self.options.compute_dtype
-        )
-
-    def _verify_images(self, model: nn.Module) -> LayoutCheck:
-        collator, images = self._collator, self.options.images
-        if images is None or not isinstance(collator, ImageCollator) or collator.pixels_twice:
-            return LayoutCheck(0.0, 0.0)
-        return verify_images(model, collator, images.example, self._verdict, compute_dtype=self.options.compute_dtype)
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """The model with its own attention, for generate(), whose caches would be compiled in vain (torch_compile)."""
-        with (
-            torch.compiler.set_stance("force_eager"),
-            nullcontext() if self._verdict is None else self._verdict.paused(),
-        ):
-            yield
-
-    def run(self, model: nn.Module, batch: dict[str, Any], device: torch.device) -> PairResult:
-        """Forward of one micro-batch. The layout's `tokens` and `pairs` normalise the loss; without them the packed
+    def __call__(self, model: nn.Module, batch: dict[str, Any], device: torch.device) -> PairResult:
+        """Forward of one micro-batch. Its layout's `tokens` and `pairs` normalise the loss; without them the packed
         layout's loss is of the micro-batch alone and the padded one's is None."""
         layout = batch["orpo_layout"].to(device)
         tensors = {name: value for name, value in batch.items() if name != "orpo_layout"}
@@ -210,58 +35,20 @@ class PairForward:
             loss = model(**tensors, orpo_layout=layout, use_cache=False)
             assert layout.scores is not None
             return PairResult(loss, layout.scores)
-        return self._run_padded(model, tensors, layout)
+        return self._padded(model, tensors, layout)
 
-    def _run_padded(self, model: nn.Module, tensors: dict[str, Any], layout: PaddedLayout) -> PairResult:
-        balances_routers = bool(self._router_aux_loss_coef) and layout.tokens is not None
+    def _padded(self, model: nn.Module, tensors: dict[str, Any], layout: PaddedLayout) -> PairResult:
+        coefficient = self._layout.router_aux_loss_coef
+        balances_routers = bool(coefficient) and layout.tokens is not None
         if balances_routers:
             tensors["output_router_logits"] = True
-        with self._features_for_both():
+        with self._layout.image_features_once():
             outputs = model(**tensors, use_cache=False)
         scores = score_padded(outputs.logits, layout)
         if layout.tokens is None or layout.pairs is None:
             return PairResult(None, scores)
-        loss = orpo_loss(scores, self.options.objective, layout.tokens, layout.pairs)
+        loss = orpo_loss(scores, self._objective, layout.tokens, layout.pairs)
         if balances_routers:
             share = (scores.weight * scores.nll_tokens).sum() / layout.tokens
-            loss = loss + self._router_aux_loss_coef * share * outputs.aux_loss
+            loss = loss + coefficient * share * outputs.aux_loss
         return PairResult(loss, scores)
-
-    def _features_for_both(self) -> AbstractContextManager:
-        if not isinstance(self._collator, ImageCollator) or self._collator.pixels_twice:
-            return nullcontext()
-        assert self._base is not None
-        return features_for_both(self._base)
-
-    def _with_images(self, collator: PackedCollator | PaddedCollator) -> Callable[[Rows], dict[str, Any]]:
-        """The collator of the layout, or one around it where rows have images."""
-        images, base = self.options.images, self._base
-        if images is None or base is None:
-            return collator
-        prompt = drawn_row(images.example, images.processor)
-        made = process_prompts(images.processor, [{**prompt, "index": FILLER}])
-        image_tokens = prompt["prompt_ids"].count(base.config.image_token_id)
-        self.vision_cost_per_token = vision_cost(base, made.tensors["pixel_values"].numel(), image_tokens)
-        filler = None
-        if images.world_size > 1 and (images.partitioned or trains_vision(base)):
-            token = [self.options.pad_token_id]
-            filler = {**prompt, "chosen_ids": token, "rejected_ids": token, "weight": 0.0, "index": FILLER}
-        twice = isinstance(collator, PaddedCollator) and not shares_features(base)
-        if twice:
-            logger.warning("The vision tower runs twice per pair: %s has no get_image_features.", type(base).__name__)
-        return ImageCollator(collator, images.processor, image_rules(base), filler, twice)
-
-    def _padded_collator(self, model: Any) -> Callable[[Rows], dict[str, Any]]:
-        options = self.options
-        if model.config.is_encoder_decoder:
-            if options.foreign is not None:
-                raise UserError("data_collator cannot be replaced for encoder-decoder models: leave it unset.")
-            start = model.config.decoder_start_token_id
-            if start is None:
-                raise UserError(
-                    "The model's config has no decoder_start_token_id; set it (for T5 it is the pad token)."
-                )
-            return EncoderDecoderCollator(options.pad_token_id, start)
-        if options.foreign is not None:
-            return ForeignCollator(options.foreign, options.pad_token_id, options.nll_scope)
-        return self._with_images(PaddedCollator(options.pad_token_id, options.nll_scope))

@@ -20,6 +20,11 @@ class PairLengths:
         return self.prompt + self.chosen + self.rejected
 
     @property
+    def longest_sequence(self) -> int:
+        """P + C or P + R, whichever is longer."""
+        return self.prompt + max(self.chosen, self.rejected)
+
+    @property
     def query_keys(self) -> float:
         """Causal query-key pairs with the prompt shared."""
         branch = self.rejected * self.prompt + self.rejected * (self.rejected + 1) / 2

@@ -1,7 +1,7 @@
-"""Which pairs each rank sees in each micro-step: a pure function of (seed, epoch), without communication.
+"""Which pairs each data rank sees in each micro-step: a pure function of (seed, epoch), without communication.
 
-The pairs of a global batch are drawn first and do not depend on the number of ranks; then they are split into
-world_size x accumulation bins of near-equal cost. ZeRO-3 and FSDP2 synchronise at every micro-step, so bins of similar
+The pairs of a global batch are drawn first and do not depend on the number of data ranks; then they are split into
+data ranks x accumulation bins of near-equal cost. ZeRO-3 and FSDP2 synchronise at every micro-step, so bins of similar
 cost share one, and every rank has the same number of them.
 """
 
@@ -27,7 +27,7 @@ def balanced_bins(batch: Sequence[int], costs: Sequence[float], bins: int) -> li
 
 
 class GlobalBatchSampler(Sampler[list[int]]):
-    """Batch sampler of one rank. It is rank-aware already and must never be wrapped in a sharding sampler.
+    """Batch sampler of one data rank. It is rank-aware already and must never be wrapped in a sharding sampler.
 
     Every optimizer step takes `global_batch` pairs and gives each rank `accumulation` bins of them. The last, smaller
     global batch of an epoch is kept unless `drop_last`; it has as few micro-steps as its pairs need.
@@ -39,21 +39,21 @@ class GlobalBatchSampler(Sampler[list[int]]):
         *,
         global_batch: int,
         accumulation: int,
-        world_size: int,
-        rank: int,
+        data_ranks: int,
+        data_rank: int,
         seed: int,
         shuffle: bool = True,
         drop_last: bool = False,
     ):
         self.costs, self.global_batch, self.accumulation = costs, global_batch, accumulation
-        self.world_size, self.rank, self.seed = world_size, rank, seed
+        self.data_ranks, self.data_rank, self.seed = data_ranks, data_rank, seed
         self.shuffle, self.drop_last, self.epoch = shuffle, drop_last, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def global_batches(self) -> Iterator[list[int]]:
-        """The pairs of each optimizer step of this epoch, the same on every rank and for every world size."""
+        """The pairs of each optimizer step of this epoch, the same on every rank and for every number of them."""
         if self.shuffle:
             generator = torch.Generator().manual_seed(self.seed + self.epoch)
             order = torch.randperm(len(self.costs), generator=generator).tolist()
@@ -65,7 +65,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
                 yield batch
 
     def _micro_steps(self, pairs: int) -> int:
-        return min(self.accumulation, -(-pairs // self.world_size))
+        return min(self.accumulation, -(-pairs // self.data_ranks))
 
     def __len__(self) -> int:
         full, tail = divmod(len(self.costs), self.global_batch)
@@ -74,27 +74,30 @@ class GlobalBatchSampler(Sampler[list[int]]):
     def plan(self, batch: Sequence[int]) -> list[list[list[int]]]:
         """Bins of one global batch as [micro-step][rank]; an empty bin is an empty list."""
         micro_steps = self._micro_steps(len(batch))
-        bins = balanced_bins(batch, self.costs, micro_steps * self.world_size)
-        return [bins[m * self.world_size : (m + 1) * self.world_size] for m in range(micro_steps)]
+        bins = balanced_bins(batch, self.costs, micro_steps * self.data_ranks)
+        return [bins[m * self.data_ranks : (m + 1) * self.data_ranks] for m in range(micro_steps)]
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in self.global_batches():
             for micro_step in self.plan(batch):
-                yield micro_step[self.rank] or [FILLER]
+                yield micro_step[self.data_rank] or [FILLER]
 
 
 class EvaluationSampler(Sampler[list[int]]):
-    """Batch sampler of one rank for evaluation: every pair exactly once over all ranks, the same number of batches on
-    each (the last ones may be fillers), pairs of similar cost together."""
+    """Batch sampler of one data rank for evaluation.
 
-    def __init__(self, costs: Sequence[float], *, batch_size: int, world_size: int, rank: int):
-        self.costs, self.batch_size, self.world_size, self.rank = costs, batch_size, world_size, rank
+    Every pair exactly once over all data ranks, the same number of batches on each (the last ones may be fillers),
+    pairs of similar cost together.
+    """
+
+    def __init__(self, costs: Sequence[float], *, batch_size: int, data_ranks: int, data_rank: int):
+        self.costs, self.batch_size, self.data_ranks, self.data_rank = costs, batch_size, data_ranks, data_rank
 
     def __len__(self) -> int:
-        return -(-len(self.costs) // (self.batch_size * self.world_size))
+        return -(-len(self.costs) // (self.batch_size * self.data_ranks))
 
     def __iter__(self) -> Iterator[list[int]]:
         order = sorted(range(len(self.costs)), key=lambda i: (-self.costs[i], i))
-        per_step = self.batch_size * self.world_size
+        per_step = self.batch_size * self.data_ranks
         for start in range(0, len(order), per_step):
-            yield order[start : start + per_step][self.rank :: self.world_size] or [FILLER]
+            yield order[start : start + per_step][self.data_rank :: self.data_ranks] or [FILLER]

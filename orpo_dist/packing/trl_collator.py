@@ -13,7 +13,7 @@ _SIDES = ("chosen", "rejected")
 
 
 @dataclass(frozen=True)
-class ForeignCollator:
+class TRLCollator:
     """Gives a collator the columns that TRL's would see and reads its padded batch.
 
     The collator receives per row `prompt_input_ids`, `chosen_input_ids`, `chosen_labels` (-100 on the prompt), the same

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_origin, get_type_
 
 import yaml
 
-from orpo_dist.errors import UserError
+from orpo_dist.errors import UserError, raised_in
 from orpo_dist.options.data import DataArguments
 from orpo_dist.recipe.file import read_recipe_file
 from orpo_dist.recipe.secrets import public_environment, without_secrets
@@ -38,7 +38,6 @@ OTHER_NAMES = {
     "model": "model_name_or_path",
     "revision": "model_revision",
     "torch_dtype": "dtype",
-    "warmup_ratio": "warmup_steps",
 }
 # Filled in by the config itself, or of no use to a second run.
 _NOT_SAVED = {
@@ -71,6 +70,20 @@ _ALWAYS_SAVED = {
     "save_steps",
     "seed",
 }
+# Modules that check options, and name them in what they raise. The same types of errors from elsewhere (torch, a
+# process group, this package) are not about an option.
+_OPTION_CHECKS = (
+    "accelerate.parallelism_config",
+    "accelerate.state",
+    "accelerate.utils.dataclasses",
+    "accelerate.utils.deepspeed",
+    "transformers.hf_argparser",
+    "transformers.integrations",
+    "transformers.trainer_pt_utils",
+    "transformers.training_args",
+    "transformers.utils.generic",
+    "trl.scripts",
+)
 _KINDS = {"float": "a number", "int": "a whole number", "string_to_bool": "true or false"}
 
 
@@ -133,8 +146,11 @@ class Recipe:
             data, model, training, rest = parser.parse_args_into_dataclasses(
                 args=flags, return_remaining_strings=True, look_for_args_file=False
             )
+        except UserError:
+            raise
         except (ValueError, TypeError, ImportError) as error:
-            # The checks of TrainingArguments itself: their messages name the options.
+            if not raised_in(error).startswith(_OPTION_CHECKS):
+                raise
             raise UserError(str(error)) from error
         _refuse_rest(rest, names)
         recipe = cls(data, model, training)

@@ -4,7 +4,6 @@ import hashlib
 from enum import Enum
 from typing import Any
 
-from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
@@ -53,13 +52,6 @@ def fingerprint(
         "options": {"global batch": global_batch, **{name: _plain(getattr(args, name)) for name in OPTIONS}},
         "versions": versions(),
     }
-
-
-def topology(distributed_type: DistributedType, zero_stage: int | None) -> str:
-    """Which kind of checkpoint a run writes: replicated (one process, DDP), zero1 to zero3, or fsdp."""
-    if zero_stage is not None:
-        return f"zero{zero_stage}"
-    return "fsdp" if distributed_type == DistributedType.FSDP else "replicated"
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any], part: str) -> list[str]:

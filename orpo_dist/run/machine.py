@@ -12,14 +12,17 @@ from orpo_dist.version import __version__
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "deepspeed", "bitsandbytes")
 
 
-def peak_memory_gib(device: torch.device) -> list[float]:
-    """Most memory each rank has used so far, in GiB, in the order of the ranks. Every rank must call it."""
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory held at once by this process, GiB: the allocator's on a GPU, resident memory on a CPU."""
     if device.type == "cuda":
-        used = torch.cuda.max_memory_allocated(device)
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, see getrusage(2)
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return gather_object([round(used / 2**30, 3)])
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, see getrusage(2)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def peak_memory_of_ranks(device: torch.device) -> list[float]:
+    """Of each rank, in their order. Every rank must call it."""
+    return gather_object([round(peak_memory_gib(device), 3)])
 
 
 def device_name(device: torch.device) -> str:

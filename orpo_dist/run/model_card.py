@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
@@ -13,9 +13,6 @@ from orpo_dist.model.loading.load import base_identity
 from orpo_dist.model.loading.vision import is_vision_language
 from orpo_dist.run.machine import versions
 from orpo_dist.run.summary import evaluation_at
-
-if TYPE_CHECKING:
-    from orpo_dist.trainer import ORPOTrainer
 
 TAGS = ("orpo", "orpo_dist", "generated_from_trainer")
 # Leading numbers of a run; the others are in run_summary.json.
@@ -67,6 +64,30 @@ class CardFacts:
     tags: tuple[str, ...]
     is_vision_language: bool = False
 
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel | PeftModel,
+        args: ORPOConfig,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ) -> "CardFacts":
+        """model: as trained. The other arguments are those of `Trainer.create_model_card`."""
+        base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+        identity = base_identity(base)
+        return cls(
+            name=model_name or (args.hub_model_id or Path(str(args.output_dir)).resolve().name).split("/")[-1],
+            base_model=identity.name or None,
+            base_revision=identity.revision,
+            dataset=dataset_name,
+            kind="adapter" if isinstance(model, PeftModel) else "finetune",
+            is_encoder_decoder=base.config.is_encoder_decoder,
+            repo_id=args.hub_model_id,
+            tags=tuple([tags] if isinstance(tags, str) else tags or []),
+            is_vision_language=is_vision_language(base.config),
+        )
+
     @property
     def pipeline_tag(self) -> str | None:
         if self.is_vision_language:
@@ -74,25 +95,9 @@ class CardFacts:
         return None if self.is_encoder_decoder else "text-generation"
 
 
-def write_model_card(
-    trainer: "ORPOTrainer", model_name: str | None, dataset_name: str | None, tags: str | list[str] | None
-) -> None:
-    """Write README.md into the trainer's output folder, in place of the draft that peft may have left there."""
-    args, model = cast(ORPOConfig, trainer.args), cast(PreTrainedModel | PeftModel, trainer.model)
-    folder = Path(str(args.output_dir))
-    base = base_identity(cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model)
-    facts = CardFacts(
-        name=model_name or (args.hub_model_id or folder.resolve().name).split("/")[-1],
-        base_model=base.name or None,
-        base_revision=base.revision,
-        dataset=dataset_name,
-        kind="adapter" if isinstance(model, PeftModel) else "finetune",
-        is_encoder_decoder=trainer.is_encoder_decoder,
-        repo_id=args.hub_model_id,
-        tags=tuple([tags] if isinstance(tags, str) else tags or []),
-        is_vision_language=is_vision_language(model.config),
-    )
-    ModelCard(card_text(facts, args, trainer.state)).save(folder / "README.md")
+def write_model_card(facts: CardFacts, args: ORPOConfig, state: TrainerState) -> None:
+    """Write README.md into the output folder, in place of the draft that peft may have left there."""
+    ModelCard(card_text(facts, args, state)).save(Path(str(args.output_dir)) / "README.md")
 
 
 def card_text(facts: CardFacts, args: ORPOConfig, state: TrainerState) -> str:

@@ -1,17 +1,21 @@
 """What a run needs before training: tokenizer or processor, tokenised pairs, the model."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from orpo_dist.config import ORPOConfig
-from orpo_dist.data.prepare import PreparedPairs
-from orpo_dist.data.splits import RunPairs
+from orpo_dist.distributed.environment import Sharding, loading_sharding
 from orpo_dist.errors import UserError
 from orpo_dist.options.model import ModelArguments
 from orpo_dist.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    from orpo_dist.data.prepare import PreparedPairs
+    from orpo_dist.data.splits import RunPairs
 
 
 def prepare(recipe: Recipe, folder: Path) -> "tuple[PreTrainedTokenizerBase | ProcessorMixin, RunPairs]":
@@ -47,8 +51,6 @@ def prepare(recipe: Recipe, folder: Path) -> "tuple[PreTrainedTokenizerBase | Pr
 
 def load_model_of(arguments: "ModelArguments", args: "ORPOConfig") -> "PreTrainedModel | PeftModel":
     """The base model in the precision the run needs; with the adapter that is to be continued, if there is one."""
-    from transformers.integrations import is_deepspeed_zero3_enabled
-
     from orpo_dist.model.loading.adapters import add_adapter
     from orpo_dist.model.loading.load import load_model, quantization_config
     from orpo_dist.options.model import compute_dtype, resolve_dtype
@@ -72,7 +74,7 @@ def load_model_of(arguments: "ModelArguments", args: "ORPOConfig") -> "PreTraine
         adapter_name_or_path=arguments.adapter_name_or_path,
         gradient_checkpointing=args.gradient_checkpointing,
         gradient_checkpointing_kwargs=cast("dict[str, Any] | None", args.gradient_checkpointing_kwargs),
-        zero3=is_deepspeed_zero3_enabled(),
+        zero3=loading_sharding() is Sharding.ZERO3,
     )
 
 
@@ -80,3 +82,35 @@ def peft_config_of(arguments: "ModelArguments", model: "PreTrainedModel | PeftMo
     from orpo_dist.model.loading.adapters import lora_config
 
     return lora_config(arguments, is_encoder_decoder=model.config.is_encoder_decoder)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    processing_class: Any
+    options: Any
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        from orpo_dist.model.loading.processor import tokenizer_of
+
+        return tokenizer_of(self.processing_class)
+
+    def pairs(self, rows: Any, name: str, dropped_rows_path: Path | None = None) -> "PreparedPairs":
+        from orpo_dist.data.prepare import prepare_pairs
+
+        return prepare_pairs(rows, self.processing_class, self.options, name=name, dropped_rows_path=dropped_rows_path)
+
+
+def preparation_of(
+    args: ORPOConfig, model: Any, processing_class: Any = None, *, revision: str | None = None
+) -> Preparation:
+    import copy
+
+    from orpo_dist.model.loading.processor import is_encoder_decoder, processing_class_of, resolve_max_length
+    from orpo_dist.options.data import PrepareOptions
+
+    args = copy.copy(args)
+    kind = is_encoder_decoder(model, args)
+    processing_class = processing_class_of(model, args, processing_class)
+    resolve_max_length(args, processing_class)
+    return Preparation(processing_class, PrepareOptions.from_config(args, kind))

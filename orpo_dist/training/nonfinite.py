@@ -1,7 +1,7 @@
 """Steps whose numbers go wrong: not applied, written down with their pairs, and the end of a run that has too many.
 
-A loss that is no number makes its gradient NaN (trainer.compute_loss), so the global gradient norm, which every rank
-knows, tells all of them the same without another collective.
+A non-finite loss makes its gradient NaN (training/step_guard.py), so the global gradient norm, which every rank knows,
+tells all of them the same without another collective.
 """
 
 import json
@@ -16,6 +16,7 @@ from typing import Any
 from accelerate.logging import get_logger
 
 from orpo_dist.errors import NonFiniteRun
+from orpo_dist.packing.lengths import PairLengths
 
 NONFINITE_NAME, SPIKES_NAME = "nonfinite_steps.jsonl", "loss_spikes.jsonl"
 # A loss beyond mean + 6 deviations of the last 100, and half as much again as their mean, once 20 are known.
@@ -40,6 +41,22 @@ class LossHistory:
         mean = statistics.fmean(known)
         spike = loss > mean + DEVIATIONS * statistics.pstdev(known) and loss > FACTOR * mean
         return mean if spike else None
+
+
+@dataclass(frozen=True)
+class PairFacts:
+    """What the files of bad steps say of a pair: its source row where it is known, its lengths and its texts."""
+
+    rows: Any
+    lengths: Sequence[PairLengths]
+    tokenizer: Any
+
+    def __call__(self, index: int) -> dict[str, Any]:
+        row = self.rows[index]
+        facts = {"row": row["row"]} if "row" in row else {}
+        counts = {f"{name}_tokens": count for name, count in vars(self.lengths[index]).items()}
+        texts = {name: self.tokenizer.decode(row[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected")}
+        return {**facts, **counts, **texts}
 
 
 class NonFiniteSteps:
@@ -71,9 +88,10 @@ class NonFiniteSteps:
         logger.warning(f"Step {step} is not applied: loss {loss}, gradient norm {grad_norm}. Its pairs: {path}")
         if self._in_a_row >= self._limit:
             raise NonFiniteRun(
-                f"{self._in_a_row} steps in a row had a loss or gradient norm that is no number (max_nonfinite_steps="
-                f"{self._limit}). {path} lists their pairs. A lower learning_rate or max_grad_norm, or bf16 instead "
-                "of fp16, are the usual cures; pairs that stand out there may be broken."
+                f"{self._in_a_row} steps in a row had a non-finite loss or gradient norm "
+                f"(max_nonfinite_steps={self._limit}). {path} lists their pairs. "
+                "A lower learning_rate or max_grad_norm, or bf16 instead of fp16, are the usual cures; pairs that "
+                "stand out there may be broken."
             )
 
     def spike(self, step: int, loss: float, usual: float, indices: Sequence[int]) -> None:

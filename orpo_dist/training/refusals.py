@@ -2,10 +2,14 @@
 
 from typing import Any
 
+from accelerate.logging import get_logger
 from transformers.utils import is_liger_kernel_available
 
 from orpo_dist.config import ORPOConfig
+from orpo_dist.distributed.environment import Sharding
 from orpo_dist.errors import UserError
+
+logger = get_logger(__name__)
 
 
 def refuse_contradictions(args: ORPOConfig, model: Any, model_init: Any, has_rows: bool) -> None:
@@ -47,9 +51,9 @@ def refuse_unsupported_parallelism(args: ORPOConfig) -> None:
         )
 
 
-def refuse_missing_kernels(args: ORPOConfig, zero3: bool) -> None:
+def refuse_missing_kernels(args: ORPOConfig, sharding: Sharding) -> None:
     """Raises UserError for kernels that are not installed or have no device, and for compiled blocks under ZeRO-3."""
-    if args.torch_compile and zero3:
+    if args.torch_compile and sharding is Sharding.ZERO3:
         raise UserError(
             "torch_compile does not work with ZeRO-3, whose hooks gather the weights inside the blocks: "
             "leave it unset, or take ZeRO-2 or FSDP2."
@@ -66,11 +70,14 @@ def refuse_missing_kernels(args: ORPOConfig, zero3: bool) -> None:
         )
 
 
-def liger_knows(model: Any) -> bool:
-    """Whether Liger has kernels for this kind of model; for another one it does nothing and says so at level INFO."""
+def warn_without_liger_kernels(model: Any, args: ORPOConfig) -> None:
+    """For a kind of model that it does not know, Liger does nothing and says so at level INFO."""
+    if not args.use_liger_kernel:
+        return
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
-    return model.config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN
+    if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        logger.warning("use_liger_kernel has no effect: Liger has no kernels for %s.", model.config.model_type)
 
 
 def no_evaluation_rows() -> UserError:

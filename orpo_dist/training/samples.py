@@ -2,25 +2,32 @@
 
 import json
 import random
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import CallbackHandler
 
 from orpo_dist.config import ORPOConfig
 from orpo_dist.errors import UserError
 from orpo_dist.model.loading.processor import tokenizer_of
 from orpo_dist.packing.images import process_prompts
 
-if TYPE_CHECKING:
-    from orpo_dist.trainer import ORPOTrainer
-
 SAMPLES_NAME = "samples.jsonl"
 PROMPTS = 4
 MAX_REPLY_TOKENS = 128
+Generate = Callable[..., torch.Tensor]
 _COLUMNS = ("step", "prompt", "reply", "chosen")
 
 
@@ -39,18 +46,28 @@ class SampleReplies(TrainerCallback):
 
     Every rank generates, since sharded parameters (ZeRO-3, FSDP2) need all of them; the main process writes.
 
+    Args:
+        rows: tokenised evaluation pairs.
+        generate: the model's generate() in evaluation mode; returns the new tokens alone, (rows, tokens).
+        callbacks: those of the trainer, among which TensorBoard's may be.
+
     Raises:
-        UserError: the trainer has no evaluation pairs. Of several sets of them the first is sampled from.
+        UserError: there are no evaluation pairs.
     """
 
-    def __init__(self, trainer: "ORPOTrainer") -> None:
-        rows: Any = trainer.eval_dataset
-        if isinstance(rows, dict):
-            rows = next(iter(rows.values()), None)
+    def __init__(
+        self,
+        rows: Any,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+        generate: Generate,
+        callbacks: CallbackHandler,
+        seed: int,
+    ) -> None:
         if rows is None:
             raise UserError("generate_during_eval needs pairs to evaluate on: pass eval_dataset.")
-        self._trainer = trainer
-        chosen = random.Random(trainer.args.seed).sample(range(len(rows)), k=min(PROMPTS, len(rows)))
+        self._processing_class, self._generate = processing_class, generate
+        self._callbacks, self._seed = callbacks, seed
+        chosen = random.Random(seed).sample(range(len(rows)), k=min(PROMPTS, len(rows)))
         self._rows = [rows[index] for index in chosen]
         self._written_step: int | None = None
 
@@ -58,7 +75,8 @@ class SampleReplies(TrainerCallback):
         if self._written_step == state.global_step:  # one event for each of several evaluation sets
             return
         self._written_step = state.global_step
-        samples = self._generate(state.global_step)
+        limit = min(MAX_REPLY_TOKENS, cast(ORPOConfig, args).max_completion_length or MAX_REPLY_TOKENS)
+        samples = self.sample(state.global_step, limit, args.device)
         if not state.is_world_process_zero:
             return
         _write(Path(str(args.output_dir)) / SAMPLES_NAME, samples)
@@ -70,31 +88,18 @@ class SampleReplies(TrainerCallback):
         if "comet_ml" in trackers:
             _to_comet(samples)
         if "tensorboard" in trackers:
-            _to_tensorboard(self._trainer, samples)
+            _to_tensorboard(self._callbacks, samples)
 
-    def _generate(self, step: int) -> list[Sample]:
-        trainer = self._trainer
-        args = cast(ORPOConfig, trainer.args)
-        tokenizer: Any = tokenizer_of(cast(PreTrainedTokenizerBase, trainer.processing_class))
-        model: Any = trainer.model
-        device = args.device
-        limit = min(MAX_REPLY_TOKENS, args.max_completion_length or MAX_REPLY_TOKENS)
-        was_training = model.training
-        model.eval()
+    def sample(self, step: int, limit: int, device: torch.device) -> list[Sample]:
+        """A reply of at most `limit` tokens to each prompt. Every rank must call it."""
+        tokenizer: Any = tokenizer_of(self._processing_class)
         # Training must not depend on whether replies are sampled, so its random state is set aside.
-        devices = [device] if device.type == "cuda" else []
-        own_attention, autocast = trainer.forward.paused(), trainer.compute_loss_context_manager()
-        with torch.random.fork_rng(devices=devices), torch.no_grad(), own_attention, autocast:
-            torch.manual_seed(args.seed + step)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(self._seed + step)
             replies: list[list[int]] = []
-            for inputs in _prompts(trainer, self._rows, tokenizer.pad_token_id):
-                inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-                output = model.generate(
-                    **inputs, do_sample=True, max_new_tokens=limit, pad_token_id=tokenizer.pad_token_id
-                )
-                prompt = 0 if trainer.is_encoder_decoder else inputs["input_ids"].shape[1]
-                replies += output[:, prompt:].tolist()
-        model.train(was_training)
+            for inputs in _prompts(self._processing_class, self._rows, tokenizer.pad_token_id):
+                options = {"do_sample": True, "max_new_tokens": limit, "pad_token_id": tokenizer.pad_token_id}
+                replies += self._generate(inputs, **options).tolist()
 
         def text(ids: Any) -> str:
             return tokenizer.decode(ids, skip_special_tokens=True).strip()
@@ -105,12 +110,12 @@ class SampleReplies(TrainerCallback):
         ]
 
 
-def _prompts(trainer: "ORPOTrainer", rows: list[dict[str, Any]], pad: int) -> list[dict[str, torch.Tensor]]:
+def _prompts(processing_class: Any, rows: list[dict[str, Any]], pad: int) -> list[dict[str, torch.Tensor]]:
     """Batches for generate(): all prompts padded on the left, or, where one has images, each by itself."""
     if any(row.get("images") for row in rows):
         batches = []
         for number, row in enumerate(rows):
-            made = process_prompts(trainer.processing_class, [{**row, "index": number}])
+            made = process_prompts(processing_class, [{**row, "index": number}])
             types = {name: of_rows[0][None] for name, of_rows in made.token_types.items()}
             ids = torch.tensor([row["prompt_ids"]])
             batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), **types, **made.tensors})
@@ -157,8 +162,8 @@ def _to_comet(samples: list[Sample]) -> None:
         experiment.log_table(f"samples-{samples[0].step}.csv", tabular_data=_table(samples), headers=list(_COLUMNS))
 
 
-def _to_tensorboard(trainer: "ORPOTrainer", samples: list[Sample]) -> None:
-    for callback in trainer.callback_handler.callbacks:
+def _to_tensorboard(callbacks: CallbackHandler, samples: list[Sample]) -> None:
+    for callback in callbacks.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
             for number, sample in enumerate(samples):
                 text = f"**{sample.prompt}**\n\n{sample.reply}\n\n---\n\nPreferred: {sample.chosen}"

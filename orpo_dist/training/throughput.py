@@ -13,7 +13,6 @@ Recomputation (activation checkpointing) is not counted, so MFU says what the de
 Shape legend: P, C, R tokens of prompt, chosen and rejected, H hidden, V vocabulary.
 """
 
-import resource
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from accelerate import Accelerator
 
 from orpo_dist.model.flops import ModelFlops
 from orpo_dist.packing.lengths import PairLengths
+from orpo_dist.run.machine import peak_memory_gib
 
 # Dense bf16 peak of one device, FLOP/s, from the vendors' datasheets.
 PEAK_FLOPS = {
@@ -53,13 +53,6 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
 
 
-def peak_memory_gib(device: torch.device) -> float:
-    """Most memory held at once by this process, GiB: the allocator's on a GPU, resident memory on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
-
-
 class Throughput:
     """Counts what this rank computed since the last log line."""
 
@@ -76,7 +69,7 @@ class Throughput:
         pairs = list(micro_batch)
         if not pairs:
             return
-        longest = max(pair.prompt + max(pair.chosen, pair.rejected) for pair in pairs)
+        longest = max(pair.longest_sequence for pair in pairs)
         self._pairs += len(pairs)
         self._tokens += sum(pair.shared_tokens for pair in pairs)
         self._padded_tokens += 2 * len(pairs) * longest

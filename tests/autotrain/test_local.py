@@ -1,6 +1,5 @@
 """backend="local": the processes that are started, their errors, and the search for a batch that fits."""
 
-import io
 import os
 import sys
 from pathlib import Path
@@ -8,16 +7,12 @@ from pathlib import Path
 import pytest
 
 from orpo_dist.autotrain import local as autotrain_launch
-from orpo_dist.autotrain.local import (
-    Attempt,
-    Relay,
-    TrainingFailed,
-    accelerate_config,
-    launch_command,
-    smaller_batches,
-)
+from orpo_dist.autotrain.local import Attempt, attempt_of, config_of, smaller_batches
 from orpo_dist.autotrain.setup import set_up
-from orpo_dist.errors import UserError
+from orpo_dist.cluster.ends import End
+from orpo_dist.cluster.files import accelerate_config
+from orpo_dist.cluster.processes import Placement, launcher_command
+from orpo_dist.errors import RunStopped, TrainingFailed, UserError
 from tests.autotrain.options import params, recipe
 
 
@@ -32,17 +27,19 @@ from tests.autotrain.options import params, recipe
     ],
 )
 def test_the_accelerate_config_of_a_backend(backend, quantised, name):
-    path = accelerate_config(backend, quantised)
+    path = accelerate_config(config_of(backend, {"load_in_4bit": quantised}))
     assert path.name == f"{name}.yaml" and path.is_file()
 
 
 def test_accelerate_understands_the_command():
     from accelerate.commands.launch import launch_command_parser
 
-    command = launch_command({"bf16": True, "fp16": False}, Path("r.yaml"), accelerate_config("deepspeed"), 4)
+    config = config_of("deepspeed", {})
+    command = launcher_command(config, accelerate_config(config), Placement(processes=4), "r.yaml", [])
     assert command[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
     parsed = launch_command_parser().parse_args(command[3:])
-    assert (parsed.num_processes, parsed.mixed_precision, parsed.main_process_port) == (4, "bf16", 0)
+    assert (parsed.num_processes, parsed.main_process_port) == (4, 0)
+    assert Path(parsed.config_file).name == "zero2.yaml"
     assert (parsed.module, parsed.training_script) == (True, "orpo_dist.cli")
     assert parsed.training_script_args == ["train", "r.yaml"]
 
@@ -52,7 +49,7 @@ def two_gpus(monkeypatch, outcomes):
     started, outcomes = [], iter(outcomes)
 
     def start(recipe, environment, config, processes):
-        started.append({**recipe, "config": config.name, "processes": processes, "environment": environment})
+        started.append({**recipe, "config": config, "processes": processes, "environment": environment})
         return next(outcomes)
 
     monkeypatch.setattr(autotrain_launch, "gpu_count", lambda: 2)
@@ -63,7 +60,7 @@ def two_gpus(monkeypatch, outcomes):
 def test_as_many_processes_as_gpus(monkeypatch):
     started = two_gpus(monkeypatch, [Attempt(0, False)])
     autotrain_launch.run(set_up(params(token="t")), "deepspeed")
-    assert (started[0]["processes"], started[0]["config"]) == (2, "zero2.yaml")
+    assert (started[0]["processes"], started[0]["config"]) == (2, "zero2")
     assert started[0]["environment"] == {"HF_TOKEN": "t"}
     assert "auto_find_batch_size" not in started[0]  # the trainer searches in one process only
 
@@ -106,45 +103,18 @@ def test_one_process_trains_here_with_the_environment_of_the_run(monkeypatch, ca
     assert "distributed_backend=deepspeed needs several GPUs" in capsys.readouterr().err
 
 
-def relay(text, chunk):
-    sink, data = io.BytesIO(), text.encode()
-    relay = Relay(sink)
-    for start in range(0, len(data), chunk):
-        relay.feed(data[start : start + chunk])
-    during = sink.getvalue().decode()
-    return relay, during, relay.close(), sink.getvalue().decode()
+def test_a_stop_of_the_processes_is_a_stop_here(monkeypatch):
+    stop = RunStopped("SIGTERM", 7, "runs/p/checkpoint-7", printed=True)
+    started = two_gpus(monkeypatch, [Attempt(75, False, stop)])
+    with pytest.raises(RunStopped) as caught:
+        autotrain_launch.run(set_up(params(auto_find_batch_size=True)), "ddp")
+    assert caught.value is stop and len(started) == 1
 
 
-REPORT = """E0101 torch/distributed/elastic/multiprocessing/api.py:874] failed (exitcode: {code}) local_rank: 0
-Traceback (most recent call last):
-  File "x.py", line 1, in <module>
-torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
-=====
-  exitcode  : {code} (pid: 12)
-"""
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 10_000])
-def test_a_user_error_of_the_processes_is_one_readable_line(chunk):
-    _, _, user_error, shown = relay("error: rows.jsonl is missing\n" + REPORT.format(code=2), chunk)
-    assert user_error and shown == "error: rows.jsonl is missing\n"
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 10_000])
-def test_any_other_report_is_passed_on(chunk):
-    text = "step 1\n" + REPORT.format(code=-9)
-    _, _, user_error, shown = relay(text, chunk)
-    assert not user_error and shown == text
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 10_000])
-def test_progress_and_tracebacks_that_end_are_passed_on_at_once(chunk):
-    text = 'Traceback (most recent call last):\n  File "x.py"\nValueError: caught\nTraining 10%\rTraining 20%'
-    _, during, user_error, shown = relay(text, chunk)
-    assert during == shown == text and not user_error
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 10_000])
-def test_running_out_of_memory_is_seen(chunk):
-    assert relay("[rank1]: torch.OutOfMemoryError: CUDA out of memory. Tried\n", chunk)[0].out_of_memory
-    assert not relay("all is well\n", chunk)[0].out_of_memory
+def test_what_the_processes_wrote_about_their_ends():
+    assert attempt_of(0, []) == Attempt(0, False)
+    assert attempt_of(1, []) == Attempt(1, False)  # killed: nothing is written
+    assert attempt_of(2, [End(), End(out_of_memory=True)]) == Attempt(2, True)
+    stopped = attempt_of(75, [End(reason="SIGTERM"), End(False, "SIGINT", 4, "p/checkpoint-4")]).stopped
+    assert (stopped.reason, stopped.step, stopped.checkpoint) == ("SIGINT", 4, "p/checkpoint-4")
+    assert stopped.code == 75 and stopped.printed

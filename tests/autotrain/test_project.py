@@ -5,9 +5,8 @@ import sys
 
 import pytest
 
-from orpo_dist.autotrain.local import TrainingFailed
 from orpo_dist.autotrain.project import AutoTrainProject, main
-from orpo_dist.errors import UserError
+from orpo_dist.errors import TrainingFailed, UserError
 from tests.autotrain.options import MAPPED, params
 
 

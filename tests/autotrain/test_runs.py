@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -83,24 +85,24 @@ TWO_PROCESSES = """
 import sys, yaml
 from pathlib import Path
 from orpo_dist import cli
-from orpo_dist.autotrain import local as autotrain_launch
+from orpo_dist.autotrain import local
 
-config, start = autotrain_launch.accelerate_config, autotrain_launch._start
+config, start = local.accelerate_config, local._start
 
-def on_cpu(*arguments):
+def on_cpu(name):
     path = Path("accelerate.yaml").resolve()
-    path.write_text(yaml.safe_dump({**yaml.safe_load(config(*arguments).read_text()), "use_cpu": True}))
+    path.write_text(yaml.safe_dump({**yaml.safe_load(config(name).read_text()), "use_cpu": True}))
     return path
 
-autotrain_launch.gpu_count = lambda: 2
-autotrain_launch.accelerate_config = on_cpu
-autotrain_launch._start = lambda recipe, *rest: start({**recipe, "use_cpu": True}, *rest)
-sys.exit(cli.main(sys.argv[1:]))
+local.gpu_count = lambda: 2
+local.accelerate_config = on_cpu
+local._start = lambda recipe, *rest: start({**recipe, "use_cpu": True}, *rest)
 """
+COMMAND_LINE = TWO_PROCESSES + "sys.exit(cli.main(sys.argv[1:]))"
 
 
 def run_two_processes(command, folder):
-    (folder / "two.py").write_text(TWO_PROCESSES)
+    (folder / "two.py").write_text(COMMAND_LINE)
     command = [sys.executable, "two.py", *command[command.index("llm") :]]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY)}
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
@@ -126,3 +128,55 @@ def test_bad_input_in_two_processes_is_one_line_too(model_folder, data_folder, t
     assert (
         result.stderr.count("error") == 1 and "validation.jsonl" in result.stderr and "Traceback" not in result.stderr
     )
+
+
+def a_long_run(model_folder, data_folder, tmp_path, script):
+    """Starts a run of many steps in two processes and returns it after its first steps, with its run folder."""
+    run_folder = tmp_path / "run"
+    flags = ["--distributed-backend=deepspeed", "--log=none", "--batch-size=1", "--epochs=2000", "--save-strategy=no"]
+    command = llm_command(model_folder, data_folder, run_folder, *flags, "--logging-steps", "1")
+    (tmp_path / "two.py").write_text(script)
+    run = subprocess.Popen(
+        [sys.executable, "two.py", *command[command.index("llm") :]],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY)},
+    )
+    log, deadline = run_folder / "log.jsonl", time.monotonic() + 180
+    while not (log.exists() and log.read_text().count("\n") > 2):
+        assert run.poll() is None and time.monotonic() < deadline, run.stderr.read()
+        time.sleep(0.1)
+    return run, run_folder
+
+
+FROM_PYTHON = (
+    TWO_PROCESSES
+    + """
+from orpo_dist.autotrain import AutoTrainProject, LLMTrainingParams
+from orpo_dist.autotrain.project import _parser
+from orpo_dist.errors import RunStopped
+given = vars(_parser().parse_args(sys.argv[2:]))
+del given["train"]
+try:
+    AutoTrainProject(LLMTrainingParams(**given)).create()
+except RunStopped as stop:
+    print("from Python:", stop.step, stop.checkpoint, file=sys.stderr)
+    raise
+"""
+)
+
+
+@pytest.mark.topology
+@pytest.mark.parametrize(("number", "script"), [(signal.SIGUSR1, COMMAND_LINE), (signal.SIGTERM, FROM_PYTHON)])
+def test_a_signal_stops_two_processes_with_a_checkpoint(number, script, model_folder, data_folder, tmp_path):
+    run, run_folder = a_long_run(model_folder, data_folder, tmp_path, script)
+    run.send_signal(number)
+    _, told = run.communicate(timeout=180)
+    assert run.returncode == 75, told
+    (checkpoint,) = [path.parent for path in run_folder.glob("checkpoint-*/complete.json")]
+    step = checkpoint.name.removeprefix("checkpoint-")
+    assert told.count(f"orpo-dist: Stopped at step {step} ") == 1 and "Traceback" not in told
+    if script is FROM_PYTHON:
+        assert f"from Python: {step} {checkpoint}" in told

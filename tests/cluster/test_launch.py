@@ -13,8 +13,8 @@ import yaml
 
 from orpo_dist.cli import main
 from orpo_dist.cluster.files import accelerate_config, shipped
-from orpo_dist.cluster.launch import Placement, choose_config, fitted_config, launcher_command
-from orpo_dist.cluster.processes import telling_code
+from orpo_dist.cluster.launch import choose_config, fitted_config
+from orpo_dist.cluster.processes import Placement, launcher_command, telling_code
 from orpo_dist.recipe.preview import glance
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from orpo_dist.distributed import once
-from orpo_dist.distributed.once import on_first_rank
+from orpo_dist.distributed.once import built_on_first_rank
 
 
 def test_without_process_group_it_is_the_work_itself():
-    assert on_first_rank(lambda: Path("/here")) == Path("/here")
+    assert built_on_first_rank(lambda: Path("/here")) == Path("/here")
     assert once.is_first_rank()
 
 

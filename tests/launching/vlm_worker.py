@@ -70,8 +70,8 @@ def main() -> None:
         "partitioned_parameters": sum(hasattr(p, "ds_tensor") for p in trainer.model.parameters()),
         "quantized_layers": len(linear4),
         "quantized_in_vision": sum("language_model" not in name for name in linear4),
-        "packed": trainer.forward.is_packed,
-        "has_filler": trainer.forward._collator.filler is not None,
+        "packed": trainer.layout.is_packed,
+        "has_filler": trainer.layout.collator.chosen.filler is not None,
     }
     trainer.save_model(str(out) + ".saved")
     if trainer.accelerator.is_main_process:

@@ -56,7 +56,7 @@ def main() -> None:
         "sharded_parameters": sum(isinstance(p, DTensor) for p in trainer.model.parameters()),
         "partitioned_parameters": sum(hasattr(p, "ds_tensor") for p in trainer.model.parameters()),
         "collectives": dict(asked),
-        "is_packed": trainer.forward.is_packed,
+        "is_packed": trainer.layout.is_packed,
         "quantized_layers": sum(type(m).__name__ == "Linear4bit" for m in trainer.model.modules()),
     }
     trainer.save_model(str(out) + ".saved")

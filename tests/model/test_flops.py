@@ -8,16 +8,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from orpo_dist.loss import Objective
 from orpo_dist.model.flops import ModelFlops
-from orpo_dist.model.forward import ForwardOptions, PairForward
+from orpo_dist.model.forward import PairForward
+from orpo_dist.model.packed.choose_layout import LayoutChoice, LayoutOptions
 from orpo_dist.packing.lengths import PairLengths
 from tests.model.tiny_models import tiny_model
 
 LENGTHS = [PairLengths(60, 30, 41), PairLengths(9, 50, 12), PairLengths(80, 20, 33)]
 
 
-def packed_forward(model):
-    forward = PairForward(
-        ForwardOptions(
+def packed_layout(model):
+    layout = LayoutChoice(
+        LayoutOptions(
             objective=Objective(),
             padding_free=True,
             prefix_sharing=True,
@@ -29,8 +30,8 @@ def packed_forward(model):
             compute_dtype=torch.float32,
         )
     )
-    forward.adapt(model, router_aux_loss_coef=0.0)
-    return forward
+    layout.choose(model, router_aux_loss_coef=0.0)
+    return layout
 
 
 @pytest.mark.parametrize("family", ["llama", "llama with LoRA", "gpt2"])
@@ -42,15 +43,15 @@ def test_linear_layers_and_head_cost_what_the_formula_says(tiny_llama, family):
         model = LlamaForCausalLM(LlamaConfig(**{**tiny_llama(512).config.to_dict(), "num_hidden_layers": 12}))
     if family == "llama with LoRA":
         model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
-    forward = packed_forward(model)
+    choice = packed_layout(model)
     rows = [
         {"prompt_ids": [5] * p.prompt, "chosen_ids": [6] * p.chosen, "rejected_ids": [7] * p.rejected} for p in LENGTHS
     ]
-    batch = forward([{**row, "weight": 1.0, "index": i} for i, row in enumerate(rows)])
+    batch = choice.collator([{**row, "weight": 1.0, "index": i} for i, row in enumerate(rows)])
     layout = batch["orpo_layout"]
     layout.tokens, layout.pairs = layout.counts().float().unbind()
     with FlopCounterMode(display=False) as counter:
-        forward.run(model, batch, torch.device("cpu")).loss.backward()
+        PairForward(choice, Objective())(model, batch, torch.device("cpu")).loss.backward()
     counted = counter.get_flop_counts()["Global"]
     matmuls = sum(n for op, n in counted.items() if op in (torch.ops.aten.mm, torch.ops.aten.addmm))
     flops = ModelFlops.of(model)

@@ -1,7 +1,7 @@
 import torch
 
 from orpo_dist.packing.padded import EncoderDecoderCollator, PaddedCollator, score_padded
-from orpo_dist.packing.trl_collator import ForeignCollator
+from orpo_dist.packing.trl_collator import TRLCollator
 
 ROWS = [
     {"prompt_ids": [5, 6], "chosen_ids": [7, 2], "rejected_ids": [8, 9, 2], "weight": 1.0, "index": 0},
@@ -56,7 +56,7 @@ def test_a_collator_written_for_trl_gives_the_same_batch():
     from trl.experimental.utils import DPODataCollatorWithPadding
 
     ours = PaddedCollator(pad_token_id=0, nll_scope="sequence")(ROWS)
-    theirs = ForeignCollator(DPODataCollatorWithPadding(pad_token_id=0), pad_token_id=0, nll_scope="sequence")(ROWS)
+    theirs = TRLCollator(DPODataCollatorWithPadding(pad_token_id=0), pad_token_id=0, nll_scope="sequence")(ROWS)
     assert torch.equal(ours["input_ids"], theirs["input_ids"])
     assert torch.equal(ours["attention_mask"], theirs["attention_mask"])
     for name in ("completion", "nll", "weight"):

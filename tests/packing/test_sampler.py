@@ -10,7 +10,7 @@ from orpo_dist.packing.sampler import FILLER, EvaluationSampler, GlobalBatchSamp
 
 
 def sampler(costs, rank=0, **overrides):
-    options = dict(global_batch=8, accumulation=2, world_size=2, rank=rank, seed=3)
+    options = dict(global_batch=8, accumulation=2, data_ranks=2, data_rank=rank, seed=3)
     return GlobalBatchSampler(costs, **{**options, **overrides})
 
 
@@ -24,7 +24,7 @@ def costs_of(n, seed=0):
 def test_every_pair_exactly_once_and_as_many_micro_steps_on_every_rank(n, world_size, accumulation):
     costs = costs_of(n)
     ranks = [
-        sampler(costs, rank, world_size=world_size, accumulation=accumulation, global_batch=world_size * accumulation)
+        sampler(costs, rank, data_ranks=world_size, accumulation=accumulation, global_batch=world_size * accumulation)
         for rank in range(world_size)
     ]
     batches = [list(rank) for rank in ranks]
@@ -35,8 +35,8 @@ def test_every_pair_exactly_once_and_as_many_micro_steps_on_every_rank(n, world_
 
 def test_the_pairs_of_a_step_do_not_depend_on_the_number_of_ranks():
     costs = costs_of(40)
-    one = sampler(costs, world_size=1, accumulation=1)
-    four = [sampler(costs, rank, world_size=4, accumulation=2) for rank in range(4)]
+    one = sampler(costs, data_ranks=1, accumulation=1)
+    four = [sampler(costs, rank, data_ranks=4, accumulation=2) for rank in range(4)]
     expected = [set(batch) for batch in one]
     iterators = [iter(rank) for rank in four]
     for step in expected:
@@ -62,7 +62,7 @@ def test_the_last_smaller_batch_is_kept_unless_dropped():
 
 
 def test_a_batch_with_fewer_pairs_than_ranks_gives_fillers():
-    ranks = [list(sampler(costs_of(1), rank, world_size=3, accumulation=2, global_batch=12)) for rank in range(3)]
+    ranks = [list(sampler(costs_of(1), rank, data_ranks=3, accumulation=2, global_batch=12)) for rank in range(3)]
     assert sorted(ranks) == [[[FILLER]], [[FILLER]], [[0]]]
 
 
@@ -76,7 +76,7 @@ def test_bins_are_near_equal_and_dearest_first():
 
 def test_bins_of_similar_cost_share_a_micro_step():
     costs = costs_of(64, seed=2)
-    plan = sampler(costs, world_size=8, accumulation=8, global_batch=64).plan(range(64))
+    plan = sampler(costs, data_ranks=8, accumulation=8, global_batch=64).plan(range(64))
 
     def utilisation(micro_steps):
         loads = [[sum(costs[i] for i in bin_of_pairs) for bin_of_pairs in step] for step in micro_steps]
@@ -98,7 +98,7 @@ def test_balance_on_real_lengths(world_size, per_device, accumulation, least):
     """Sum of mean / sum of max of the ranks' cost over the micro-steps, which all ranks wait for."""
     costs = pair_costs([PairLengths(*row) for row in REAL_LENGTHS], hidden_size=576) * 10
     global_batch = world_size * per_device * accumulation
-    plans = sampler(costs, world_size=world_size, accumulation=accumulation, global_batch=global_batch, drop_last=True)
+    plans = sampler(costs, data_ranks=world_size, accumulation=accumulation, global_batch=global_batch, drop_last=True)
     steps = [step for batch in plans.global_batches() for step in plans.plan(batch)]
     loads = [[sum(costs[i] for i in bin_of_pairs) for bin_of_pairs in step] for step in steps]
     assert len(steps) >= 9 * accumulation
@@ -117,7 +117,7 @@ def test_planning_a_global_batch_visits_each_pair_once(monkeypatch):
         return heappop(heap)
 
     monkeypatch.setattr(heapq, "heappop", counted)
-    plan = sampler(costs_of(4096), world_size=64, accumulation=16, global_batch=4096).plan(range(4096))
+    plan = sampler(costs_of(4096), data_ranks=64, accumulation=16, global_batch=4096).plan(range(4096))
     assert len(plan) == 16 and all(len(step) == 64 for step in plan)
     assert asked == 4096
 
@@ -125,7 +125,7 @@ def test_planning_a_global_batch_visits_each_pair_once(monkeypatch):
 @pytest.mark.parametrize("n, world_size, batch_size", [(1, 2, 4), (10, 2, 3), (12, 3, 4), (7, 1, 8)])
 def test_evaluation_sees_every_pair_once_in_as_many_batches_on_every_rank(n, world_size, batch_size):
     ranks = [
-        list(EvaluationSampler(costs_of(n), batch_size=batch_size, world_size=world_size, rank=rank))
+        list(EvaluationSampler(costs_of(n), batch_size=batch_size, data_ranks=world_size, data_rank=rank))
         for rank in range(world_size)
     ]
     assert len({len(rank) for rank in ranks}) == 1

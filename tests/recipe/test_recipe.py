@@ -110,6 +110,35 @@ def test_wrong_lines_get_one_readable_line(recipe_file, line, message):
 
 
 @pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("optim: adamw_nowhere", "adamw_nowhere"),
+        ("load_best_model_at_end: true\neval_strategy: steps\nsave_strategy: epoch\ntest_split_size: 2", "to match"),
+        ("bf16: true\nfp16: true\nuse_cpu: true", "At most one of fp16 and bf16"),
+        ("warmup_steps: -1", "warmup_steps >= 0"),
+        ("deepspeed: no_such_file.json", "no_such_file.json"),
+        ("lr_scheduler_kwargs: '{broken'", "Expecting property name"),
+    ],
+)
+def test_what_transformers_refuses_is_the_users(recipe_file, lines, message):
+    if "deepspeed" in lines:
+        pytest.importorskip("deepspeed")
+    assert message in refused(recipe_file(lines))
+
+
+@pytest.mark.parametrize("module", ["torch.distributed.rendezvous", "orpo_dist.config", "transformers.trainer"])
+@pytest.mark.parametrize("error", [ValueError("a bug"), TypeError("a bug"), ImportError("a bug")])
+def test_a_bug_below_the_recipe_goes_up(recipe_file, monkeypatch, module, error):
+    def setup(self):
+        exec("raise error", {"__name__": module, "error": error})
+
+    monkeypatch.setattr(ORPOConfig, "__post_init__", setup)
+    with pytest.raises(type(error)) as caught:
+        Recipe.parse([recipe_file("")])
+    assert caught.value is error
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--learning_rate", "fast"], "--learning_rate: 'fast' is not a number."),

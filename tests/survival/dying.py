@@ -12,10 +12,10 @@ import torch
 
 from orpo_dist.cli import main
 from orpo_dist.trainer import ORPOTrainer
+from orpo_dist.training.step_guard import StepGuard
 
 HARM = sys.argv[1]
 compute_loss = ORPOTrainer.compute_loss
-poisoned = ORPOTrainer.poisoned
 slept = []
 
 
@@ -33,15 +33,13 @@ def harmed(self, model, inputs, *args, **kwargs):
                 os.kill(os.getpid(), signal.SIGKILL)
             if HARM == "hang":
                 time.sleep(10_000)
+        if HARM == "nan" and self.state.global_step >= 2:
+            guard = self._step_guard
+            guard.count = lambda loss: StepGuard.count(guard, loss + float("inf"))
     return compute_loss(self, model, inputs, *args, **kwargs)
 
 
-def spoilt(self, loss):
-    bad = HARM == "nan" and self.args.process_index == 1 and self.state.global_step >= 2
-    return poisoned(self, loss + float("inf") if bad else loss)
-
-
-ORPOTrainer.compute_loss, ORPOTrainer.poisoned = harmed, spoilt
+ORPOTrainer.compute_loss = harmed
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[2:]))

@@ -11,7 +11,7 @@ from orpo_dist import ORPOTrainer
 from orpo_dist.errors import SaveError
 from orpo_dist.run.checkpoint import checkpoint_folders, verify
 from tests.trainer_runs import assert_same_weights, config, pairs, weights
-from tests.training.resumable_runs import RUN, At, assert_same_history
+from tests.training.resumed_runs import RUN, At, assert_same_history
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from datasets import Dataset
 
 from orpo_dist import ORPOConfig, ORPOTrainer
@@ -46,6 +47,14 @@ def test_the_trainer_writes_samples_without_a_tracker(trainer, tmp_path):
     assert all(set(sample) == set(COLUMNS) and sample["step"] == 0 for sample in written)
 
 
+def samples_of(trainer) -> SampleReplies:
+    return next(c for c in trainer.callback_handler.callbacks if isinstance(c, SampleReplies))
+
+
+def sampled(callback, step) -> list[Sample]:
+    return callback.sample(step, 8, torch.device("cpu"))
+
+
 def trainer_prompts(trainer) -> list[str]:
     tokenizer = trainer.processing_class
     return [tokenizer.decode(row["prompt_ids"], skip_special_tokens=True).strip() for row in trainer.eval_dataset]
@@ -61,26 +70,26 @@ def test_several_evaluation_sets_are_sampled_once(trainer, tmp_path, rows):
 def test_prompts_of_a_batch_do_not_see_their_padding(trainer, monkeypatch):
     """Greedy replies of the batch are those of each prompt alone."""
     trainer = trainer()
-    callback = SampleReplies(trainer)
+    callback = samples_of(trainer)
     generate = trainer.model.generate
     monkeypatch.setattr(trainer.model, "generate", lambda **kwargs: generate(**{**kwargs, "do_sample": False}))
-    together = callback._generate(0)
+    together = sampled(callback, 0)
     for row, sample in zip(list(callback._rows), together, strict=True):
         callback._rows = [row]
-        assert callback._generate(0) == [sample]
+        assert sampled(callback, 0) == [sample]
 
 
 def test_replies_are_sampled_not_greedy(trainer):
-    callback = SampleReplies(trainer())
-    assert [s.reply for s in callback._generate(1)] != [s.reply for s in callback._generate(2)]
-    assert callback._generate(1) == callback._generate(1)
+    callback = samples_of(trainer())
+    assert [s.reply for s in sampled(callback, 1)] != [s.reply for s in sampled(callback, 2)]
+    assert sampled(callback, 1) == sampled(callback, 1)
 
 
 def test_training_mode_and_layout_are_put_back(trainer):
     trainer = trainer()
     trainer.model.train()
     before = trainer.model.config._attn_implementation
-    SampleReplies(trainer)._generate(0)
+    sampled(samples_of(trainer), 0)
     assert trainer.model.training
     assert trainer.model.config._attn_implementation == before
 
@@ -126,8 +135,8 @@ def fake_trackers(monkeypatch) -> dict:
 def test_every_tracker_that_is_on_gets_the_table(trainer, monkeypatch):
     sent = fake_trackers(monkeypatch)
     trainer = trainer()
-    callback = SampleReplies(trainer)
-    monkeypatch.setattr(callback, "_generate", lambda step: SAMPLES)
+    callback = samples_of(trainer)
+    monkeypatch.setattr(callback, "sample", lambda step, limit, device: SAMPLES)
     trainer.args.report_to = ["wandb", "trackio", "comet_ml"]
     callback.on_evaluate(trainer.args, trainer.state, trainer.control)
     assert sent == {
@@ -140,8 +149,8 @@ def test_every_tracker_that_is_on_gets_the_table(trainer, monkeypatch):
 def test_a_tracker_that_is_off_gets_nothing(trainer, monkeypatch):
     sent = fake_trackers(monkeypatch)
     trainer = trainer()
-    callback = SampleReplies(trainer)
-    monkeypatch.setattr(callback, "_generate", lambda step: SAMPLES)
+    callback = samples_of(trainer)
+    monkeypatch.setattr(callback, "sample", lambda step, limit, device: SAMPLES)
     callback.on_evaluate(trainer.args, trainer.state, trainer.control)
     assert sent == {}
 
@@ -154,7 +163,7 @@ def test_tensorboard_gets_texts(trainer, monkeypatch):
     callback = TensorBoardCallback.__new__(TensorBoardCallback)  # the package may be absent
     callback.tb_writer = writer
     trainer = trainer(callbacks=[callback])
-    samples_module._to_tensorboard(trainer, SAMPLES)
+    samples_module._to_tensorboard(trainer.callback_handler, SAMPLES)
     assert set(texts) == {("samples/0", 3), ("samples/1", 3)}
     assert "like this" in texts["samples/0", 3] and "like that" in texts["samples/0", 3]
 

@@ -41,7 +41,7 @@ def test_preferences_follow_the_image_on_unseen_combinations(tmp_path):
     trainer.train()
     right, swapped, other = (accuracy(trainer, rows) for rows in (held_out.right, held_out.swapped, held_out.other))
     print(f"untrained {untrained:.3f}, right {right:.3f}, swapped {swapped:.3f}, other {other:.3f}")
-    assert trainer.forward.is_packed
+    assert trainer.layout.is_packed
     assert 0.4 <= untrained <= 0.6
     assert right >= 0.90
     assert swapped <= 0.10

@@ -60,9 +60,9 @@ def assert_same_weights(ours: ORPOTrainer, theirs: ORPOTrainer) -> None:
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "llava", "gemma3"])
 def test_layouts_and_cuts_train_to_the_same_weights(tmp_path, name):
     packed = trained(tmp_path, name)
-    assert packed.forward.is_packed and packed.forward.prefix_sharing
+    assert packed.layout.is_packed and packed.layout.prefix_sharing
     padded = trained(tmp_path, name, padding_free=False)
-    assert not padded.forward.is_packed
+    assert not padded.layout.is_packed
     assert_same_weights(padded, packed)
     cut = trained(tmp_path, name, per_device_train_batch_size=1, gradient_accumulation_steps=4)
     assert_same_weights(cut, packed)
@@ -93,7 +93,7 @@ def test_a_family_that_packs_wrongly_falls_back_with_a_reason(tmp_path, monkeypa
     monkeypatch.setattr(vision, "_BIDIRECTIONAL", {})
     with caplog.at_level(logging.WARNING):
         trainer = trained(tmp_path, "gemma3")
-    assert not trainer.forward.is_packed
+    assert not trainer.layout.is_packed
     assert "Padded layout: with images its hidden states differ by" in caplog.text
     assert_same_weights(trainer, expected)
 
@@ -107,7 +107,7 @@ def test_a_model_whose_features_cannot_be_shared_gets_the_pixels_twice(tmp_path,
     monkeypatch.setattr(vision, "_repeated", scrambled)
     with caplog.at_level(logging.WARNING):
         trainer = trained(tmp_path, "llava", padding_free=False)
-    assert trainer.forward._collator.pixels_twice
+    assert trainer.layout.collator.chosen.pixels_twice
     assert "The vision tower runs twice per pair: with images its hidden states differ" in caplog.text
     assert_same_weights(trainer, expected)
 
@@ -136,7 +136,7 @@ def test_an_image_that_is_gone_is_named(tmp_path):
 def test_prefix_sharing_off_is_answered(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         trainer = trained(tmp_path, "llava", prefix_sharing=False)
-    assert trainer.forward.prefix_sharing and "prefix_sharing=false has no effect on pairs with images" in caplog.text
+    assert trainer.layout.prefix_sharing and "prefix_sharing=false has no effect on pairs with images" in caplog.text
 
 
 def test_bins_count_the_vision_tower(tmp_path):
@@ -148,19 +148,19 @@ def test_bins_count_the_vision_tower(tmp_path):
     trainer = ORPOTrainer(
         tiny_vlm("qwen2_5_vl"), config(tmp_path), train_dataset=rows, processing_class=tiny_processor("qwen2_5_vl")
     )
-    assert trainer.forward.vision_cost_per_token > 0.2
+    assert trainer.layout.vision_cost_per_token > 0.2
     sampler = trainer.get_train_dataloader().batch_sampler
     assert isinstance(sampler, GlobalBatchSampler)
     extra = sampler.costs[0] - sampler.costs[1]
     image_tokens = picture["prompt_ids"].count(trainer.model.config.image_token_id)
-    assert extra == pytest.approx(image_tokens * trainer.forward.vision_cost_per_token)
+    assert extra == pytest.approx(image_tokens * trainer.layout.vision_cost_per_token)
     assert sampler.costs[1] == sampler.costs[2]
 
 
 def test_rows_without_images_need_no_image_collator(tmp_path):
     rows = [{name: row[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")} for row in image_rows("llava")]
     trainer = trained(tmp_path, "llava", [row for row in rows if len(row["prompt_ids"]) < 15])
-    assert trainer.forward.is_packed and not isinstance(trainer.forward._collator, ImageCollator)
+    assert trainer.layout.is_packed and not isinstance(trainer.layout.collator.chosen, ImageCollator)
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3", "idefics3"])

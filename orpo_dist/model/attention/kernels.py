@@ -14,7 +14,6 @@ Shape legend: T tokens of the packed row, K keys over all sequences, D head size
 """
 
 import inspect
-import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -24,11 +23,12 @@ from typing import Any
 import torch
 from torch.nn.attention.varlen import varlen_attn
 
+from orpo_dist.distributed.log import get_logger
 from orpo_dist.model.attention.flex import flex_packed_attention
 from orpo_dist.model.attention.sequences import Scores, explicit_attention
 from orpo_dist.packing.layout import PackedLayout, PairSegment
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 PackedKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, PackedLayout, Scores], torch.Tensor]
 """query (1, Hq, T, D), key and value (1, Hk, T, D) to (1, T, Hq, D)"""

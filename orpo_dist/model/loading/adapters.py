@@ -1,7 +1,6 @@
 """LoRA on a plain, 4-bit or 8-bit base: a new adapter, a given one to continue from, and dropout of the base alone."""
 
 import copy
-import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,12 +12,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
+from orpo_dist.distributed.log import get_logger
 from orpo_dist.errors import UserError
 from orpo_dist.model.loading.hub import hub_errors
 from orpo_dist.model.loading.load import base_identity
 from orpo_dist.options.model import ModelArguments
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 # Names that peft redirects from linear layers to the fused experts of a mixture, and to its router.
 # https://github.com/huggingface/peft (utils/transformers_weight_conversion.py, _MOE_TARGET_MODULE_MAPPING)

@@ -14,24 +14,81 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from orpo_dist.errors import UserError
+from orpo_dist.errors import UserError, raised_in
+
+_ABOUT_THE_NAME = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError)
+_ABOUT_THE_FILES = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+_BACKENDS = "transformers.utils.import_utils"
+# Modules whose ValueErrors and ImportErrors say what is wrong with a name, with its files or with a loading option, or
+# which package the model's own code or an option needs. Not among them: conversion of weights, the models themselves.
+_READERS = (
+    "huggingface_hub",
+    "transformers.configuration_utils",
+    "transformers.convert_slow_tokenizer",
+    "transformers.dynamic_module_utils",
+    "transformers.generation.configuration_utils",
+    "transformers.image_processing",
+    "transformers.modeling_gguf_pytorch_utils",
+    "transformers.modeling_utils",
+    "transformers.models.auto",
+    "transformers.processing_utils",
+    "transformers.quantizers",
+    "transformers.tokenization_utils",
+    "transformers.utils.hub",
+    "transformers.utils.quantization_config",
+    "transformers_modules",
+    "peft.config",
+    "peft.peft_model",
+    "peft.tuners.tuners_utils",
+    "peft.utils.save_and_load",
+)
 
 
 @contextmanager
 def hub_errors(name: str, revision: str | None = None) -> Iterator[None]:
-    """Turn what goes wrong while `name` is fetched or read into a UserError of one line that says what to do."""
+    """Turn what the user can fix while `name` is fetched or read into a UserError of one line that says what to do.
+
+    Anything else goes up as it is, with its traceback and exit code 1: a bug of a library is not the user's, and
+    starting again after a full disk may help.
+    """
     try:
         yield
+    except UserError:
+        raise
     except (OSError, ValueError, ImportError) as error:
+        if not _can_be_fixed(error):
+            raise
         raise UserError(_explain(error, name, revision)) from error
 
 
-def _explain(error: BaseException, name: str, revision: str | None) -> str:
-    chain = []
+def _can_be_fixed(error: Exception) -> bool:
+    """Whether the user can fix it: by what it is, and for a ValueError or ImportError by where it was raised."""
+    if any(isinstance(link, _ABOUT_THE_NAME) for link in _chain(error)):
+        return True
+    if isinstance(error, OSError):
+        # transformers' own have no errno; of the system's, a full disk or a broken device is not about the name.
+        return error.errno is None or isinstance(error, _ABOUT_THE_FILES)
+    module = raised_in(error)
+    if module == _BACKENDS:  # requires_backends; a ModuleNotFoundError is a broken import inside transformers
+        return type(error) is ImportError
+    if module.startswith(_READERS):
+        return True
+    # A config class of a family that refuses the values of the model's config.
+    return module.startswith("transformers.models.") and ".configuration_" in module
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """The error and what caused it."""
+    chain: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in chain:
         chain.append(link)
         link = link.__cause__ or link.__context__
+    return chain
+
+
+def _explain(error: BaseException, name: str, revision: str | None) -> str:
+    chain = _chain(error)
     page = f"https://huggingface.co/{name}"
 
     def caused_by(*kinds: type[BaseException]) -> bool:

@@ -1,9 +1,6 @@
 """From a name to a model: precision, quantisation, devices."""
 
-import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,10 +17,9 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.integrations import deepspeed as deepspeed_integration
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
+from orpo_dist.distributed.environment import Sharding, launched_rank, loading_sharding, loading_whole_models
 from orpo_dist.errors import UserError
 from orpo_dist.model.loading.hub import hub_errors
 from orpo_dist.model.loading.vision import is_vision_language, vision_parts
@@ -113,9 +109,10 @@ def load_model(
         if is_vision_language(config):
             quantization_config.llm_int8_skip_modules = _unquantised_modules(config)
         model_init_kwargs["quantization_config"] = quantization_config
-        if torch.cuda.is_available() and not is_deepspeed_zero3_enabled():
+        if torch.cuda.is_available() and loading_sharding() is not Sharding.ZERO3:
             # Each rank would otherwise fill GPU 0 when its device has not been selected yet.
-            model_init_kwargs.setdefault("device_map", {"": int(os.environ.get("LOCAL_RANK", "0"))})
+            launched = launched_rank()
+            model_init_kwargs.setdefault("device_map", {"": launched.local_rank or 0 if launched is not None else 0})
     with hub_errors(name, revision):
         model = auto_class_of(config).from_pretrained(
             name,
@@ -140,26 +137,12 @@ def auto_class_of(config: PretrainedConfig) -> Any:
 
 def _unquantised_modules(config: PretrainedConfig) -> list[str]:
     """Names of tower, projector and output head, from a model without weights."""
-    with plain_loading(), torch.device("meta"):
+    with loading_whole_models(), torch.device("meta"):
         model_class: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
         model = model_class(config)
     parts, head = vision_parts(model), model.get_output_embeddings()
     heads = [name for name, module in model.named_modules() if module is head]
     return [re.escape(name) for name in (*parts.tower, *parts.projector, *heads)]
-
-
-@contextmanager
-def plain_loading() -> Iterator[None]:
-    """Whole models although ZeRO-3 or FSDP is set up, for what one rank does alone."""
-    deepspeed_config = deepspeed_integration._hf_deepspeed_config_weak_ref
-    deepspeed_integration.unset_hf_deepspeed_config()
-    fsdp = os.environ.pop("ACCELERATE_USE_FSDP", None)
-    try:
-        yield
-    finally:
-        deepspeed_integration._hf_deepspeed_config_weak_ref = deepspeed_config
-        if fsdp is not None:
-            os.environ["ACCELERATE_USE_FSDP"] = fsdp
 
 
 def base_identity(model: PreTrainedModel) -> BaseIdentity:
@@ -185,10 +168,10 @@ def _cached_commit(name: str, revision: str | None) -> str | None:
 
 
 def _check_shardable(name: str, quantization: BitsAndBytesConfig | None, stored: Any) -> None:
-    zero3, fsdp = is_deepspeed_zero3_enabled(), os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
-    if not (zero3 or fsdp):
+    sharding = loading_sharding()
+    if not sharding.partitions_weights:
         return
-    strategy = "ZeRO-3" if zero3 else "FSDP"
+    strategy = "ZeRO-3" if sharding is Sharding.ZERO3 else "FSDP"
     stored_config = stored if isinstance(stored, dict) else stored.to_dict() if stored is not None else {}
     if (quantization is not None and quantization.load_in_8bit) or stored_config.get("load_in_8bit"):
         raise UserError(

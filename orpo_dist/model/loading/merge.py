@@ -13,10 +13,11 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoProcessor, AutoTokenizer, GenerationConfig, PreTrainedModel
 
+from orpo_dist.distributed.environment import loading_whole_models
 from orpo_dist.errors import UserError
 from orpo_dist.model.loading.adapters import is_quantized, quiet_peft
 from orpo_dist.model.loading.hub import hub_errors
-from orpo_dist.model.loading.load import auto_class_of, base_identity, load_config, load_model, plain_loading
+from orpo_dist.model.loading.load import auto_class_of, base_identity, load_config, load_model
 from orpo_dist.model.loading.vision import is_vision_language
 from orpo_dist.options.model import parse_dtype
 
@@ -91,7 +92,7 @@ def merge_run(
     _check_output(run_folder, output)
     partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
     try:
-        with plain_loading():
+        with loading_whole_models():
             report = _merge(run_folder, settings, output, partial, dtype, verify, trust_remote_code)
         (partial / REPORT_NAME).write_text(json.dumps(asdict(report), indent=2) + "\n")
         if output.exists():

@@ -1,6 +1,5 @@
 """The processor of a vision-language model: loaded beside the model, with the image sizes that the run asks for."""
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,13 +7,14 @@ from typing import Any
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 
 from orpo_dist.config import ORPOConfig
+from orpo_dist.distributed.log import get_logger
 from orpo_dist.errors import UserError
 from orpo_dist.model.loading.hub import hub_errors
 from orpo_dist.model.loading.load import load_config
 from orpo_dist.model.loading.vision import is_vision_language
 from orpo_dist.options.data import asked_length
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)

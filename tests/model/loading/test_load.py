@@ -102,7 +102,8 @@ def _pretend_sharding(monkeypatch, strategy: str) -> None:
     if strategy == "FSDP":
         monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     else:
-        monkeypatch.setattr("orpo_dist.model.loading.load.is_deepspeed_zero3_enabled", lambda: True)
+        config = {"zero_optimization": {"stage": 3}}
+        monkeypatch.setattr("transformers.integrations.deepspeed.deepspeed_config", lambda: config)
 
 
 def test_missing_bitsandbytes_says_how_to_get_it(monkeypatch):
@@ -214,3 +215,17 @@ def test_pickled_weights_do_not_run_code(folder):
     with pytest.raises(Exception, match=r"(?i)weights"):
         load_model(str(folder))
     assert not marker.exists()
+
+
+def test_a_package_that_code_of_the_repository_needs_is_named(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text("import no_such_package\nfrom transformers import LlamaConfig as OwnConfig\n")
+    with pytest.raises(UserError, match=r"cannot be loaded: .*packages that were not found.*no_such_package"):
+        load_config(str(folder), trust_remote_code=True)
+
+
+def test_an_attention_that_does_not_exist_is_the_users(folder):
+    with pytest.raises(UserError, match="attn_implementation"):
+        load_model(str(folder), attn_implementation="no_such_attention")

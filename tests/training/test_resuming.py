@@ -14,8 +14,9 @@ from transformers import TrainerCallback
 from orpo_dist import ORPOTrainer
 from orpo_dist.errors import NonFiniteRun, RunStopped, SaveError, UserError
 from orpo_dist.run.stop import StopRequests
+from orpo_dist.training.step_guard import StepGuard
 from tests.trainer_runs import assert_same_weights, config, pairs, weights
-from tests.training.resumable_runs import RUN, STEPS, At, assert_same_history
+from tests.training.resumed_runs import RUN, STEPS, At, assert_same_history
 
 
 @pytest.fixture
@@ -181,12 +182,16 @@ def test_the_best_checkpoint_is_known_by_its_final_name_and_kept(make, tmp_path)
 
 def spoil(monkeypatch, steps, value):
     """The loss of these optimizer steps becomes `value`, as an overflow would make it; its gradient stays finite."""
-    compute = ORPOTrainer.poisoned
+    compute = ORPOTrainer.compute_loss
 
-    def spoilt(self, loss):
-        return compute(self, loss + value if self.state.global_step + 1 in steps else loss)
+    def spoilt(self, *args, **kwargs):
+        guard = self._step_guard
+        extra = value if self.state.global_step + 1 in steps else 0.0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(guard, "count", lambda loss: StepGuard.count(guard, loss + extra))
+            return compute(self, *args, **kwargs)
 
-    monkeypatch.setattr(ORPOTrainer, "poisoned", spoilt)
+    monkeypatch.setattr(ORPOTrainer, "compute_loss", spoilt)
 
 
 @pytest.mark.parametrize("clipping", [1.0, 0.0])
@@ -263,4 +268,4 @@ def test_the_flag_of_one_run_does_not_stop_the_next(make):
         trainer.train()
     trainer.train("auto")
     assert trainer.state.global_step == STEPS
-    assert isinstance(trainer._stop, StopRequests)
+    assert isinstance(trainer._stop_requests, StopRequests)

@@ -1,0 +1,64 @@
+"""How training processes ended, told to the process that started them.
+
+An exit code says less than the starter wants to know: running out of memory has none of its own, and 75 does not say
+which checkpoint was saved. The starter names a folder in a variable, and each process writes one file there.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from orpo_dist.errors import RunStopped
+
+VARIABLE = "ORPO_DIST_ENDS"
+
+
+@dataclass(frozen=True)
+class End:
+    """How one process ended.
+
+    Attributes:
+        out_of_memory: whether it ran out of memory, anywhere in the chain of its error.
+        reason, step, checkpoint: those of RunStopped; reason is None for any other end.
+    """
+
+    out_of_memory: bool = False
+    reason: str | None = None
+    step: int = 0
+    checkpoint: str | None = None
+
+
+@contextmanager
+def recorded_end() -> Iterator[None]:
+    """Write the error that leaves the block to the starter's folder, where there is one."""
+    try:
+        yield
+    except BaseException as error:
+        if VARIABLE in os.environ:
+            path = Path(os.environ[VARIABLE], f"{os.getpid()}.json")
+            path.with_suffix(".part").write_text(json.dumps(asdict(_end_of(error))), encoding="utf-8")
+            path.with_suffix(".part").replace(path)  # a signal may end this process in the middle of it
+        raise
+
+
+def read_ends(folder: Path) -> list[End]:
+    """What the processes wrote, in no particular order. A process that was killed wrote nothing."""
+    return [End(**json.loads(path.read_text(encoding="utf-8"))) for path in folder.glob("*.json")]
+
+
+def _end_of(error: BaseException) -> End:
+    if isinstance(error, RunStopped):
+        return End(reason=error.reason, step=error.step, checkpoint=error.checkpoint)
+    from orpo_dist.training.out_of_memory import is_out_of_memory
+
+    link: BaseException | None = error
+    seen: list[BaseException] = []
+    while link is not None and link not in seen:
+        if is_out_of_memory(link):
+            return End(out_of_memory=True)
+        seen.append(link)
+        link = link.__cause__ or link.__context__
+    return End()

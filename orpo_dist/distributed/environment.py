@@ -1,0 +1,158 @@
+"""Which rank this is, which ranks share a batch, and how the weights are spread. Asked here and nowhere else.
+
+    world rank   any process. What shards, saves or waits counts world ranks.
+    data rank    a rank that draws pairs of its own. What counts pairs, tokens or the global batch counts data ranks.
+
+Every world rank is a data rank as long as nothing splits the work on one pair.
+
+Three moments know different things: a launcher's variables (`launched_rank`), the process group and the sharding that
+models are loaded for (`loading_sharding`, once TrainingArguments exist), and the accelerator (`sharding_of`).
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the command line asks for its rank before torch is imported
+    from accelerate import Accelerator
+    from transformers import TrainingArguments
+
+_USE_FSDP = "ACCELERATE_USE_FSDP"  # how `accelerate launch` tells its processes, read by accelerate and transformers
+
+
+class Sharding(Enum):
+    """How weights, gradients and optimizer states are spread over the world ranks. The values are written into
+    checkpoints."""
+
+    REPLICATED = "replicated"
+    ZERO0 = "zero0"
+    ZERO1 = "zero1"
+    ZERO2 = "zero2"
+    ZERO3 = "zero3"
+    FSDP = "fsdp"
+
+    @property
+    def is_zero(self) -> bool:
+        return self in (Sharding.ZERO0, Sharding.ZERO1, Sharding.ZERO2, Sharding.ZERO3)
+
+    @property
+    def partitions_weights(self) -> bool:
+        """Whether each forward gathers its weights, so that all ranks must run the same modules."""
+        return self in (Sharding.ZERO3, Sharding.FSDP)
+
+
+@dataclass(frozen=True)
+class LaunchedRank:
+    """What a launcher (torchrun, accelerate launch, srun with its variables) says about this process."""
+
+    rank: int
+    world_size: int
+    local_rank: int | None
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def speaks_for_node(self) -> bool:
+        """Whether this process reports what is the same on all ranks of its node."""
+        return self.local_rank in (None, 0)
+
+
+def launched_rank() -> LaunchedRank | None:
+    """This process as its launcher has started it; None where no launcher did. Needs no import of torch."""
+    if "RANK" not in os.environ:
+        return None
+    local_rank = os.environ.get("LOCAL_RANK")
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    return LaunchedRank(int(os.environ["RANK"]), world_size, None if local_rank is None else int(local_rank))
+
+
+def is_launched_with_others() -> bool:
+    """Whether a launcher has started several processes of which this is one."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+@dataclass(frozen=True)
+class Environment:
+    """This rank among the others, and how the run is sharded.
+
+    Attributes:
+        world_rank, world_size: of all processes.
+        local_rank: among the processes of this node.
+        data_rank, data_ranks: among the ranks that draw pairs of their own, and how many those are.
+    """
+
+    world_rank: int
+    world_size: int
+    local_rank: int
+    data_rank: int
+    data_ranks: int
+    sharding: Sharding
+
+    @classmethod
+    def of(cls, args: "TrainingArguments", sharding: Sharding) -> "Environment":
+        return cls(
+            world_rank=args.process_index,
+            world_size=args.world_size,
+            local_rank=args.local_process_index,
+            data_rank=args.process_index,
+            data_ranks=args.world_size,
+            sharding=sharding,
+        )
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank prints and writes for all."""
+        return self.world_rank == 0
+
+    @property
+    def is_first_on_node(self) -> bool:
+        return self.local_rank == 0
+
+    def global_batch(self, args: "TrainingArguments") -> int:
+        """Pairs of one optimizer step."""
+        return args.per_device_train_batch_size * args.gradient_accumulation_steps * self.data_ranks
+
+
+def loading_sharding() -> Sharding:
+    """The sharding that models are loaded for. DeepSpeed's is known once TrainingArguments exist."""
+    from transformers.integrations.deepspeed import deepspeed_config
+
+    config = deepspeed_config()
+    if config is not None:
+        return Sharding(f"zero{config.get('zero_optimization', {}).get('stage', 0)}")
+    return Sharding.FSDP if os.environ.get(_USE_FSDP, "false") == "true" else Sharding.REPLICATED
+
+
+def sharding_of(accelerator: "Accelerator") -> Sharding:
+    """What the accelerator really runs in."""
+    from accelerate.utils import DistributedType
+
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        plugin: Any = accelerator.state.deepspeed_plugin
+        return Sharding(f"zero{plugin.zero_stage}")
+    return Sharding.FSDP if accelerator.distributed_type == DistributedType.FSDP else Sharding.REPLICATED
+
+
+@contextmanager
+def loading_whole_models() -> Iterator[None]:
+    """Whole models although ZeRO-3 or FSDP is set up, for what one rank does alone.
+
+    transformers has a setter for its DeepSpeed config but no getter.
+    https://github.com/huggingface/transformers/blob/main/src/transformers/integrations/deepspeed.py
+    """
+    from transformers.integrations import deepspeed as integration
+
+    config = integration._hf_deepspeed_config_weak_ref
+    integration.unset_hf_deepspeed_config()
+    fsdp = os.environ.pop(_USE_FSDP, None)
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = config
+        if fsdp is not None:
+            os.environ[_USE_FSDP] = fsdp

@@ -1,0 +1,31 @@
+"""The logger of the package: a line once per run, not once per rank.
+
+    logger = get_logger(__name__)
+    logger.warning("Padded layout: %s.", reason)
+
+accelerate's `get_logger` does the same but raises until its state exists, and models are loaded and data is read before
+that. https://huggingface.co/docs/accelerate/package_reference/logging
+"""
+
+import logging
+import os
+
+from torch import distributed
+
+
+class FirstRankLogger(logging.LoggerAdapter):
+    """A standard logger that is switched off on every rank but the first."""
+
+    def isEnabledFor(self, level: int) -> bool:
+        return _rank() == 0 and super().isEnabledFor(level)
+
+
+def get_logger(name: str) -> FirstRankLogger:
+    return FirstRankLogger(logging.getLogger(name))
+
+
+def _rank() -> int:
+    """That of the process group; before there is one, what the launcher says (torchrun, accelerate launch)."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank()
+    return int(os.environ.get("RANK", "0"))

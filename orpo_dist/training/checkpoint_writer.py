@@ -1,0 +1,132 @@
+"""Checkpoints of a run, written together by all ranks: staged, flushed, sealed, published by one rename.
+
+RUN/_saving/checkpoint-N   the Trainer's own files and `metrics_RANK.pt`, by every rank
+flush                      by the first rank of each node, which alone can
+seal, rename, rotate       by the first rank (run/checkpoint.py)
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from transformers import TrainerState
+
+from orpo_dist.distributed.environment import Environment
+from orpo_dist.distributed.ranks import on_first_rank
+from orpo_dist.errors import SaveError, UserError
+from orpo_dist.run import checkpoint as checkpoints
+from orpo_dist.training.resuming import METRICS, Progress
+
+Result = TypeVar("Result")
+TRAINER_STATE = "trainer_state.json"
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of one run.
+
+    Args:
+        keep: the most checkpoints that stay, None for all (run/checkpoint.py, rotate).
+        fingerprint: what the run is made of (run/fingerprint.py).
+
+    Attributes:
+        staging: the folder that the Trainer writes into, while it writes.
+    """
+
+    def __init__(
+        self,
+        keep: int | None,
+        fingerprint: dict[str, Any],
+        environment: Environment,
+        accelerator: Accelerator,
+    ):
+        self._keep, self._fingerprint = keep, fingerprint
+        self._environment, self._accelerator = environment, accelerator
+        self.staging: Path | None = None
+
+    def save(self, run: Path, state: TrainerState, write: Callable[[], None], progress: Progress) -> tuple[Path, float]:
+        """Write RUN/checkpoint-N of step N. Every rank must call it; it is a collective.
+
+        Args:
+            write: writes the Trainer's files below `staging`.
+            progress: this rank's sums since the last log line, saved in `metrics_RANK.pt`.
+
+        Returns:
+            The published folder, and the seconds that it took.
+
+        Raises:
+            SaveError: it could not be written; earlier checkpoints are whole.
+            UserError: the nodes do not share the run's folder.
+        """
+        began = time.monotonic()
+        staged = run / checkpoints.STAGING / f"checkpoint-{state.global_step}"
+        on_first_rank(lambda: _try(lambda: _empty(staged), run, state))
+
+        def write_all() -> None:
+            write()
+            staged.mkdir(parents=True, exist_ok=True)
+            torch.save(vars(progress), staged / METRICS.format(self._environment.world_rank))
+
+        with self._staging_below(staged.parent):
+            _try(write_all, run, state)
+        self._accelerator.wait_for_everyone()
+        if self._environment.is_first_on_node:  # a node can only flush what it has written itself
+            _try(lambda: checkpoints.flush_tree(staged), run, state)
+        self._accelerator.wait_for_everyone()
+        published = on_first_rank(lambda: _try(lambda: self._publish(staged, run, state), run, state))
+        best = run / f"checkpoint-{state.best_global_step}"
+        if state.best_global_step and best.exists():
+            state.best_model_checkpoint = str(best)  # on every rank: ZeRO loads the best one from all of them
+        return Path(published), time.monotonic() - began
+
+    @contextmanager
+    def _staging_below(self, folder: Path) -> Iterator[None]:
+        self.staging = folder
+        try:
+            yield
+        finally:
+            self.staging = None
+
+    def _publish(self, staged: Path, run: Path, state: TrainerState) -> str:
+        world_size = self._environment.world_size
+        missing = [rank for rank in range(world_size) if not (staged / METRICS.format(rank)).exists()]
+        if missing:
+            raise UserError(
+                f"The files of rank {missing[0]} are not in {staged}: output_dir must lie on a file system that all "
+                "nodes share."
+            )
+        best = run / f"checkpoint-{state.best_global_step}" if state.best_global_step else None
+        if best is not None and (best.exists() or best.name == staged.name):
+            # Recorded under its final name; transformers has looked for it beside the unfinished one.
+            state.best_model_checkpoint = str(best)
+            state.save_to_json(str(staged / TRAINER_STATE))
+            checkpoints.flush(staged / TRAINER_STATE)
+        checkpoints.seal(staged, state.global_step, world_size, self._fingerprint)
+        published = checkpoints.publish(staged, run)
+        checkpoints.rotate(run, self._keep, best)
+        return str(published)
+
+
+def _empty(staged: Path) -> None:
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+
+
+def _try(work: Callable[[], Result], run: Path, state: TrainerState) -> Result:
+    try:
+        return work()
+    except Exception as error:
+        reason = checkpoints.why_unwritable(error, run)
+        if reason is None:
+            raise
+        shutil.rmtree(run / checkpoints.STAGING, ignore_errors=True)
+        whole = [folder.name for folder in checkpoints.checkpoint_folders(run)]
+        left = f"{whole[-1]} is whole" if whole else "there is none from before"
+        raise SaveError(
+            f"Cannot save checkpoint-{state.global_step} in {run}: {reason}. Of the earlier checkpoints, "
+            f"{left}. Make room (save_total_limit keeps fewer), then --resume_from_checkpoint auto."
+        ) from error

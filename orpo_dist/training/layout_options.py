@@ -1,0 +1,81 @@
+"""What the rows of a run mean for its layout: how long they are, whether sharing prompts pays, how images stand in
+them."""
+
+from collections.abc import Callable
+from typing import Any
+
+from accelerate.logging import get_logger
+from transformers import ProcessorMixin
+
+from orpo_dist.config import ORPOConfig
+from orpo_dist.distributed.environment import Environment
+from orpo_dist.errors import UserError
+from orpo_dist.loss import Objective
+from orpo_dist.model.packed.choose_layout import ImageSetup, LayoutOptions
+from orpo_dist.options.model import compute_dtype
+from orpo_dist.packing.images import shortest_with_images
+from orpo_dist.packing.lengths import PairLengths, pair_lengths, sharing_gain
+from orpo_dist.run.prepare import Preparation
+
+LEAST_SHARING_GAIN = 1.05
+
+logger = get_logger(__name__)
+
+
+def layout_options(
+    args: ORPOConfig,
+    objective: Objective,
+    preparation: Preparation,
+    environment: Environment,
+    trl_collator: Callable[[list[dict]], dict[str, Any]] | None,
+    train_rows: Any,
+    eval_rows: Any,
+) -> LayoutOptions:
+    """eval_rows: tokenised rows, a dict of them, or None, like train_rows.
+
+    Raises:
+        UserError: rows with images and no processor.
+    """
+    eval_sets = list(eval_rows.values()) if isinstance(eval_rows, dict) else [eval_rows]
+    sets = [rows for rows in (train_rows, *eval_sets) if rows is not None]
+    padding = args.padding_value if args.padding_value is not None else preparation.tokenizer.pad_token_id
+    return LayoutOptions(
+        objective=objective,
+        padding_free=args.padding_free,
+        prefix_sharing=args.prefix_sharing and _sharing_pays(train_rows),
+        verify_layout=args.verify_layout,
+        loss_chunk_size=args.loss_chunk_size,
+        nll_scope=args.nll_scope,
+        pad_token_id=padding,  # type: ignore[arg-type]
+        max_length=preparation.options.max_length or _longest(sets),
+        compute_dtype=compute_dtype(args.bf16, args.fp16),
+        trl_collator=trl_collator,
+        images=_image_setup(sets, preparation, environment),
+    )
+
+
+def _longest(sets: list[Any]) -> int | None:
+    """Tokens of the longest sequence, P + C or P + R, in all sets."""
+    return max((pair.longest_sequence for rows in sets for pair in pair_lengths(rows)), default=None)
+
+
+def _sharing_pays(train_rows: Any) -> bool:
+    lengths: list[PairLengths] = pair_lengths(train_rows) if train_rows is not None else []
+    gain = sharing_gain(lengths)
+    if lengths and gain < LEAST_SHARING_GAIN:
+        logger.warning("prefix_sharing is off: it would save a factor of %.3f in tokens, under 1.05.", gain)
+    return not lengths or gain >= LEAST_SHARING_GAIN
+
+
+def _image_setup(sets: list[Any], preparation: Preparation, environment: Environment) -> ImageSetup | None:
+    """How images enter the forward; None where no row has one."""
+    example = next((row for rows in sets if (row := shortest_with_images(rows)) is not None), None)
+    if example is None:
+        return None
+    if not isinstance(preparation.processing_class, ProcessorMixin):
+        raise UserError(
+            "The rows have images, and the processing class is a tokenizer: pass the model's AutoProcessor. Where "
+            "it cannot be loaded, it usually lacks torchvision: install the build that fits your torch."
+        )
+    partitioned = environment.sharding.partitions_weights
+    return ImageSetup(preparation.processing_class, example, partitioned, environment.world_size)

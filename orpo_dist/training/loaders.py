@@ -1,0 +1,79 @@
+"""Data loaders of tokenised pairs: which pairs this data rank gets, in which micro-batches."""
+
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from orpo_dist.config import ORPOConfig
+from orpo_dist.distributed.environment import Environment
+from orpo_dist.model.packed.choose_layout import LayoutChoice
+from orpo_dist.packing.lengths import PairLengths, pair_costs, pair_lengths, token_counts
+from orpo_dist.packing.loader import PairDataLoader, PairDataset
+from orpo_dist.packing.sampler import EvaluationSampler, GlobalBatchSampler
+
+
+class PairLoaders:
+    """Builds the loaders of a run.
+
+    Args:
+        layout: knows what an image token costs, and has the collator.
+        model_config: of the model that runs.
+        filler_id: token id of the pairs of weight zero that keep ranks in step.
+    """
+
+    def __init__(
+        self, args: ORPOConfig, environment: Environment, layout: LayoutChoice, model_config: Any, filler_id: int
+    ):
+        self._args, self._environment, self._layout = args, environment, layout
+        self._model_config, self._filler_id = model_config, filler_id
+
+    def training(
+        self, rows: Any, lengths: list[PairLengths], *, global_batch: int, micro_batch: int
+    ) -> DataLoader[dict[str, Any]]:
+        """Global batches of `global_batch` pairs, cut into micro-batches of about `micro_batch` pairs per data rank."""
+        args, environment = self._args, self._environment
+        sampler = GlobalBatchSampler(
+            self._costs(rows, lengths),
+            global_batch=global_batch,
+            accumulation=-(-global_batch // (micro_batch * environment.data_ranks)),
+            data_ranks=environment.data_ranks,
+            data_rank=environment.data_rank,
+            seed=args.data_seed if args.data_seed is not None else args.seed,
+            drop_last=args.dataloader_drop_last,
+        )
+        return self.of(rows, sampler)
+
+    def evaluation(self, rows: Any) -> DataLoader[dict[str, Any]]:
+        """Every pair once, over all data ranks."""
+        sampler = EvaluationSampler(
+            self._costs(rows, pair_lengths(rows)),
+            batch_size=self._args.eval_batch_size,
+            data_ranks=self._environment.data_ranks,
+            data_rank=self._environment.data_rank,
+        )
+        return self.of(rows, sampler)
+
+    def of(self, rows: Any, sampler: Any) -> DataLoader[dict[str, Any]]:
+        """sampler: yields the indices of each micro-batch."""
+        args, workers = self._args, self._args.dataloader_num_workers
+        return PairDataLoader(
+            PairDataset(rows, filler_id=self._filler_id),
+            batch_sampler=sampler,
+            collate_fn=self._layout.collator,
+            # Of its own: each pass draws a seed for its workers, which must not move the generator of dropout. A
+            # resumed run makes other passes than an uninterrupted one.
+            generator=torch.Generator(),
+            num_workers=workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+            persistent_workers=args.dataloader_persistent_workers and workers > 0,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+
+    def _costs(self, rows: Any, lengths: list[PairLengths]) -> list[float]:
+        costs = pair_costs(lengths, self._model_config.get_text_config().hidden_size)
+        per_token = self._layout.vision_cost_per_token
+        if not per_token:
+            return costs
+        images = token_counts(rows, self._model_config.image_token_id)
+        return [cost + per_token * tokens for cost, tokens in zip(costs, images, strict=True)]

@@ -1,0 +1,136 @@
+"""Whether an optimizer step may be applied, and whether the ranks stop after it: one host read per step.
+
+report   what this rank adds to the one all-reduce of a step: it wants to stop, its loss of the step before
+begin    the sums of those reports, for this step
+count    each micro-batch's loss; a non-finite one gets a gradient of NaN, so that the global norm tells every rank
+judge    the one read on the host: gradient norm, stop requests, loss of the step before
+guard    optimizer.step() does nothing in a refused step
+"""
+
+import math
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch.distributed.tensor import DTensor
+
+from orpo_dist.config import ORPOConfig
+from orpo_dist.distributed.environment import Environment
+from orpo_dist.errors import NonFiniteRun
+from orpo_dist.training.nonfinite import LossHistory, NonFiniteSteps
+
+
+class StepGuard:
+    """Judges the steps of one run.
+
+    Args:
+        folder: the run's folder, for the files that list the pairs of bad steps.
+        describe_pair: index of a pair -> what those files say of it.
+
+    Attributes:
+        stops: whether the ranks have agreed to stop.
+        refused: whether the present step is not applied.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        args: ORPOConfig,
+        environment: Environment,
+        accelerator: Accelerator,
+        describe_pair: Callable[[int], dict[str, Any]],
+    ):
+        self._bad_steps = NonFiniteSteps(folder, args.max_nonfinite_steps, describe_pair, writes=environment.is_first)
+        self._fp16, self._environment, self._accelerator = args.fp16, environment, accelerator
+        self._history = LossHistory()
+        self._step_loss = torch.zeros((), dtype=torch.float64)
+        self._report = torch.zeros(2, dtype=torch.float64)
+        self._indices: list[int] = []
+        self._last_indices: list[int] = []
+        self._guarded: Any = None
+        self.stops = self.refused = False
+
+    def training_begins(self) -> None:
+        self.stops = self.refused = False
+        self._indices = []
+
+    def report(self, wants_stop: bool, device: torch.device) -> torch.Tensor:
+        """(2,) float64 that this rank adds to the all-reduce of a step: does it want to stop, and its share of the
+        loss of the step before."""
+        wants = torch.tensor(float(wants_stop), dtype=torch.float64).to(device)
+        return torch.stack([wants, self._step_loss.to(device)])
+
+    def begin(self, report: torch.Tensor, indices: list[int]) -> None:
+        """report: (2,) the sum of the ranks' reports; stays on the device. indices: this rank's pairs."""
+        self._report, self._last_indices, self._indices = report, self._indices, indices
+        self._step_loss = torch.zeros_like(report[1])
+
+    def count(self, loss: torch.Tensor) -> torch.Tensor:
+        """The () loss of a micro-batch, with a gradient of NaN where it is not finite.
+
+        An infinite NLL (a logit of -inf) has a finite gradient; like this the global norm tells every rank.
+        """
+        value = loss.detach()
+        self._step_loss = self._step_loss + value.double()
+        return loss * torch.where(value.isfinite(), 1.0, torch.nan).to(loss.dtype)
+
+    def judge(self, norm: torch.Tensor | DTensor | float | None, step: int) -> Any:
+        """Decide about optimizer step number `step` by its global gradient norm, which is returned. Every rank calls
+        it, and all decide alike.
+
+        Raises:
+            NonFiniteRun: too many refused steps in a row, or DeepSpeed has applied one that should have been refused.
+        """
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        known = torch.as_tensor(norm if norm is not None else 0.0, dtype=torch.float64).to(self._report.device)
+        value, stops, last_loss = torch.cat([known.reshape(1), self._report]).tolist()
+        self.stops = self.stops or stops > 0
+        usual = self._history.add(last_loss) if self._last_indices else None
+        if usual is not None:
+            self._bad_steps.spike(step - 1, last_loss, usual, gather_object(self._last_indices))
+        self.refused = not (math.isfinite(value) and value >= 0) or self._deepspeed_skipped()
+        if self.refused:
+            self._not_applied(step, value)
+        else:
+            self._bad_steps.good()
+        return norm
+
+    def _not_applied(self, step: int, norm: float) -> None:
+        loss = float(self._accelerator.reduce(self._step_loss, reduction="sum"))
+        if self._fp16 and math.isfinite(loss):
+            return  # the loss scale was too high: it is halved, and the scaler or DeepSpeed skips the step
+        self._bad_steps.bad(step, loss, norm, gather_object(self._indices))
+        if self._environment.sharding.is_zero and not self._deepspeed_skipped():
+            raise NonFiniteRun(f"DeepSpeed applied step {step} with a gradient norm of {norm}: resume from before it.")
+
+    def _deepspeed_skipped(self) -> bool:
+        """DeepSpeed has stepped inside backward; its own flag says whether the step was applied."""
+        return self._environment.sharding.is_zero and self._accelerator.optimizer_step_was_skipped
+
+    def guard(self, optimizer: Any) -> None:
+        """Make the step() of accelerate's optimizer skip refused steps. A gradient scaler and DeepSpeed do that
+        themselves."""
+        if self._environment.sharding.is_zero or optimizer.scaler is not None or optimizer is self._guarded:
+            return
+        step, self._guarded = optimizer.step, optimizer
+
+        @wraps(step)  # with the mark that the scheduler has left on it
+        def guarded(closure: Any = None) -> None:
+            optimizer._is_overflow = self.refused  # the Trainer leaves the scheduler alone then
+            if not self.refused:
+                step(closure)
+
+        optimizer.step = guarded
+
+    def losses(self) -> list[float]:
+        """Of the last steps, for a checkpoint."""
+        return list(self._history.losses)
+
+    def restore_losses(self, losses: list[float]) -> None:
+        self._history = LossHistory()
+        self._history.losses.extend(losses)

@@ -1,0 +1,111 @@
+"""The launcher inside this process: what its processes get, what is left behind, and what it says about their ends."""
+
+import logging
+import os
+import signal
+import sys
+import threading
+
+import pytest
+import torch
+
+from orpo_dist import cli
+from orpo_dist.cluster.ends import VARIABLE, End, read_ends
+from orpo_dist.cluster.processes import run_launcher
+from orpo_dist.errors import RankError, RunStopped
+
+# Written by rank 1 as soon as it can be told to stop.
+PROGRAM = """
+import os, signal, sys, time
+rank = int(os.environ["RANK"])
+open(f"{rank}.txt", "w").write(os.environ["SECRET"])
+if sys.argv[1] == "wait":
+    signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
+    if rank == 1:
+        os.kill(os.getppid(), signal.SIGUSR1)
+    time.sleep(60)
+sys.exit(int(sys.argv[1]) if rank == 1 else 0)
+"""
+
+
+@pytest.fixture
+def launch(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("OMP_NUM_THREADS", "SECRET", "SLURM_STEP_ID"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "program.py").write_text(PROGRAM)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return lambda how: run_launcher([*command, "program.py", how], {"SECRET": "hush"})
+
+
+def settings():
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
+    logger = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
+    return dict(os.environ), [signal.getsignal(number) for number in numbers], logger.level
+
+
+@pytest.mark.parametrize(("code", "lines"), [(0, 0), (1, 1), (2, 0), (75, 0)])
+def test_the_exit_code_is_the_processes(code, lines, launch, tmp_path, capfd):
+    before = settings()
+    assert launch(str(code)) == code
+    assert settings() == before
+    assert (tmp_path / "0.txt").read_text() == (tmp_path / "1.txt").read_text() == "hush"
+    told = capfd.readouterr().err
+    assert "Traceback" not in told and told.count("rank 1 ") == told.count("exit code 1") == lines
+
+
+def test_a_signal_reaches_the_processes(launch):
+    assert launch("wait") == 75
+
+
+def test_in_a_thread(launch):
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(launch("3")))
+    thread.start()
+    thread.join()
+    assert codes == [3]
+
+
+def test_accelerates_launcher_of_one_process(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "program.py").write_text(PROGRAM)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", "--num_machines=1"]
+    environment = {"RANK": "1", "SECRET": "hush"}
+    assert run_launcher([*command, "program.py", "3"], environment) == 3
+    assert "the training process ended with exit code 3" in capfd.readouterr().err
+
+
+def out_of_memory_of_this_rank(argv):
+    try:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    except torch.OutOfMemoryError as error:
+        raise RankError("Out of memory in step 3.") from error
+
+
+def stopped(argv):
+    raise RunStopped("SIGTERM", 3, "run/checkpoint-3")
+
+
+def loading_a_model_runs_out_of_memory(argv):
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def bad_input(argv):
+    raise RankError("pairs.jsonl is empty.")
+
+
+@pytest.mark.parametrize(
+    ("main", "code", "end"),
+    [
+        (out_of_memory_of_this_rank, 2, End(out_of_memory=True)),
+        (loading_a_model_runs_out_of_memory, 1, End(out_of_memory=True)),
+        (stopped, 75, End(False, "SIGTERM", 3, "run/checkpoint-3")),
+        (bad_input, 2, End()),
+    ],
+)
+def test_a_process_writes_how_it_ended(main, code, end, tmp_path, monkeypatch):
+    monkeypatch.setattr("orpo_dist.train.main", main)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    assert cli.main(["train", "recipe.yaml"]) == code
+    assert read_ends(tmp_path) == [end]
