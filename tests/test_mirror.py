@@ -13,6 +13,7 @@ PACKAGE, TESTS = Path(orpo_dist.__file__).parent, Path(__file__).parent
 MIRRORED_ELSEWHERE: dict[str, tuple[list[str], str]] = {
     "autotrain/slurm.py": (["cluster/test_slurm.py"], "it only submits a job"),
     "cluster/cancel.py": (["cluster/test_slurm.py", "cluster/test_submit.py"], "it needs jobs that run"),
+    "cluster/ends.py": (["cluster/test_processes.py"], "the starter reads what its processes wrote"),
     "cluster/files.py": (["cluster/test_launch.py"], "two look-ups, tested where they are used"),
     "cluster/job.py": (["cluster/test_render.py"], "a request is what is rendered"),
     "cluster/prefetch.py": (["cluster/test_slurm.py", "cluster/test_submit.py"], "it is a job of its own before a run"),
@@ -39,10 +40,12 @@ MIRRORED_ELSEWHERE: dict[str, tuple[list[str], str]] = {
     "model/packed/verify.py": (["model/test_families.py"], "the check runs on each family"),
     "model/packed/verify_images.py": (["model/test_vision_families.py"], "the check runs on each vision family"),
     "run/prepare.py": (["test_train.py", "test_trainer.py"], "preparation is the first half of a run"),
+    "training/adapting.py": (["test_trainer.py", "vlm/test_trainer.py"], "the model as the trainer makes it"),
     "training/checkpoint_writer.py": (
         ["training/test_resuming.py", "survival/test_disk.py"],
         "it shows when runs resume",
     ),
+    "training/layout_options.py": (["test_trainer.py", "vlm/test_trainer.py"], "what a run's rows mean"),
     "training/refusals.py": (["test_trainer.py"], "each refusal is an argument of the trainer"),
 }
 
