@@ -48,6 +48,7 @@ from orpo_dist.model.forward import PairForward
 from orpo_dist.model.loading.load import load_model
 from orpo_dist.model.loading.processor import model_init_kwargs
 from orpo_dist.model.packed.choose_layout import LayoutChoice
+from orpo_dist.model.patches import BLOCKS_COMPILED_ALREADY, ONE_DEVICE_PER_PROCESS, replace_attribute
 from orpo_dist.options.durations import seconds_of
 from orpo_dist.packing.lengths import PairLengths, is_tokenised, pair_lengths
 from orpo_dist.packing.sampler import FILLER
@@ -164,7 +165,7 @@ class ORPOTrainer(Trainer):
         # With this and the token count of get_batch_samples, training_step knows that compute_loss has divided by the
         # totals of the global batch and does not divide by the accumulation steps (transformers 5.17 has no other way).
         self.model_accepts_loss_kwargs = True
-        self.args._n_gpu = min(self.args.n_gpu, 1)  # DataParallel would tear pairs apart; accelerate launch shares them
+        replace_attribute(self.args, "_n_gpu", min(self.args.n_gpu, 1), ONE_DEVICE_PER_PROCESS)
         self.model.add_model_tags(self._tag_names)
         self._make_parts()
 
@@ -219,8 +220,9 @@ class ORPOTrainer(Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        # The blocks are compiled (model/packed/compile.py); accelerate would compile the whole model around them.
-        self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
+        replace_attribute(
+            self.accelerator.state, "dynamo_plugin", TorchDynamoPlugin(backend="no"), BLOCKS_COMPILED_ALREADY
+        )
 
     def get_train_dataloader(self) -> DataLoader:
         return self.loaders.training(
@@ -256,8 +258,11 @@ class ORPOTrainer(Trainer):
         """
         folder = self._resuming.resolve(resume_from_checkpoint)
         pickles = safe_pickles() if self.environment.sharding.is_zero else nullcontext()
-        with self._stop_requests.listening(), pickles:
-            return super().train(folder, *args, **kwargs)
+        try:
+            with self._stop_requests.listening(), pickles:
+                return super().train(folder, *args, **kwargs)
+        finally:
+            self._step_guard.release()
 
     def _inner_training_loop(  # type: ignore[override]  # the Trainer calls it by these names
         self, batch_size: int | None = None, **kwargs: Any

@@ -25,14 +25,9 @@ MIRRORED_ELSEWHERE: dict[str, tuple[list[str], str]] = {
         ["survival/test_security.py", "survival/test_world_size.py"],
         "DeepSpeed's files, kept real",
     ),
-    "model/forward.py": (["test_trainer.py", "model/test_families.py"], "the forward of every run and every family"),
     "model/loading/processor.py": (
         ["model/loading/test_load.py", "model/loading/test_vision.py"],
         "loaded with its model",
-    ),
-    "model/packed/choose_layout.py": (
-        ["test_trainer.py", "vlm/test_trainer.py"],
-        "a choice for the whole run",
     ),
     "model/packed/mixers.py": (["model/test_families.py"], "each family has other mixers"),
     "model/packed/rotary.py": (["model/test_families.py"], "the rotary kinds belong to families"),
@@ -40,12 +35,6 @@ MIRRORED_ELSEWHERE: dict[str, tuple[list[str], str]] = {
     "model/packed/verify.py": (["model/test_families.py"], "the check runs on each family"),
     "model/packed/verify_images.py": (["model/test_vision_families.py"], "the check runs on each vision family"),
     "run/prepare.py": (["test_train.py", "test_trainer.py"], "preparation is the first half of a run"),
-    "training/adapting.py": (["test_trainer.py", "vlm/test_trainer.py"], "the model as the trainer makes it"),
-    "training/checkpoint_writer.py": (
-        ["training/test_resuming.py", "survival/test_disk.py"],
-        "it shows when runs resume",
-    ),
-    "training/layout_options.py": (["test_trainer.py", "vlm/test_trainer.py"], "what a run's rows mean"),
     "training/refusals.py": (["test_trainer.py"], "each refusal is an argument of the trainer"),
 }
 

@@ -487,3 +487,30 @@ def test_router_aux_loss_by_its_definition(tmp_path, chat_tokenizer):
 def test_router_loss_trains(tmp_path, chat_tokenizer, trained):
     trainer = trained(pairs(8, len(chat_tokenizer)), model=moe(len(chat_tokenizer)))
     assert np.isfinite(trainer.state.log_history[0]["loss"])
+
+
+# ---------------------------------------------------------------- the config that was given
+
+
+def test_the_given_config_is_not_changed(tmp_path, chat_tokenizer, tiny_llama):
+    """Reused for a second trainer it means the same again."""
+    args = config(
+        tmp_path,
+        save_total_limit=1,
+        gradient_checkpointing=True,
+        ddp_find_unused_parameters=None,
+        max_prompt_length=8,
+        warmup_steps=0.1,
+    )
+    before = dict(vars(args))
+    for _ in range(2):
+        trainer = ORPOTrainer(
+            tiny_llama(len(chat_tokenizer)),
+            args,
+            train_dataset=datasets.Dataset.from_list(TEXT_ROWS),
+            processing_class=chat_tokenizer,
+            peft_config=LoraConfig(r=2, target_modules="all-linear"),
+        )
+        trainer.train()
+        assert vars(args) == before
+    assert trainer.args is not args

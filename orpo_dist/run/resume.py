@@ -4,8 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from accelerate.logging import get_logger
-
+from orpo_dist.distributed.log import get_logger
 from orpo_dist.distributed.zero import LATEST_UNIVERSAL
 from orpo_dist.errors import UserError
 from orpo_dist.run.checkpoint import Manifest, checkpoint_folders, verify

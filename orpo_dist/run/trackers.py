@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlparse
 
-from accelerate.logging import get_logger
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
+from orpo_dist.distributed.log import get_logger
 from orpo_dist.errors import UserError
 
 logger = get_logger(__name__)  # of the main process alone

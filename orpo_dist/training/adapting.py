@@ -2,13 +2,13 @@
 
 from typing import Any, cast
 
-from accelerate.logging import get_logger
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
 from orpo_dist.config import ORPOConfig
 from orpo_dist.distributed.environment import Sharding, loading_sharding
+from orpo_dist.distributed.log import get_logger
 from orpo_dist.model.loading.adapters import add_adapter, disable_base_dropout
 from orpo_dist.model.loading.vision import freeze, frozen_parts, name_present_layers, without_parts
 from orpo_dist.training.refusals import warn_without_liger_kernels

@@ -4,11 +4,11 @@ them."""
 from collections.abc import Callable
 from typing import Any
 
-from accelerate.logging import get_logger
 from transformers import ProcessorMixin
 
 from orpo_dist.config import ORPOConfig
 from orpo_dist.distributed.environment import Environment
+from orpo_dist.distributed.log import get_logger
 from orpo_dist.errors import UserError
 from orpo_dist.loss import Objective
 from orpo_dist.model.packed.choose_layout import ImageSetup, LayoutOptions

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelerate.logging import get_logger
-
+from orpo_dist.distributed.log import get_logger
 from orpo_dist.errors import NonFiniteRun
 from orpo_dist.packing.lengths import PairLengths
 

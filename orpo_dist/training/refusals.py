@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from accelerate.logging import get_logger
 from transformers.utils import is_liger_kernel_available
 
 from orpo_dist.config import ORPOConfig
 from orpo_dist.distributed.environment import Sharding
+from orpo_dist.distributed.log import get_logger
 from orpo_dist.errors import UserError
 
 logger = get_logger(__name__)

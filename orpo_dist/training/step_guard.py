@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from orpo_dist.config import ORPOConfig
 from orpo_dist.distributed.environment import Environment
 from orpo_dist.errors import NonFiniteRun
+from orpo_dist.model.patches import SKIPPED_STEP, Patched, replace_attribute
 from orpo_dist.training.nonfinite import LossHistory, NonFiniteSteps
 
 
@@ -51,7 +52,7 @@ class StepGuard:
         self._report = torch.zeros(2, dtype=torch.float64)
         self._indices: list[int] = []
         self._last_indices: list[int] = []
-        self._guarded: Any = None
+        self._guarded: Patched | None = None
         self.stops = self.refused = False
 
     def training_begins(self) -> None:
@@ -115,9 +116,9 @@ class StepGuard:
     def guard(self, optimizer: Any) -> None:
         """Make the step() of accelerate's optimizer skip refused steps. A gradient scaler and DeepSpeed do that
         themselves."""
-        if self._environment.sharding.is_zero or optimizer.scaler is not None or optimizer is self._guarded:
+        if self._environment.sharding.is_zero or optimizer.scaler is not None:
             return
-        step, self._guarded = optimizer.step, optimizer
+        step = optimizer.step
 
         @wraps(step)  # with the mark that the scheduler has left on it
         def guarded(closure: Any = None) -> None:
@@ -125,7 +126,12 @@ class StepGuard:
             if not self.refused:
                 step(closure)
 
-        optimizer.step = guarded
+        self._guarded = replace_attribute(optimizer, "step", guarded, SKIPPED_STEP)
+
+    def release(self) -> None:
+        """Give the optimizer its own step() back."""
+        if self._guarded is not None:
+            self._guarded.undo()
 
     def losses(self) -> list[float]:
         """Of the last steps, for a checkpoint."""

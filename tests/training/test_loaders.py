@@ -1,79 +1,61 @@
-"""Which pairs a data rank gets, in which micro-batches, by hand."""
+"""Which pairs a data rank gets from its loaders."""
 
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from orpo_dist.distributed.environment import Environment, Sharding
-from orpo_dist.packing.lengths import PairLengths, pair_lengths
+from orpo_dist.packing.lengths import pair_lengths
 from orpo_dist.packing.sampler import FILLER
 from orpo_dist.training.loaders import PairLoaders
+from tests.trainer_runs import config, pairs
 
-ROWS = [{"prompt_ids": [5] * n, "chosen_ids": [6], "rejected_ids": [7]} for n in (1, 2, 3, 4, 5)]
-CONFIG = SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=8), image_token_id=5)
-
-
-@pytest.fixture
-def loaders():
-    """`loaders(data_rank, **args)` of two data ranks on four world ranks; a batch is the indices of its pairs."""
-
-    def make(data_rank=0, vision_cost=None, **changed):
-        args = SimpleNamespace(
-            **{"seed": 3, "data_seed": None, "dataloader_drop_last": False, "eval_batch_size": 2}
-            | {"dataloader_num_workers": 0, "dataloader_pin_memory": False, "device": torch.device("cpu")}
-            | {"dataloader_persistent_workers": False, "dataloader_prefetch_factor": None}
-            | changed
-        )
-        environment = Environment(2 * data_rank, 4, 2 * data_rank, data_rank, 2, Sharding.REPLICATED)
-        layout = SimpleNamespace(
-            collator=lambda rows: [row["index"] for row in rows], vision_cost_per_token=vision_cost
-        )
-        return PairLoaders(args, environment, layout, CONFIG, filler_id=9)
-
-    return make
+ROWS = pairs(22, 100)
 
 
-def training(loaders, **options):
-    return loaders.training(ROWS, pair_lengths(ROWS), **options)
+class IndexCollator:
+    def __call__(self, rows):
+        return [row["index"] for row in rows]
 
 
-def test_a_global_batch_is_cut_over_the_data_ranks(loaders):
-    first, second = (list(training(loaders(rank), global_batch=4, micro_batch=1)) for rank in (0, 1))
-    assert len(first) == len(second) == 3  # two micro-steps of 4 pairs, then one of a single pair
-    seen = [batch for rank in (first, second) for batch in rank]
-    assert sorted(index for batch in seen for index in batch if index != FILLER) == [0, 1, 2, 3, 4]
-    assert sum(batch == [FILLER] for batch in seen) == 1  # what the other rank does meanwhile
+def loaders(folder, data_rank=0, data_ranks=1, vision_cost=0.0, **more):
+    text = SimpleNamespace(hidden_size=8)
+    model_config = SimpleNamespace(get_text_config=lambda: text, image_token_id=5)
+    layout = SimpleNamespace(vision_cost_per_token=vision_cost, collator=IndexCollator())
+    environment = Environment(data_rank, data_ranks, data_rank, data_rank, data_ranks, Sharding.REPLICATED)
+    return PairLoaders(config(folder, **more), environment, layout, model_config, filler_id=0)
 
 
-def test_larger_micro_batches_are_fewer(loaders):
-    assert len(training(loaders(), global_batch=4, micro_batch=2)) == 2
-    assert len(training(loaders(dataloader_drop_last=True), global_batch=4, micro_batch=2)) == 1
-
-
-def test_the_order_has_a_seed_of_its_own(loaders):
-    order = list(training(loaders(), global_batch=2, micro_batch=1))
-    assert order == list(training(loaders(data_seed=3, seed=99), global_batch=2, micro_batch=1))
-    assert order != list(training(loaders(data_seed=4), global_batch=2, micro_batch=1))
-
-
-def test_evaluation_sees_every_pair_once(loaders):
-    batches = [batch for rank in (0, 1) for batch in loaders(rank).evaluation(ROWS)]
-    assert sorted(index for batch in batches for index in batch if index != FILLER) == [0, 1, 2, 3, 4]
-    assert max(len(batch) for batch in batches) <= 2
-
-
-def test_an_image_token_costs_its_share_of_the_tower(loaders):
+def test_every_pair_once_per_epoch_over_all_data_ranks(tmp_path):
     lengths = pair_lengths(ROWS)
-    plain, with_tower = (loaders(vision_cost=cost)._costs(ROWS, lengths) for cost in (None, 2.0))
-    # Every prompt token of these rows is the image token.
-    assert [b - a for a, b in zip(plain, with_tower, strict=True)] == pytest.approx([2, 4, 6, 8, 10])
-    assert plain[0] == pytest.approx(3 + PairLengths(1, 1, 1).query_keys / 48)
+    seen = [
+        list(loaders(tmp_path, rank, 3).training(ROWS, lengths, global_batch=8, micro_batch=2)) for rank in range(3)
+    ]
+    assert len({len(batches) for batches in seen}) == 1  # as many micro-batches on each rank
+    indices = [index for batches in seen for batch in batches for index in batch if index != FILLER]
+    assert sorted(indices) == list(range(22))
 
 
-def test_a_pass_does_not_move_the_generator_of_dropout(loaders):
-    torch.manual_seed(0)
-    expected = torch.rand(3)
-    torch.manual_seed(0)
-    list(training(loaders(), global_batch=4, micro_batch=1))
-    assert torch.equal(torch.rand(3), expected)
+def test_the_order_follows_data_seed_and_else_seed(tmp_path):
+    def order(**more):
+        return list(loaders(tmp_path, **more).training(ROWS, pair_lengths(ROWS), global_batch=4, micro_batch=4))
+
+    assert order(seed=1) == order(seed=2, data_seed=1) != order(seed=2)
+
+
+@pytest.mark.parametrize("data_ranks", [1, 2])
+def test_an_evaluation_sees_every_pair_once(tmp_path, data_ranks):
+    batches = [
+        batch
+        for rank in range(data_ranks)
+        for batch in loaders(tmp_path, rank, data_ranks, per_device_eval_batch_size=3).evaluation(ROWS)
+    ]
+    assert sorted(index for batch in batches for index in batch if index != FILLER) == list(range(22))
+    assert max(map(len, batches)) == 3
+
+
+def test_image_tokens_weigh_in_the_costs(tmp_path):
+    """Rows of equal length: the one whose prompt is all image tokens (id 5) comes first in an evaluation."""
+    rows = [{"prompt_ids": [token] * 4, "chosen_ids": [9], "rejected_ids": [9]} for token in (7, 7, 5, 7)]
+    (batch,) = loaders(tmp_path, vision_cost=2.0, per_device_eval_batch_size=4).evaluation(rows)
+    assert batch == [2, 0, 1, 3]

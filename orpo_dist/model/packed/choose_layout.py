@@ -7,7 +7,6 @@ The packed layout computes the prompt once, pads nothing and forms no logits bey
 concatenated forward; it is the oracle, and the fallback where a model cannot take the other.
 """
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from orpo_dist.distributed.log import get_logger
 from orpo_dist.errors import UserError
 from orpo_dist.loss import Objective
 from orpo_dist.model.head.install import install_head
@@ -30,7 +30,7 @@ from orpo_dist.packing.padded import EncoderDecoderCollator, PaddedCollator
 from orpo_dist.packing.sampler import FILLER
 from orpo_dist.packing.trl_collator import TRLCollator
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 Rows = Sequence[dict[str, Any]]
 Collator = Callable[[Rows], dict[str, Any]]

@@ -1,0 +1,65 @@
+"""The forward of a micro-batch in both layouts, against each other and without totals."""
+
+import pickle
+
+import pytest
+import torch
+
+from orpo_dist.loss import Objective
+from orpo_dist.model.forward import PairForward
+from orpo_dist.model.packed.choose_layout import LayoutChoice, LayoutOptions
+from orpo_dist.packing.padded import PaddedLayout
+from tests.trainer_runs import pairs
+
+ROWS = [{**row, "weight": 1.0, "index": index} for index, row in enumerate(pairs(3, 60))]
+CPU = torch.device("cpu")
+
+
+def chosen(model, **changes):
+    defaults = dict(
+        objective=Objective(),
+        padding_free=True,
+        prefix_sharing=True,
+        verify_layout=True,
+        loss_chunk_size=None,
+        nll_scope="sequence",
+        pad_token_id=0,
+        max_length=None,
+        compute_dtype=torch.float32,
+    )
+    layout = LayoutChoice(LayoutOptions(**{**defaults, **changes}))
+    layout.choose(model, router_aux_loss_coef=0.0)
+    return layout
+
+
+def run(layout, model, totals=True):
+    batch = layout.collator(ROWS)
+    made = batch["orpo_layout"]
+    if totals:
+        made.tokens, made.pairs = made.counts().float().unbind()
+    return PairForward(layout, Objective())(model, batch, CPU)
+
+
+def test_packed_is_padded(tiny_llama):
+    packed, padded = tiny_llama(64), tiny_llama(64)
+    ours = run(chosen(packed), packed)
+    theirs = run(chosen(padded, padding_free=False), padded)
+    assert ours.loss.item() == pytest.approx(theirs.loss.item(), rel=1e-5)
+    torch.testing.assert_close(ours.scores.chosen_logps, theirs.scores.chosen_logps)
+    ours.loss.backward()
+    theirs.loss.backward()
+    for one, other in zip(packed.parameters(), padded.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_without_totals_the_padded_layout_has_scores_alone(tiny_llama):
+    model = tiny_llama(64)
+    result = run(chosen(model, padding_free=False), model, totals=False)
+    assert result.loss is None and result.scores.chosen_logps.shape == (3,)
+
+
+def test_a_collator_reaches_workers_without_the_model(tiny_llama):
+    layout = chosen(tiny_llama(64), padding_free=False)
+    copy = pickle.loads(pickle.dumps(layout.collator))
+    assert isinstance(copy(ROWS)["orpo_layout"], PaddedLayout)
+    assert len(pickle.dumps(layout.collator)) < 5000

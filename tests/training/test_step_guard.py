@@ -1,0 +1,91 @@
+"""Which steps are applied, by hand-made gradient norms."""
+
+import json
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from orpo_dist.distributed.environment import Environment, Sharding
+from orpo_dist.errors import NonFiniteRun
+from orpo_dist.training.step_guard import StepGuard
+from tests.trainer_runs import config
+
+ALONE = Environment(0, 1, 0, 0, 1, Sharding.REPLICATED)
+
+
+@pytest.fixture
+def guard(tmp_path):
+    args = config(tmp_path, max_nonfinite_steps=2)
+    return StepGuard(tmp_path, args, ALONE, Accelerator(cpu=True), lambda index: {"row": 10 + index})
+
+
+def step(guard, norm, *, number, wants_stop=False, losses=(1.0,), indices=(0, 1)):
+    guard.begin(guard.report(wants_stop, torch.device("cpu")), list(indices))
+    counted = [guard.count(torch.tensor(loss, requires_grad=True)) for loss in losses]
+    guard.judge(torch.tensor(norm), number)
+    return counted
+
+
+def test_a_finite_norm_is_applied_and_a_stop_request_stays(guard):
+    step(guard, 0.5, number=1)
+    assert not guard.refused and not guard.stops
+    step(guard, 0.5, number=2, wants_stop=True)
+    step(guard, 0.5, number=3)
+    assert guard.stops
+    guard.training_begins()
+    assert not guard.stops
+
+
+@pytest.mark.parametrize("norm", [math.nan, math.inf, -1.0])
+def test_a_bad_norm_is_refused_and_its_pairs_are_written_down(guard, tmp_path, norm):
+    step(guard, norm, number=4, losses=(2.0, 3.0), indices=(7, 3))
+    assert guard.refused
+    (event,) = [json.loads(line) for line in (tmp_path / "nonfinite_steps.jsonl").read_text().splitlines()]
+    assert event["step"] == 4 and float(event["loss"]) == 5.0
+    assert event["pairs"] == [{"index": 7, "row": 17}, {"index": 3, "row": 13}]
+
+
+def test_too_many_refused_steps_in_a_row_end_the_run(guard):
+    step(guard, math.nan, number=1)
+    step(guard, 1.0, number=2)
+    step(guard, math.nan, number=3)
+    with pytest.raises(NonFiniteRun, match="2 steps in a row"):
+        step(guard, math.nan, number=4)
+
+
+def test_only_a_non_finite_loss_gets_a_gradient_of_nan(guard):
+    for value, gradient in ((2.0, 1.0), (math.inf, math.nan)):
+        loss = torch.tensor(value, requires_grad=True)
+        guard.begin(torch.zeros(2, dtype=torch.float64), [])
+        guard.count(loss).backward()
+        assert loss.grad.item() == gradient or (math.isnan(gradient) and loss.grad.isnan())
+
+
+def test_a_refused_step_leaves_the_weights_and_release_gives_step_back(guard):
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = Accelerator(cpu=True).prepare_optimizer(torch.optim.SGD([weight], lr=1.0))
+    before = dict(vars(optimizer))
+    guard.guard(optimizer)
+    weight.grad = torch.ones(1)
+    step(guard, math.nan, number=1)
+    optimizer.step()
+    assert weight.item() == 1.0 and optimizer.step_was_skipped
+    step(guard, 1.0, number=2)
+    optimizer.step()
+    assert weight.item() == 0.0 and not optimizer.step_was_skipped
+    guard.release()
+    assert vars(optimizer).keys() == before.keys()
+    guard.refused = True
+    optimizer.step()
+    assert weight.item() == -1.0  # its own step() again
+
+
+def test_losses_survive_a_checkpoint(guard, tmp_path):
+    for number in range(1, 4):
+        step(guard, 1.0, number=number, losses=(float(number),))
+    assert guard.losses() == [1.0, 2.0]  # the loss of a step is known with the next one
+    other = StepGuard(tmp_path, config(tmp_path), ALONE, Accelerator(cpu=True), lambda index: {})
+    other.restore_losses(guard.losses())
+    assert other.losses() == [1.0, 2.0]
