@@ -1,7 +1,6 @@
 """What images mean for positions and attention, by hand. Real models: tests/model/test_vision_families.py."""
 
-from types import SimpleNamespace
-
+import datasets
 import pytest
 import torch
 
@@ -124,4 +123,4 @@ def test_the_shortest_prompt_with_images():
     ]
     assert shortest_with_images(rows)["index"] == 5
     assert shortest_with_images(ROWS) is None and shortest_with_images(None) is None
-    assert shortest_with_images(SimpleNamespace(column_names=["prompt_ids"])) is None
+    assert shortest_with_images(datasets.Dataset.from_list([{"prompt_ids": [1]}])) is None
