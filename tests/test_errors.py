@@ -1,10 +1,12 @@
-"""The tree of errors: exit codes as its docstring draws them, and where an error was raised."""
+"""Ends of a run: their exit codes, what survives between processes, and where an error was raised."""
 
 import ast
+import pickle
 
 import pytest
 
 from orpo_dist import cli, errors
+from orpo_dist.errors import BadRow, RunStopped
 
 
 def test_callers_of_trl_catch_a_user_error():
@@ -38,3 +40,21 @@ def test_where_an_error_was_raised():
         ast.literal_eval("{")  # the standard library counts as its caller
     except SyntaxError as error:
         assert errors.raised_in(error) == __name__
+
+
+def test_exit_codes_that_schedulers_know():
+    codes = (errors.FINISHED, errors.FAILED, errors.BAD_INPUT, errors.GAVE_UP, errors.STOPPED, errors.INTERRUPTED)
+    assert codes == (0, 1, 2, 3, 75, 130)
+
+
+def test_a_stopped_run_ends_the_process_with_its_code():
+    stopped = RunStopped("SIGTERM", 7, "run/checkpoint-7")
+    assert isinstance(stopped, SystemExit) and stopped.code == 75
+    assert str(stopped).startswith("Stopped at step 7 (SIGTERM): saved run/checkpoint-7.")
+    assert "nothing to save yet" in str(RunStopped("SIGTERM"))
+
+
+def test_a_bad_row_survives_pickling():
+    """Rows are read in worker processes."""
+    bad = pickle.loads(pickle.dumps(BadRow("empty completion", "chosen", "it is empty")))
+    assert (bad.kind, bad.column, bad.reason) == ("empty completion", "chosen", "it is empty")

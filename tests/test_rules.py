@@ -14,15 +14,11 @@ def changes_of_the_path(tree: ast.AST) -> list[int]:
     found = []
     for node in ast.walk(tree):
         attribute = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
-        if (
-            (attribute and (node.value.id, node.attr) in (("sys", "path"), ("site", "addsitedir")))
-            or (isinstance(node, ast.ImportFrom) and node.module == "sys" and "path" in {a.name for a in node.names})
-            or (
-                isinstance(node, ast.Call)
-                and isinstance(node.func, ast.Attribute)
-                and node.func.attr == "syspath_prepend"
-            )
-        ):
+        if attribute and (node.value.id, node.attr) in (("sys", "path"), ("site", "addsitedir")):
+            found.append(node.lineno)
+        if isinstance(node, ast.ImportFrom) and node.module == "sys" and "path" in {a.name for a in node.names}:
+            found.append(node.lineno)
+        if isinstance(node, ast.Attribute) and node.attr == "syspath_prepend":
             found.append(node.lineno)
     return found
 

@@ -12,9 +12,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainerCallback
 
 from orpo_dist import cli
-from orpo_dist.data.splits import load_splits
 from orpo_dist.errors import UserError
-from orpo_dist.options.data import DataArguments
 from orpo_dist.recipe.recipe import Recipe
 from orpo_dist.run.checkpoint import seal
 from orpo_dist.run.resume import checkpoint_to_resume
@@ -291,22 +289,6 @@ def test_which_checkpoint_is_meant(tmp_path, capsys):
         checkpoint_to_resume(None, folder)
 
 
-# ---------------------------------------------------------------------- rows
-
-
-def test_held_out_rows_are_no_training_rows(pairs):
-    data = DataArguments(dataset_name=str(pairs / "test.jsonl"), test_split_size=2)
-    rows, held_out = load_splits(data, seed=1)
-    assert (len(rows), len(held_out)) == (3, 2)
-    assert not set(rows["prompt"]) & set(held_out["prompt"])
-    assert load_splits(data, seed=1)[1]["prompt"] == held_out["prompt"]
-    share = DataArguments(dataset_name=str(pairs / "test.jsonl"), test_split_size=0.4)
-    assert [len(part) for part in load_splits(share, seed=1)] == [3, 2]
-    for size in (5, 0.01):
-        with pytest.raises(UserError, match="leaves no row"):
-            load_splits(DataArguments(dataset_name=str(pairs / "test.jsonl"), test_split_size=size), seed=1)
-
-
 # ---------------------------------------------------------------------- refusals, before a model is loaded
 
 
@@ -365,13 +347,3 @@ def test_push_sends_the_finished_folder(options, tmp_path, monkeypatch):
     assert 'from_pretrained("me/tuned")' in card
     assert "Odds Ratio" in card or "odds ratio" in card  # ours, not the draft of transformers
     assert SECRET.encode() not in (tmp_path / "training_args.bin").read_bytes()
-
-
-def test_a_split_of_one_file_is_refused(tmp_path):
-    """It would be the training rows again."""
-    file = tmp_path / "pairs.jsonl"
-    file.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 20)
-    with pytest.raises(UserError, match="test_split_size"):
-        load_splits(DataArguments(dataset_name=str(file), dataset_test_split="test"), seed=0)
-    train, held_out = load_splits(DataArguments(dataset_name=str(file), test_split_size=0.1), seed=0)
-    assert (len(train), len(held_out)) == (18, 2)

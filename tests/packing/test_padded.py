@@ -1,7 +1,6 @@
 import torch
 
 from orpo_dist.packing.padded import EncoderDecoderCollator, PaddedCollator, score_padded
-from orpo_dist.packing.trl_collator import TRLCollator
 
 ROWS = [
     {"prompt_ids": [5, 6], "chosen_ids": [7, 2], "rejected_ids": [8, 9, 2], "weight": 1.0, "index": 0},
@@ -50,17 +49,3 @@ def test_encoder_decoder_rows_are_not_shifted_twice():
     layout = batch["orpo_layout"]
     assert layout.targets.tolist() == [[7, 2, 0], [4, 2, 0], [8, 9, 2], [3, 2, 0]]
     assert layout.counts().tolist() == [4, 2]
-
-
-def test_a_collator_written_for_trl_gives_the_same_batch():
-    from trl.experimental.utils import DPODataCollatorWithPadding
-
-    ours = PaddedCollator(pad_token_id=0, nll_scope="sequence")(ROWS)
-    theirs = TRLCollator(DPODataCollatorWithPadding(pad_token_id=0), pad_token_id=0, nll_scope="sequence")(ROWS)
-    assert torch.equal(ours["input_ids"], theirs["input_ids"])
-    assert torch.equal(ours["attention_mask"], theirs["attention_mask"])
-    for name in ("completion", "nll", "weight"):
-        assert torch.equal(getattr(ours["orpo_layout"], name), getattr(theirs["orpo_layout"], name)), name
-    completion = ours["orpo_layout"].completion
-    assert torch.equal(ours["orpo_layout"].targets[completion], theirs["orpo_layout"].targets[completion])
-    assert torch.equal(ours["orpo_layout"].targets[:2], theirs["orpo_layout"].targets[:2])

@@ -1,4 +1,4 @@
-"""The packed attention function and its backends against attention written out over the whole row."""
+"""The packed attention function as a layer calls it, against attention written out over the whole row."""
 
 from dataclasses import replace
 
@@ -6,34 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from orpo_dist.model.attention import sequences as attention_sequences
 from orpo_dist.model.attention.interface import packed_attention
-from orpo_dist.model.attention.kernels import KernelCase, on_gathered_keys, trusted_kernel
-from orpo_dist.model.attention.sequences import Scores, explicit_attention, sdpa_attention
+from orpo_dist.model.attention.kernels import KernelCase, trusted_kernel
+from orpo_dist.model.attention.sequences import Scores
 from orpo_dist.packing.layout import PackedLayoutError
 from tests.model.attention.cases import HEADS, SIZE, assert_same, gradients, make, whole_row
-from tests.model.attention.varlen_reference import reference_kernel
-
-
-@pytest.mark.parametrize("window", [None, 1, 6])
-@pytest.mark.parametrize("sharing", [True, False])
-def test_sdpa_and_varlen(sharing, window):
-    layout, *inputs = make(sharing)
-    scores = Scores(scale=0.7, window=window)
-    assert_same(lambda q, k, v: sdpa_attention(q, k, v, layout, scores), inputs, scores, layout)
-    kernel = on_gathered_keys(reference_kernel)
-    assert_same(lambda q, k, v: kernel(q, k, v, layout, scores), inputs, scores, layout)
-
-
-@pytest.mark.parametrize("block", [1024, 4], ids=["whole", "blocks"])
-@pytest.mark.parametrize("sharing", [True, False])
-@pytest.mark.parametrize("softcap, sinks, window", [(2.0, False, None), (None, True, 6), (2.0, True, 6)])
-def test_softcap_and_sinks(monkeypatch, softcap, sinks, window, sharing, block):
-    monkeypatch.setattr(attention_sequences, "EXPLICIT_BLOCK", block)
-    layout, *inputs = make(sharing)
-    sink_logits = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64, requires_grad=True)
-    scores = Scores(scale=0.7, window=window, softcap=softcap, sinks=sink_logits if sinks else None)
-    assert_same(lambda q, k, v: explicit_attention(q, k, v, layout, scores), inputs, scores, layout)
 
 
 def test_interface_reads_the_keywords_of_a_layer():
@@ -113,13 +90,3 @@ def test_kernel_on_the_device(sharing, softcap, sinks, window, size):
     for ours, theirs in pairs:
         assert (ours.double() - theirs).norm() / theirs.norm() < 1e-2
         assert (ours.double() - theirs).abs().max() < 3e-2 * theirs.abs().max()
-
-
-@cuda
-@pytest.mark.parametrize("keywords", [{}, {"softcap": 2.0}, {"sinks": True}])
-def test_sequence_by_sequence_on_the_device(keywords):
-    layout, *inputs = make(True, torch.float32, "cuda", 64)
-    sinks = torch.linspace(-1, 1, HEADS, device="cuda", requires_grad=True) if keywords.get("sinks") else None
-    scores = Scores(scale=0.125, window=6, softcap=keywords.get("softcap"), sinks=sinks)
-    function = explicit_attention if keywords else sdpa_attention
-    assert_same(lambda q, k, v: function(q, k, v, layout, scores), inputs, scores, layout, rtol=1e-3, atol=1e-4)

@@ -1,0 +1,84 @@
+"""Tests mirror the package: orpo_dist/a/b.py is tested by tests/a/test_b.py, or the table below says where and why."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import orpo_dist
+
+PACKAGE, TESTS = Path(orpo_dist.__file__).parent, Path(__file__).parent
+
+# Module -> the test files that cover it, and the reason why they are not its mirror.
+MIRRORED_ELSEWHERE: dict[str, tuple[list[str], str]] = {
+    "autotrain/slurm.py": (["cluster/test_slurm.py"], "it only submits a job"),
+    "cluster/cancel.py": (["cluster/test_slurm.py", "cluster/test_submit.py"], "it needs jobs that run"),
+    "cluster/ends.py": (["cluster/test_processes.py"], "the starter reads what its processes wrote"),
+    "cluster/files.py": (["cluster/test_launch.py"], "two look-ups, tested where they are used"),
+    "cluster/job.py": (["cluster/test_render.py"], "a request is what is rendered"),
+    "cluster/prefetch.py": (["cluster/test_slurm.py", "cluster/test_submit.py"], "it is a job of its own before a run"),
+    "cluster/site.py": (["cluster/test_render.py"], "a profile is what is rendered"),
+    "cluster/status.py": (["cluster/test_submit.py", "cluster/test_slurm.py"], "it tells what submit has started"),
+    "commands/convert_checkpoint.py": (["survival/test_world_size.py"], "it needs a checkpoint of two DeepSpeed ranks"),
+    "config.py": (["recipe/test_recipe.py", "test_trainer.py"], "its fields reach a recipe and change a run"),
+    "demo/texts.py": (["demo/test_support_set.py"], "the words of the support set, without code of their own"),
+    "distributed/zero.py": (
+        ["survival/test_security.py", "survival/test_world_size.py"],
+        "DeepSpeed's files, kept real",
+    ),
+    "model/loading/processor.py": (
+        ["model/loading/test_load.py", "model/loading/test_vision.py"],
+        "loaded with its model",
+    ),
+    "model/packed/mixers.py": (["model/test_families.py"], "each family has other mixers"),
+    "model/packed/rotary.py": (["model/test_families.py"], "the rotary kinds belong to families"),
+    "model/packed/switch.py": (["model/test_families.py"], "switching is tested on each family"),
+    "model/packed/verify.py": (["model/test_families.py"], "the check runs on each family"),
+    "model/packed/verify_images.py": (["model/test_vision_families.py"], "the check runs on each vision family"),
+    "options/data.py": (["commands/test_data.py", "data/test_prepare.py"], "each option changes what is prepared"),
+    "recipe/preview.py": (
+        ["cluster/test_launch.py", "cluster/test_submit.py"],
+        "for launchers, which run before torch",
+    ),
+    "run/prepare.py": (["test_train.py", "test_trainer.py"], "preparation is the first half of a run"),
+    "training/refusals.py": (["test_trainer.py"], "each refusal is an argument of the trainer"),
+}
+
+
+def is_exempt(path: Path) -> bool:
+    """Nothing of its own to test: `__init__`s, constants, and aliases that only import names."""
+    statements = ast.parse(path.read_text("utf-8")).body
+    plain = (ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign, ast.Expr)
+    main = [s for s in statements if isinstance(s, ast.If) and "__name__" in ast.unparse(s.test)]
+    return path.name == "__init__.py" or all(isinstance(s, plain) or s in main for s in statements)
+
+
+def modules() -> list[str]:
+    return [str(path.relative_to(PACKAGE)) for path in sorted(PACKAGE.rglob("*.py")) if not is_exempt(path)]
+
+
+def mirror(module: str) -> Path:
+    return TESTS / Path(module).parent / f"test_{Path(module).name}"
+
+
+def test_every_module_has_its_mirror_or_a_reason():
+    assert [module for module in modules() if not mirror(module).exists() and module not in MIRRORED_ELSEWHERE] == []
+
+
+def test_no_entry_is_stale():
+    """A module that is gone, or has its mirror by now."""
+    assert [module for module in MIRRORED_ELSEWHERE if module not in modules() or mirror(module).exists()] == []
+
+
+@pytest.mark.parametrize("module", MIRRORED_ELSEWHERE)
+def test_the_files_named_exist_and_give_a_reason(module):
+    files, reason = MIRRORED_ELSEWHERE[module]
+    assert files and reason
+    assert [file for file in files if not (TESTS / file).is_file()] == []
+
+
+def test_aliases_are_exempt_and_code_is_not(tmp_path):
+    alias, code = tmp_path / "alias.py", tmp_path / "code.py"
+    alias.write_text('"""An alias."""\nfrom a.b import main\nif __name__ == "__main__":\n    main()\n')
+    code.write_text("import a\n\n\ndef main():\n    a.b()\n")
+    assert is_exempt(alias) and not is_exempt(code)
