@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Sequence
 
 from orpo_dist.cluster.ends import recorded_end
+from orpo_dist.distributed.environment import LaunchedRank, launched_rank
 from orpo_dist.errors import (
     BAD_INPUT,
     FAILED,
@@ -75,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _print_error(error)
         return GAVE_UP if isinstance(error, NonFiniteRun) else FAILED
     except RunStopped as stop:
-        if _rank() in (None, 0) and not stop.printed:
+        launched = launched_rank()
+        if (launched is None or launched.is_first) and not stop.printed:
             print(f"orpo-dist: {stop}", file=sys.stderr)
         return STOPPED
     except SystemExit as stop:  # argparse, after --help or a wrong flag
@@ -84,9 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("Interrupted.", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        if _rank() is None:
+        launched = launched_rank()
+        if launched is None:
             raise
-        _print_death(error)
+        _print_death(error, launched)
         return FAILED
 
 
@@ -102,28 +105,20 @@ def _without_debug_flag(arguments: list[str]) -> tuple[list[str], bool]:
     return rest, debug
 
 
-def _rank() -> int | None:
-    """This process's rank, None where no launcher started it."""
-    return int(os.environ["RANK"]) if "RANK" in os.environ else None
-
-
-def _is_first_of_node() -> bool:
-    return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
 def _print_error(error: Exception) -> None:
     """Once per node where every rank fails in the same way: what is missing on one node may be present on another."""
-    if _is_first_of_node() or isinstance(error, RankError | SaveError):
-        where = f" (rank {_rank()})" if _rank() else ""
+    launched = launched_rank()
+    if launched is None or launched.speaks_for_node or isinstance(error, RankError | SaveError):
+        where = "" if launched is None or launched.is_first else f" (rank {launched.rank})"
         print(f"orpo-dist: error{where}: {error}", file=sys.stderr)
 
 
-def _print_death(error: Exception) -> None:
+def _print_death(error: Exception, launched: LaunchedRank) -> None:
     """Traceback, and as the last line which rank died where and why: many ranks write to one terminal. torchrun repeats
     what is recorded in the file that it names."""
     traceback.print_exc()
     reason = str(error).strip().split("\n", maxsplit=1)[0]
-    where = f"rank {_rank()} of {os.environ.get('WORLD_SIZE', '?')} on {socket.gethostname()}"
+    where = f"rank {launched.rank} of {launched.world_size} on {socket.gethostname()}"
     print(f"orpo-dist: {where} failed: {type(error).__name__}: {reason}", file=sys.stderr, flush=True)
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler

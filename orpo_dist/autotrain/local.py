@@ -23,6 +23,7 @@ from orpo_dist.autotrain.setup import Setup
 from orpo_dist.cluster.ends import VARIABLE, End, read_ends
 from orpo_dist.cluster.files import accelerate_config
 from orpo_dist.cluster.processes import Placement, launcher_command, run_launcher
+from orpo_dist.distributed.environment import is_launched_with_others, launched_rank
 from orpo_dist.errors import FINISHED, STOPPED, RunStopped, TrainingFailed, UserError
 
 _CONFIGS = {None: "ddp", "ddp": "ddp", "deepspeed": "zero2", "zero3": "zero3"}
@@ -47,16 +48,11 @@ def gpu_count() -> int:
     return torch.cuda.device_count()
 
 
-def is_launched() -> bool:
-    """Whether a launcher (accelerate, torchrun, srun with its variables) has started this process already."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
 def join_processes(recipe: dict[str, Any]) -> None:
     """Inside a launcher: start the process group as the recipe says (backend, timeout), before any rank reads rows."""
     from orpo_dist.recipe.recipe import Recipe
 
-    if is_launched():
+    if is_launched_with_others():
         Recipe.from_mapping(recipe)
 
 
@@ -68,11 +64,11 @@ def run(setup: Setup, distributed_backend: str | None) -> None:
         TrainingFailed: the processes failed.
         RunStopped: the run was asked to stop and can be resumed.
     """
-    processes = 1 if is_launched() else max(gpu_count(), 1)
+    processes = 1 if is_launched_with_others() else max(gpu_count(), 1)
     if processes > 1:
         _run_processes(setup, config_of(distributed_backend, setup.recipe), processes)
         return
-    if distributed_backend and not is_launched():
+    if distributed_backend and not is_launched_with_others():
         print_note(f"distributed_backend={distributed_backend} needs several GPUs: training in one process.")
     from orpo_dist.distributed.ranks import leave_together
     from orpo_dist.recipe.recipe import Recipe
@@ -80,7 +76,7 @@ def run(setup: Setup, distributed_backend: str | None) -> None:
 
     with _environment(setup.environment):
         train(Recipe.from_mapping(setup.recipe))
-    if is_launched():
+    if is_launched_with_others():
         leave_together()
 
 
@@ -114,7 +110,8 @@ def smaller_batches(recipe: dict[str, Any]) -> dict[str, Any]:
 
 def print_note(note: str) -> None:
     """One line on stderr, from the first process only."""
-    if os.environ.get("RANK", "0") == "0":
+    launched = launched_rank()
+    if launched is None or launched.is_first:
         print(f"orpo-dist: {note}", file=sys.stderr, flush=True)
 
 
