@@ -135,3 +135,23 @@ def test_exit_code_of_the_program():
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "no-such-recipe.yaml: there is no such recipe file" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "flag"),
+    [
+        (["demo", "--output", "x"], "--output"),
+        (["merge", "run", "--no-ver"], "--no-ver"),
+        (["doctor", "--he"], "--he"),
+        (["cancel", "1", "--no"], "--no"),
+        (["status", "--he"], "--he"),
+        (["convert-checkpoint", "x", "--he"], "--he"),
+        (["launch", "--node-r", "0", "r.yaml"], "--node-r"),
+        (["llm", "--train", "--mod", "m"], "--mod"),
+        (["train", "--learning_r", "1"], "--learning_r"),
+    ],
+)
+def test_no_command_takes_abbreviated_flags(argv, flag, capsys):
+    """A later flag could make them ambiguous."""
+    assert cli.main(argv) == 2
+    assert flag in capsys.readouterr().err

@@ -13,7 +13,6 @@ PACKAGE, TESTS = Path(orpo_dist.__file__).parent, Path(__file__).parent
 MIRRORED_ELSEWHERE: dict[str, tuple[list[str], str]] = {
     "autotrain/slurm.py": (["cluster/test_slurm.py"], "it only submits a job"),
     "cluster/cancel.py": (["cluster/test_slurm.py", "cluster/test_submit.py"], "it needs jobs that run"),
-    "cluster/ends.py": (["cluster/test_processes.py"], "the starter reads what its processes wrote"),
     "cluster/files.py": (["cluster/test_launch.py"], "two look-ups, tested where they are used"),
     "cluster/job.py": (["cluster/test_render.py"], "a request is what is rendered"),
     "cluster/prefetch.py": (["cluster/test_slurm.py", "cluster/test_submit.py"], "it is a job of its own before a run"),

@@ -1,4 +1,4 @@
-"""The public interface: what `orpo_dist` exports, lazily, and the tree of its errors."""
+"""The public interface: what `orpo_dist` exports, lazily."""
 
 import ast
 import subprocess
@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import orpo_dist
-from orpo_dist import cli, errors
 
 HEAVY = ("torch", "transformers", "datasets", "trl", "peft", "accelerate", "numpy")
 
@@ -50,36 +49,3 @@ def test_the_import_is_light(statement):
 
 def test_the_package_says_that_it_has_types():
     assert Path(orpo_dist.__file__).with_name("py.typed").is_file()
-
-
-def test_callers_of_trl_catch_a_user_error():
-    assert issubclass(errors.UserError, ValueError) and issubclass(errors.RankError, errors.UserError)
-
-
-@pytest.mark.parametrize(
-    ("error", "code"),
-    [
-        (errors.UserError("bad"), errors.BAD_INPUT),
-        (errors.RankError("bad"), errors.BAD_INPUT),
-        (errors.SaveError("full"), errors.FAILED),
-        (errors.NonFiniteRun("nan"), errors.GAVE_UP),
-        (errors.RunStopped("SIGTERM"), errors.STOPPED),
-        (KeyboardInterrupt(), errors.INTERRUPTED),
-    ],
-)
-def test_the_exit_codes_that_the_tree_of_errors_shows(error, code, monkeypatch):
-    def main(argv):
-        raise error
-
-    monkeypatch.setattr("orpo_dist.cluster.status.main", main)
-    assert cli.main(["status"]) == code
-    line = next(line for line in errors.__doc__.splitlines() if f" {type(error).__name__} " in line)
-    assert f" {code}  " in line
-
-
-def test_where_an_error_was_raised():
-    assert errors.raised_in(ValueError("never raised")) == ""
-    try:
-        ast.literal_eval("{")  # the standard library counts as its caller
-    except SyntaxError as error:
-        assert errors.raised_in(error) == __name__

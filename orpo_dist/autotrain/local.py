@@ -125,7 +125,7 @@ def _run_processes(setup: Setup, config: str, processes: int) -> None:
         attempt = _start(recipe, setup.environment, config, processes)
         if attempt.exit_code == FINISHED:
             return
-        if attempt.stopped is not None and not attempt.out_of_memory:
+        if attempt.stopped is not None and not (search and attempt.out_of_memory):
             raise attempt.stopped
         if not (search and attempt.out_of_memory):
             raise TrainingFailed(attempt.exit_code)

@@ -1,4 +1,4 @@
-"""AutoTrain's face: `LLMTrainingParams`, `AutoTrainProject` and `orpo-dist llm --train ...` with AutoTrain's flags.
+"""AutoTrain's project class and command line: `AutoTrainProject`, and `orpo-dist llm --train ...` with its flags.
 
 A run started here is a run of `orpo-dist train`: the parameters become a recipe, and everything else is shared.
 docs/autotrain.md lists every flag and where it differs from AutoTrain.

@@ -1,4 +1,4 @@
-"""`AutoTrainProject(backend="slurm")`: an AutoTrain run as a job, by the way of `orpo-dist submit`."""
+"""`AutoTrainProject(backend="slurm")`: an AutoTrain run as a job, submitted as by `orpo-dist submit`."""
 
 import os
 import shlex

@@ -16,7 +16,8 @@ def main(argv: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="orpo-dist cancel",
-        description="End a run's jobs. A job that runs saves a checkpoint first; submitting the recipe again goes on.",
+        allow_abbrev=False,
+        description="End a run's jobs. A running job saves a checkpoint first; submit the recipe again to continue.",
     )
     parser.add_argument("which", nargs="+", metavar="RUN|JOB", help="A run's folder or the id of a job.")
     parser.add_argument("--now", action="store_true", help="Do not wait for a checkpoint.")

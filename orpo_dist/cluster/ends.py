@@ -7,7 +7,7 @@ which checkpoint was saved. The starter names a folder in a variable, and each p
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -39,8 +39,9 @@ def recorded_end() -> Iterator[None]:
     except BaseException as error:
         if VARIABLE in os.environ:
             path = Path(os.environ[VARIABLE], f"{os.getpid()}.json")
-            path.with_suffix(".part").write_text(json.dumps(asdict(_end_of(error))), encoding="utf-8")
-            path.with_suffix(".part").replace(path)  # a signal may end this process in the middle of it
+            with suppress(OSError):  # a full disk must not hide the error itself
+                path.with_suffix(".part").write_text(json.dumps(asdict(_end_of(error))), encoding="utf-8")
+                path.with_suffix(".part").replace(path)  # a signal may end this process in the middle of it
         raise
 
 

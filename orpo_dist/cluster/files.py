@@ -5,18 +5,18 @@ from pathlib import Path
 from orpo_dist.errors import UserError
 
 
-def shipped(folder: str, name: str) -> Path:
-    """The path of `folder/name`, for example `slurm/lib.sh`.
+def shipped(*path: str) -> Path:
+    """The file with this path from the top of a checkout, such as `"slurm", "lib.sh"` or `"constraints.txt"`.
 
     Raises:
         UserError: it is in neither place.
     """
     package = Path(__file__).parents[1]
-    places = [package / folder, package.parent / folder]
+    places = [package.joinpath(*path), package.parent.joinpath(*path)]
     for place in places:
-        if (place / name).is_file():
-            return place / name
-    raise UserError(f"{name} is neither in {places[0]} nor in {places[1]}: reinstall orpo-dist.")
+        if place.is_file():
+            return place
+    raise UserError(f"{path[-1]} is neither in {places[0].parent} nor in {places[1].parent}: reinstall orpo-dist.")
 
 
 def accelerate_config(name: str) -> Path:

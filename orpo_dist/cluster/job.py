@@ -182,5 +182,5 @@ def seconds_of(time: str) -> int:
     else:
         total = first * 60 + second
     if total <= 0:
-        raise UserError(f"--time {time} is no time.")
+        raise UserError(f"--time {time} is not a duration: it must be above zero.")
     return total

@@ -27,7 +27,7 @@ from orpo_dist.cluster.files import accelerate_config
 from orpo_dist.cluster.processes import DEFAULT_PORT, Placement, launcher_command, run_launcher
 from orpo_dist.cluster.rendezvous import NodeReport, meet
 from orpo_dist.errors import FAILED, UserError
-from orpo_dist.recipe.preview import Glance, glance
+from orpo_dist.recipe.preview import RecipePreview, preview
 from orpo_dist.version import __version__
 
 # Other versions of these on another node give other numbers, or a hang.
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
         UserError: GPUs, port, head node, run folder or versions are not as the run needs them.
     """
     options = _parser().parse_args(argv)
-    view = glance(options.recipe, options.flags)
+    view = preview(options.recipe, options.flags)
     placement = _placement(options)
     flags = [*options.flags, *(["--use_cpu", "true"] if options.cpu else [])]
     name = options.accelerate_config or choose_config(view, placement.world_size)
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
         return run_launcher(command)
 
 
-def choose_config(view: Glance, world_size: int) -> str:
+def choose_config(view: RecipePreview, world_size: int) -> str:
     """The accelerate config of a recipe that asks for none (docs/scaling.md): adapters fit on every GPU and need only
     DDP; full fine-tuning shards gradients and optimizer, which is most of what it holds."""
     if world_size == 1:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from orpo_dist.errors import UserError
-from orpo_dist.recipe.preview import glance, without_gpu
+from orpo_dist.recipe.preview import preview, without_gpu
 
 # Weights in other formats than the one that is loaded are most of some repositories.
 _OTHER_FORMATS = ["*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.tflite", "*.ot", "original/*", "consolidated*", "onnx/*"]
@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
         return 0 if argv else 2
     from orpo_dist.recipe.recipe import Recipe
 
-    view = glance(argv[0], argv[1:])
+    view = preview(argv[0], argv[1:])
     recipe = Recipe.parse([*argv, *without_gpu(view.values)])
     from orpo_dist.run.prepare import prepare
 

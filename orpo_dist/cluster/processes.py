@@ -11,9 +11,10 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -80,9 +81,11 @@ def run_launcher(command: Sequence[str], environment: Mapping[str, str] | None =
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    with _own_environment(environment or {}), _quiet(_TORCHRUNS_REPORT), _forwarding_signals():
+    with _own_environment(environment or {}), _quiet(_TORCHRUNS_REPORT):
+        launch = _launcher(command[2], list(command[3:]))
         try:
-            _launch(command[2], list(command[3:]))
+            with _forwarding_signals():
+                launch()
         except ChildFailedError as failure:
             codes = {rank: (end.pid, end.exitcode) for rank, end in sorted(failure.failures.items())}
             code = telling_code([code for _, code in codes.values()])
@@ -107,15 +110,15 @@ def telling_code(codes: Sequence[int]) -> int:
     return own[0] if own[0] > 0 else 128 - own[0]
 
 
-def _launch(module: str, arguments: list[str]) -> None:
+def _launcher(module: str, arguments: list[str]) -> Callable[[], object]:
+    """The launcher's function. Its imports take seconds, in which a signal should not go to processes yet to come."""
     if module == "torch.distributed.run":
         from torch.distributed.run import main
 
-        main(arguments)
-    else:
-        from accelerate.commands.launch import launch_command, launch_command_parser
+        return partial(main, arguments)
+    from accelerate.commands.launch import launch_command, launch_command_parser
 
-        launch_command(launch_command_parser().parse_args(arguments))
+    return partial(launch_command, launch_command_parser().parse_args(arguments))
 
 
 def _print_ends(codes: Mapping[int, tuple[int, int]]) -> None:

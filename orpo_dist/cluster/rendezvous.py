@@ -1,8 +1,8 @@
-"""The nodes of a run meet before its processes start, so that what cannot work ends in one sentence and not in a hang.
+"""The nodes of a run meet before its processes start, so that a wrong set-up ends with one message and not in a hang.
 
-Node rank 0 listens on the port that the process group will use later; every other node connects and tells who it is.
-The listening socket is closed before anyone is answered: a node that goes on finds the port of the process group or
-none, never a late meeting.
+Node rank 0 listens on the port that the process group will use later. Every other node connects and reports what it is
+about to start. The listening socket is closed before anyone is answered, so that a node that continues finds the
+process group on that port or nothing, never a late meeting.
 
     other node -> head   {"node_rank": 1, "nodes": 2, "processes": 8, "host": "n2", "versions": {...}, "recipe": "3f"}
     head -> other node   {"error": null, "token": "/shared/runs/a/.meeting-5c..."}     when all have come, or an error
@@ -30,7 +30,7 @@ _LONGEST_LINE = 65536
 
 @dataclass(frozen=True)
 class NodeReport:
-    """What a node tells about itself; `processes` per node, `recipe` a digest of the file and the flags."""
+    """What a node reports about itself; `processes` per node, `recipe` a digest of the file and the flags."""
 
     node_rank: int
     nodes: int
@@ -41,11 +41,11 @@ class NodeReport:
 
 
 def meet(report: NodeReport, head: str, port: int, run_folder: Path, seconds: float) -> None:
-    """Returns when all nodes of the run have come and agree; `run_folder` must be there on the head.
+    """Returns when all nodes of the run have come and agree; `run_folder` must exist on the head.
 
     Raises:
-        UserError: the port is in use, the head does not answer, nodes are missing or came twice within `seconds`, nodes
-            disagree about the run or its versions, or do not share the run's folder.
+        UserError: the port is in use, the head does not answer, nodes are missing or connected twice within `seconds`,
+            nodes disagree about the run or its versions, or do not share the run's folder.
     """
     if report.node_rank == 0:
         _host_meeting(report, port, run_folder, seconds)
@@ -97,7 +97,7 @@ def _host_meeting(report: NodeReport, port: int, run_folder: Path, seconds: floa
                 line = stack.enter_context(_Line(connection))
                 try:
                     other = NodeReport(**line.receive())
-                except (OSError, ValueError, TypeError):  # a stranger on the port
+                except (OSError, ValueError, TypeError):  # some other program on the port
                     continue
                 error = disagreement(report, other)
                 if other.node_rank in nodes:
@@ -213,7 +213,7 @@ class _Line:
         self._connection.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self, seconds: float = ANSWER_SECONDS) -> dict[str, Any]:
-        """The next object; OSError (also in time) or ValueError where there is none."""
+        """The next object. Raises OSError (a timeout too) or ValueError when there is none."""
         self._connection.settimeout(seconds)
         message = json.loads(self._file.readline(_LONGEST_LINE) or b"null")
         if not isinstance(message, dict):

@@ -12,7 +12,7 @@ from orpo_dist.errors import UserError
 # Names of the profile without SITE_, each a field of SiteProfile in lower case.
 _NAMES = (
     "PARTITION", "ACCOUNT", "QOS", "CONSTRAINT", "GPU_REQUEST", "SBATCH", "SHARED_FOLDERS", "LOCAL_FOLDERS", "CACHE",
-    "CONTAINER_RUNTIME", "CONTAINER_IMAGE", "SUBMIT",
+    "CONTAINER_RUNTIME", "SUBMIT",
 )  # fmt: skip
 
 
@@ -32,7 +32,6 @@ class SiteProfile:
     local_folders: str = ""
     cache: str = ""
     container_runtime: str = ""
-    container_image: str = ""
     submit: str = ""
 
     def refusal_of(self, folder: Path) -> str | None:
@@ -43,7 +42,7 @@ class SiteProfile:
         if shared:
             return f"is in none of the shared folders of the site profile ({self.shared_folders})"
         local = next((place for place in self.local_folders.split() if _is_below(folder, place)), None)
-        return f"is on {local}, which each node has for itself" if local else None
+        return f"is on {local}, which is local to each node" if local else None
 
 
 def read_site(path: str | None = None) -> SiteProfile:
@@ -76,12 +75,12 @@ def gpu_option(site: SiteProfile, count: int) -> tuple[str, str]:
     """How the site asks for GPUs, as (option, value): `("gpus-per-node", "8")`, `("gres", "gpu:a100:8")`.
 
     Raises:
-        UserError: SITE_GPU_REQUEST is no option with one %d.
+        UserError: SITE_GPU_REQUEST is not an option with one %d.
     """
     option, _, value = site.gpu_request.removeprefix("--").partition("=")
     if not site.gpu_request.startswith("--") or value.count("%d") != 1:
         raise UserError(
-            f"{site.path}: SITE_GPU_REQUEST={site.gpu_request!r} is no option with a %d, such as --gres=gpu:%d."
+            f"{site.path}: SITE_GPU_REQUEST={site.gpu_request!r} is not an option with a %d, such as --gres=gpu:%d."
         )
     return option, value.replace("%d", str(count))
 
@@ -90,7 +89,7 @@ def sbatch_options(words: Sequence[str], where: str) -> dict[str, str | None]:
     """Further options of sbatch: `--mail-type=END --exclusive` as a mapping.
 
     Raises:
-        UserError: a word that is no `--option` or `--option=value`.
+        UserError: a word that is not an `--option` or `--option=value`.
     """
     options: dict[str, str | None] = {}
     for word in words:

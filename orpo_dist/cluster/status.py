@@ -22,7 +22,6 @@ class RunState:
     """
 
     folder: Path
-    finished: bool
     attempt: int
     outcome: str
     step: int | None
@@ -36,7 +35,6 @@ class RunState:
         step, loss = _last_step(folder / "log.jsonl")
         return cls(
             folder=folder,
-            finished=(state / "done").exists(),
             attempt=int(_text(state / "attempt") or 0),
             outcome=_text(state / "outcome"),
             step=step,
@@ -61,7 +59,9 @@ def main(argv: Sequence[str]) -> int:
         UserError: no such run or job.
     """
     parser = argparse.ArgumentParser(
-        prog="orpo-dist status", description="Where jobs and their runs stand. Without arguments: all of your jobs."
+        prog="orpo-dist status",
+        description="Where jobs and their runs stand. Without arguments: all of your jobs.",
+        allow_abbrev=False,
     )
     parser.add_argument("which", nargs="*", metavar="RUN|JOB", help="A run's folder or the id of a job.")
     which = parser.parse_args(argv).which
@@ -109,7 +109,7 @@ def folder_of(word: str, queued: Sequence[slurm.QueuedJob]) -> Path:
         raise UserError(f"SLURM knows no job {word} of orpo-dist (any more): name the run's folder.")
     folder = Path(word).absolute()
     if not (folder / "slurm").is_dir():
-        raise UserError(f"{word} is no run that was submitted: it has no folder slurm/.")
+        raise UserError(f"{word} is not a run that was submitted: it has no folder slurm/.")
     return folder
 
 

@@ -22,7 +22,7 @@ from orpo_dist.cluster.job import JobRequest, check_request, choose_template, se
 from orpo_dist.cluster.render import render
 from orpo_dist.cluster.site import SiteProfile, read_site, sbatch_options
 from orpo_dist.errors import UserError
-from orpo_dist.recipe.preview import Glance, glance, without_gpu
+from orpo_dist.recipe.preview import RecipePreview, preview, without_gpu
 
 _PATHS = ("dataset_name", "model_name_or_path", "adapter_name_or_path")
 
@@ -69,7 +69,7 @@ def prepare(options: argparse.Namespace, flags: list[str]) -> Submission:
         UserError: the recipe, the resources or the folders cannot work.
     """
     site = read_site(options.site)
-    view = glance(options.recipe, flags)
+    view = preview(options.recipe, flags)
     job = _request(options, view)
     check_request(job)
     if job.config is not None:
@@ -153,7 +153,7 @@ def _without_output_dir(flags: list[str]) -> list[str]:
     return flags
 
 
-def _request(options: argparse.Namespace, view: Glance) -> JobRequest:
+def _request(options: argparse.Namespace, view: RecipePreview) -> JobRequest:
     chosen = {f.name: getattr(options, f.name, None) for f in dataclasses.fields(JobRequest)}
     chosen["name"] = options.name or f"orpo-{re.sub(r'[^A-Za-z0-9_.-]+', '-', view.run_folder.name)}"
     chosen["chain"] = str(int(time.time())) if options.chain else None
@@ -173,13 +173,13 @@ def _check_recipe(recipe: str, flags: Sequence[str]) -> None:
 
     before = dict(os.environ)
     try:
-        Recipe.parse([recipe, *flags, *without_gpu(glance(recipe, flags).values)])
+        Recipe.parse([recipe, *flags, *without_gpu(preview(recipe, flags).values)])
     finally:  # the recipe's `env:` is the job's
         os.environ.clear()
         os.environ.update(before)
 
 
-def _check_folders(view: Glance, site: SiteProfile, sweep: str | None) -> list[str]:
+def _check_folders(view: RecipePreview, site: SiteProfile, sweep: str | None) -> list[str]:
     """Raises UserError for folders that compute nodes do not see; returns notes about what may be missing there."""
     refusal = site.refusal_of(view.run_folder)
     if refusal:
@@ -202,13 +202,13 @@ def _check_folders(view: Glance, site: SiteProfile, sweep: str | None) -> list[s
         raise UserError(f"--sweep {sweep} {site.refusal_of(Path(sweep).absolute())}: move it to a shared folder.")
     if (view.run_folder / "slurm" / "done").exists() and not sweep:
         raise UserError(
-            f"{view.run_folder} is finished already (see its run_summary.json). To train anew: another --output_dir, "
+            f"{view.run_folder} is finished already (see its run_summary.json). To train again: another --output_dir, "
             "or remove the folder."
         )
     return notes
 
 
-def _offline_note(view: Glance, *, prefetch: bool) -> list[str]:
+def _offline_note(view: RecipePreview, *, prefetch: bool) -> list[str]:
     """Jobs train with HF_HUB_OFFLINE=1: what comes from the hub must be in the cache by then."""
     from huggingface_hub import try_to_load_from_cache
 
@@ -299,7 +299,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--gpus-per-node", type=int, dest="gpus", help="0 trains on the CPU. Default: 8.")
     add("--processes-per-node", type=int, dest="processes", help="Default: one per GPU.")
     add("--cpus-per-node", type=int, dest="cpus", help="Default: 8 per process, at most what a node has.")
-    add("--time", help="Time limit, as SLURM writes it; the run goes on in the next attempt. Default: 24:00:00.")
+    add("--time", help="Time limit, as SLURM writes it; the run continues in the next attempt. Default: 24:00:00.")
     add("--stop-before", type=int, help="Seconds before the limit to save and stop. Default: 600, at most a quarter.")
     add("--share-nodes", action="store_true", help="Other jobs may use what this one leaves of its nodes.")
     add("--partition")

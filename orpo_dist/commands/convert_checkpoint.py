@@ -1,4 +1,4 @@
-"""`orpo-dist convert-checkpoint CHECKPOINT`: let a run under DeepSpeed go on with another number of processes."""
+"""`orpo-dist convert-checkpoint CHECKPOINT`: let a DeepSpeed run continue with another number of processes."""
 
 import argparse
 import io
@@ -15,6 +15,7 @@ def main(argv: Sequence[str]) -> int:
     """Returns 0 when the checkpoint can be resumed on any number of ranks."""
     parser = argparse.ArgumentParser(
         prog="orpo-dist convert-checkpoint",
+        allow_abbrev=False,
         description="Add DeepSpeed's universal form to a ZeRO checkpoint, in place. Then start the run again with "
         "another number of processes and the same global batch, with --resume_from_checkpoint auto.",
     )
@@ -26,19 +27,22 @@ def main(argv: Sequence[str]) -> int:
 
 
 def convert(folder: Path) -> Path:
-    """Add the universal form to a checkpoint, which DeepSpeed can load on any number of ranks. The marker is written
-    anew after it is complete, so a conversion that is cut off changes nothing.
+    """Add the universal form to a checkpoint, which DeepSpeed can load on any number of ranks. The marker is
+    written again after it is complete, so a conversion that is cut off changes nothing.
 
     Raises:
-        UserError: no complete checkpoint, or not one of DeepSpeed's.
+        UserError: not a complete checkpoint, or not one of DeepSpeed's.
     """
     try:
         manifest = checkpoints.verify(folder)
     except ValueError as reason:
-        raise UserError(f"{folder} is no complete checkpoint: {reason}.") from reason
+        raise UserError(f"{folder} is not a complete checkpoint: {reason}.") from reason
     partitions = sorted(path for path in folder.glob("global_step*") if path.is_dir() and path.name[11:].isdigit())
     if not partitions:
-        raise UserError(f"{folder} is no checkpoint of DeepSpeed: nothing to convert. Others resume on any ranks.")
+        raise UserError(
+            f"{folder} is not a DeepSpeed checkpoint: there is nothing to convert. Other checkpoints resume on any "
+            "number of processes."
+        )
     from deepspeed.checkpoint import ds_to_universal
 
     output = partitions[-1].with_name(f"{partitions[-1].name}_universal")

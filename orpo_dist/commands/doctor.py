@@ -1,4 +1,4 @@
-"""`orpo-dist doctor`: what this machine has, what is missing, and the command that mends it."""
+"""`orpo-dist doctor`: what this machine has, what is missing, and the command that fixes it."""
 
 import argparse
 import json
@@ -18,6 +18,8 @@ from typing import Literal
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from orpo_dist.cluster.files import shipped
+
 OLDEST_PYTHON = (3, 10)
 REQUIRED = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 EXTRAS = {"deepspeed": "deepspeed", "bitsandbytes": "qlora"}
@@ -36,7 +38,7 @@ class Check:
     name: str
     state: State
     detail: str
-    mend: str | None = None
+    fix: str | None = None
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ class DoctorReport:
         text = []
         for check in self.checks:
             text.append(f"{_SIGNS[check.state]} {check.name:{width}}  {check.detail}")
-            if check.mend:
-                text.append(f"{'':8}{'':{width}}  -> {check.mend}")
+            if check.fix:
+                text.append(f"{'':8}{'':{width}}  -> {check.fix}")
         return [*text, "", "Training can run." if self.ready else "Training cannot run: see MISSING above."]
 
 
@@ -77,7 +79,9 @@ def report() -> DoctorReport:
 def main(argv: list[str]) -> int:
     """`orpo-dist doctor`: prints the report; exit code 0 when training can run, else 1."""
     argparse.ArgumentParser(
-        prog="orpo-dist doctor", description="What this machine has, what is missing, and the command that mends it."
+        prog="orpo-dist doctor",
+        description="What this machine has, what is missing, and the command that fixes it.",
+        allow_abbrev=False,
     ).parse_args(argv)
     found = report()
     print("\n".join(found.lines()))
@@ -85,10 +89,9 @@ def main(argv: list[str]) -> int:
 
 
 def tested_versions() -> dict[str, str]:
-    """Versions this release was tested with: constraints.txt, in an installed package or beside it in a checkout."""
-    package = Path(__file__).parents[1]
-    file = next(f for f in (package / "constraints.txt", package.parent / "constraints.txt") if f.is_file())
-    pins = (line.split("==") for line in file.read_text().splitlines() if "==" in line and not line.startswith("#"))
+    """Versions this release was tested with (constraints.txt)."""
+    lines = shipped("constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = (line.split("==") for line in lines if "==" in line and not line.startswith("#"))
     return {name.strip(): version.strip() for name, version in pins}
 
 
@@ -115,8 +118,8 @@ def _packages() -> Iterator[Check]:
         try:
             installed = metadata.version(name)
         except metadata.PackageNotFoundError:
-            mend = f"pip install 'orpo-dist[{extra}]'" if extra else f"pip install '{name}=={tested[name]}'"
-            yield Check(name, "note" if extra else "missing", "not installed", mend)
+            fix = f"pip install 'orpo-dist[{extra}]'" if extra else f"pip install '{name}=={tested[name]}'"
+            yield Check(name, "note" if extra else "missing", "not installed", fix)
             continue
         problem = _import_problem(name)
         if problem:
@@ -305,8 +308,8 @@ def _compiler() -> Iterator[Check]:
         yield Check("compiler", "ok", "g++ with Python.h")
     if shutil.which("ninja") is None:
         beside = Path(sys.executable).parent
-        mend = f'export PATH="{beside}:$PATH"' if (beside / "ninja").is_file() else "pip install ninja"
-        yield Check("ninja", "note", "not on PATH: DeepSpeed cannot compile its ops", mend)
+        fix = f'export PATH="{beside}:$PATH"' if (beside / "ninja").is_file() else "pip install ninja"
+        yield Check("ninja", "note", "not on PATH: DeepSpeed cannot compile its ops", fix)
     else:
         yield Check("ninja", "ok", str(shutil.which("ninja")))
 
@@ -323,7 +326,7 @@ def _compiles(source: str) -> bool:
 def _disk() -> Iterator[Check]:
     from huggingface_hub import constants
 
-    for name, folder, mend in (
+    for name, folder, fix in (
         ("disk of the cache", Path(constants.HF_HUB_CACHE), "export HF_HOME=/a/larger/disk"),
         ("disk of this folder", Path.cwd(), "start in a folder on a larger disk, or set output_dir to one"),
     ):
@@ -332,7 +335,7 @@ def _disk() -> Iterator[Check]:
         writable = os.access(existing, os.W_OK)
         detail = f"{free:.0f} GiB free in {folder}" + ("" if writable else ", which is not writable")
         state: State = "missing" if free < SCANT_GIB or not writable else "note" if free < LOW_GIB else "ok"
-        yield Check(name, state, detail, None if state == "ok" else mend)
+        yield Check(name, state, detail, None if state == "ok" else fix)
 
 
 def _hub() -> Iterator[Check]:

@@ -13,7 +13,7 @@ from orpo_dist.errors import BadRow
 from orpo_dist.images.source import embedded_image
 
 Message = dict[str, Any]
-JSON_KEY = "__json__"  # sources.py stores what an Arrow column cannot hold without loss as {JSON_KEY: text}
+JSON_KEY = "__json__"  # rows.py stores what an Arrow column cannot hold without loss as {JSON_KEY: text}
 
 IMAGE_PARTS = ("image", "image_url", "input_image")  # transformers and TRL, OpenAI's chat, OpenAI's responses
 TEXT_PARTS = ("text", "input_text", "output_text")
@@ -35,7 +35,7 @@ SHAREGPT_ROLES = {
 
 
 def decode(value: Any) -> Any:
-    """Undoes the JSON wrapping of sources.py; every other value is returned as it is."""
+    """Undoes the JSON wrapping of rows.py; every other value is returned as it is."""
     if isinstance(value, dict) and value.keys() == {JSON_KEY}:
         return None if value[JSON_KEY] is None else json.loads(value[JSON_KEY])
     return value

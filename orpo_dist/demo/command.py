@@ -37,6 +37,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs the demo and prints what it did to the model. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="orpo-dist demo",
+        allow_abbrev=False,
         description="Train SmolLM2-135M-Instruct with LoRA on a made-up customer-support set, on CPU or GPU.",
     )
     parser.add_argument("--output-dir", default=OUTPUT_DIR, help="everything is written here (default: %(default)s)")

@@ -32,7 +32,7 @@ def read_recipe_file(path: str | Path) -> RecipeFile:
     """Read a recipe with a safe YAML loader.
 
     Raises:
-        UserError: no such file, broken YAML (with its line), a top level that is no mapping, a key given twice.
+        UserError: no such file, broken YAML (with its line), a top level that is not a mapping, a key given twice.
     """
     path = Path(path)
     try:

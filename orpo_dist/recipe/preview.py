@@ -1,4 +1,4 @@
-"""A recipe at a glance: single values of it with the flags that follow, without the libraries that check all of them.
+"""Single values of a recipe with the flags that follow, without the libraries that check all of them.
 
     python -m orpo_dist.recipe.preview RECIPE.yaml [--field value ...]     prints the run's folder
 
@@ -14,12 +14,12 @@ from typing import Any
 
 import yaml
 
-from orpo_dist.errors import UserError
+from orpo_dist.errors import BAD_INPUT, FINISHED, UserError
 from orpo_dist.recipe.file import read_recipe_file
 
 
 @dataclass(frozen=True)
-class Glance:
+class RecipePreview:
     """Values of a recipe file and of the flags after it, which win."""
 
     path: Path
@@ -40,14 +40,14 @@ class Glance:
         return bool(self.values.get("load_in_4bit") or self.values.get("load_in_8bit"))
 
 
-def glance(recipe: str | Path, flags: Sequence[str] = ()) -> Glance:
+def preview(recipe: str | Path, flags: Sequence[str] = ()) -> RecipePreview:
     """Read a recipe and its flags (`--name value`, `--name=value`, `--switch`, `--no_switch`).
 
     Raises:
-        UserError: no such file, or no valid YAML in it.
+        UserError: no such file, or not valid YAML.
     """
     file = read_recipe_file(recipe)
-    return Glance(file.path, file.values | _values_of(flags), file.environment)
+    return RecipePreview(file.path, file.values | _values_of(flags), file.environment)
 
 
 def _values_of(flags: Sequence[str]) -> dict[str, Any]:
@@ -65,22 +65,6 @@ def _values_of(flags: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def main(argv: Sequence[str]) -> int:
-    if not argv:
-        print("usage: python -m orpo_dist.recipe.preview RECIPE.yaml [--field value ...]", file=sys.stderr)
-        return 2
-    try:
-        print(glance(argv[0], argv[1:]).run_folder)
-    except UserError as error:
-        print(f"orpo-dist: error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
-
-
 def without_gpu(values: dict[str, object]) -> list[str]:
     """Flags with which a recipe for GPUs can be read on a node that has none."""
     flags = ["--use_cpu", "true"]
@@ -88,3 +72,20 @@ def without_gpu(values: dict[str, object]) -> list[str]:
         if values.get(name):
             flags += [f"--{name}", "false"]
     return flags
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the run's folder. Returns 0, or 2 after one readable line."""
+    if not argv:
+        print("usage: python -m orpo_dist.recipe.preview RECIPE.yaml [--field value ...]", file=sys.stderr)
+        return BAD_INPUT
+    try:
+        print(preview(argv[0], argv[1:]).run_folder)
+    except UserError as error:
+        print(f"orpo-dist: error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    return FINISHED
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,7 +1,8 @@
 """Asking a run to stop: signals, a stop file, a time limit, a launcher that is gone.
 
-A request only raises a flag. It travels with the one all-reduce of each optimizer step, so that all ranks stop at the
-same step and save one checkpoint together (DESIGN: a flag per rank without a collective lets ZeRO hang).
+A request only sets a flag. The flag is part of the one all-reduce of each optimizer step, so that all ranks stop at the
+same step and save one checkpoint together. A rank that stopped by itself would leave the others waiting in their next
+collective: under ZeRO and FSDP every forward has some.
 """
 
 import os
@@ -51,7 +52,7 @@ class StopRequests:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Signals raise the flag inside; outside and in other threads they do what they did before."""
+        """Inside, signals set the flag. Outside and in other threads they do what they did before."""
         if self._is_first_rank and self._file.exists() and self._file.stat().st_mtime < StopRequests._asks_since:
             self._file.unlink()
         if threading.current_thread() is not threading.main_thread():
@@ -148,7 +149,7 @@ def raising_on_signals() -> Iterator[None]:
 
 
 def ignore_signals() -> None:
-    """The checkpoint is there and the process is about to exit: a launcher that ends the others must not spoil it."""
+    """The checkpoint is complete and the process is about to exit: a launcher that ends the others must not kill it."""
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)

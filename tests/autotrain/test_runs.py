@@ -101,8 +101,8 @@ local._start = lambda recipe, *rest: start({**recipe, "use_cpu": True}, *rest)
 COMMAND_LINE = TWO_PROCESSES + "sys.exit(cli.main(sys.argv[1:]))"
 
 
-def run_two_processes(command, folder):
-    (folder / "two.py").write_text(COMMAND_LINE)
+def run_two_processes(command, folder, script=COMMAND_LINE):
+    (folder / "two.py").write_text(script)
     command = [sys.executable, "two.py", *command[command.index("llm") :]]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY)}
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
@@ -154,13 +154,10 @@ def a_long_run(model_folder, data_folder, tmp_path, script):
 FROM_PYTHON = (
     TWO_PROCESSES
     + """
-from orpo_dist.autotrain import AutoTrainProject, LLMTrainingParams
-from orpo_dist.autotrain.project import _parser
+from orpo_dist.autotrain.project import main
 from orpo_dist.errors import RunStopped
-given = vars(_parser().parse_args(sys.argv[2:]))
-del given["train"]
 try:
-    AutoTrainProject(LLMTrainingParams(**given)).create()
+    main(sys.argv[2:])
 except RunStopped as stop:
     print("from Python:", stop.step, stop.checkpoint, file=sys.stderr)
     raise
@@ -180,3 +177,50 @@ def test_a_signal_stops_two_processes_with_a_checkpoint(number, script, model_fo
     assert told.count(f"orpo-dist: Stopped at step {step} ") == 1 and "Traceback" not in told
     if script is FROM_PYTHON:
         assert f"from Python: {step} {checkpoint}" in told
+
+
+# Stands for `python -m orpo_dist.cli` in the processes. Rank 1 has memory for micro-batches of one pair.
+LITTLE_MEMORY = """
+import os, sys
+import torch
+from orpo_dist.cli import main
+from orpo_dist.trainer import ORPOTrainer
+
+compute_loss = ORPOTrainer.compute_loss
+
+def limited(self, model, inputs, *args, **kwargs):
+    if os.environ["RANK"] == "1" and self.args.per_device_train_batch_size > 1:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+    return compute_loss(self, model, inputs, *args, **kwargs)
+
+ORPOTrainer.compute_loss = limited
+sys.exit(main(sys.argv[1:]))
+"""
+WITH_LITTLE_MEMORY = (
+    TWO_PROCESSES
+    + """
+command = local.launcher_command
+
+def with_little_memory(*arguments):
+    words = command(*arguments)
+    place = words.index("--module")
+    return [*words[:place], "little_memory.py", *words[place + 2 :]]
+
+local.launcher_command = with_little_memory
+sys.exit(cli.main(sys.argv[1:]))
+"""
+)
+
+
+@pytest.mark.topology
+def test_out_of_memory_in_one_of_two_processes_starts_both_again(model_folder, data_folder, tmp_path):
+    (tmp_path / "little_memory.py").write_text(LITTLE_MEMORY)
+    run_folder = tmp_path / "run"
+    flags = ["--distributed-backend=deepspeed", "--log=none", "--batch-size=2", "--auto-find-batch-size"]
+    command = llm_command(model_folder, data_folder, run_folder, *flags, "--gradient-accumulation=2")
+    result = run_two_processes(command, tmp_path, WITH_LITTLE_MEMORY)
+    assert result.returncode == 0, result.stderr
+    assert "batch_size=1, gradient_accumulation=4 (the same global batch)" in result.stderr
+    assert result.stderr.count("orpo-dist: error (rank 1): Out of memory in step 1") == 1
+    summary = json.loads((run_folder / "run_summary.json").read_text())
+    assert (summary["world_size"], summary["global_batch_size"]) == (2, 8)

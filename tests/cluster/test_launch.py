@@ -15,7 +15,7 @@ from orpo_dist.cli import main
 from orpo_dist.cluster.files import accelerate_config, shipped
 from orpo_dist.cluster.launch import choose_config, fitted_config
 from orpo_dist.cluster.processes import Placement, launcher_command, telling_code
-from orpo_dist.recipe.preview import glance
+from orpo_dist.recipe.preview import preview
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -27,17 +27,17 @@ def recipe(tmp_path) -> Path:
     return path
 
 
-def test_glance_reads_file_and_flags(recipe, tmp_path, monkeypatch):
+def test_a_preview_reads_file_and_flags(recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert glance(recipe).run_folder == tmp_path / "runs" / "tiny"
-    assert not glance(recipe).trains_adapter
-    assert not glance(recipe, ["--use_peft", "--no_use_peft"]).trains_adapter
-    view = glance(recipe, ["--output_dir=elsewhere", "--use_peft", "--beta", "0.2", "--load-in-4bit", "true"])
+    assert preview(recipe).run_folder == tmp_path / "runs" / "tiny"
+    assert not preview(recipe).trains_adapter
+    assert not preview(recipe, ["--use_peft", "--no_use_peft"]).trains_adapter
+    view = preview(recipe, ["--output_dir=elsewhere", "--use_peft", "--beta", "0.2", "--load-in-4bit", "true"])
     assert view.run_folder == tmp_path / "elsewhere"
     assert view.trains_adapter and view.quantised and view.values["beta"] == 0.2
 
 
-def test_glance_as_a_program_needs_no_torch(recipe):
+def test_the_preview_as_a_program_needs_no_torch(recipe):
     program = (
         "import sys; from orpo_dist.recipe.preview import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
     )
@@ -54,7 +54,7 @@ def test_glance_as_a_program_needs_no_torch(recipe):
 )
 def test_the_config_follows_the_recipe(recipe, flags, world_size, config):
     pytest.importorskip("deepspeed")
-    assert choose_config(glance(recipe, flags), world_size) == config
+    assert choose_config(preview(recipe, flags), world_size) == config
 
 
 def test_commands():

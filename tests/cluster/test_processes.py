@@ -1,4 +1,4 @@
-"""The launcher inside this process: what its processes get, what is left behind, and what it says about their ends."""
+"""The launcher inside this process: what its processes get, what is left behind, and the exit code."""
 
 import logging
 import os
@@ -7,14 +7,10 @@ import sys
 import threading
 
 import pytest
-import torch
 
-from orpo_dist import cli
-from orpo_dist.cluster.ends import VARIABLE, End, read_ends
 from orpo_dist.cluster.processes import run_launcher
-from orpo_dist.errors import RankError, RunStopped
 
-# Written by rank 1 as soon as it can be told to stop.
+# Rank 1 ends as told, or asks the launcher to stop once both ranks run.
 PROGRAM = """
 import os, signal, sys, time
 rank = int(os.environ["RANK"])
@@ -73,39 +69,3 @@ def test_accelerates_launcher_of_one_process(tmp_path, monkeypatch, capfd):
     environment = {"RANK": "1", "SECRET": "hush"}
     assert run_launcher([*command, "program.py", "3"], environment) == 3
     assert "the training process ended with exit code 3" in capfd.readouterr().err
-
-
-def out_of_memory_of_this_rank(argv):
-    try:
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-    except torch.OutOfMemoryError as error:
-        raise RankError("Out of memory in step 3.") from error
-
-
-def stopped(argv):
-    raise RunStopped("SIGTERM", 3, "run/checkpoint-3")
-
-
-def loading_a_model_runs_out_of_memory(argv):
-    raise torch.OutOfMemoryError("CUDA out of memory.")
-
-
-def bad_input(argv):
-    raise RankError("pairs.jsonl is empty.")
-
-
-@pytest.mark.parametrize(
-    ("main", "code", "end"),
-    [
-        (out_of_memory_of_this_rank, 2, End(out_of_memory=True)),
-        (loading_a_model_runs_out_of_memory, 1, End(out_of_memory=True)),
-        (stopped, 75, End(False, "SIGTERM", 3, "run/checkpoint-3")),
-        (bad_input, 2, End()),
-    ],
-)
-def test_a_process_writes_how_it_ended(main, code, end, tmp_path, monkeypatch):
-    monkeypatch.setattr("orpo_dist.train.main", main)
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv(VARIABLE, str(tmp_path))
-    assert cli.main(["train", "recipe.yaml"]) == code
-    assert read_ends(tmp_path) == [end]

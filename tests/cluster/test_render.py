@@ -178,7 +178,7 @@ def test_site_profile_errors(tmp_path):
     with pytest.raises(UserError, match="bash cannot read it"):
         read_site(str(tmp_path / "broken.sh"))
     (tmp_path / "odd.sh").write_text("SITE_GPU_REQUEST=--gres=gpu\n")
-    with pytest.raises(UserError, match="no option with a %d"):
+    with pytest.raises(UserError, match="not an option with a %d"):
         render("multi_node", PLAIN, read_site(str(tmp_path / "odd.sh")), [RECIPE])
 
 
@@ -186,7 +186,7 @@ def test_site_profile_errors(tmp_path):
     ("shared", "folder", "refusal"),
     [
         ("", "/home/me/run", None),
-        ("", "/tmp/run", "is on /tmp, which each node has for itself"),
+        ("", "/tmp/run", "is on /tmp, which is local to each node"),
         ("", "/tmpfs/run", None),
         ("/shared /gpfs", "/gpfs/run", None),
         ("/shared /gpfs", "/home/me/run", "is in none of the shared folders of the site profile (/shared /gpfs)"),

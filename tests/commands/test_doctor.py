@@ -49,10 +49,10 @@ def test_tested_versions_come_from_the_constraints():
 
 
 @pytest.mark.parametrize(
-    ("package", "state", "mend"),
+    ("package", "state", "fix"),
     [("trl", "missing", "pip install 'trl=="), ("bitsandbytes", "note", "pip install 'orpo-dist[qlora]'")],
 )
-def test_missing_package(monkeypatch, package, state, mend):
+def test_missing_package(monkeypatch, package, state, fix):
     installed = metadata.version
 
     def version(name):
@@ -63,7 +63,7 @@ def test_missing_package(monkeypatch, package, state, mend):
     monkeypatch.setattr(metadata, "version", version)
     check = _named(doctor._packages, package)
     assert (check.state, check.detail) == (state, "not installed")
-    assert check.mend.startswith(mend)
+    assert check.fix.startswith(fix)
 
 
 def test_versions_that_differ(monkeypatch):
@@ -73,7 +73,7 @@ def test_versions_that_differ(monkeypatch):
     monkeypatch.setattr(metadata, "version", lambda name: versions.get(name) or installed(name))
     too_old = _named(doctor._packages, "peft")
     assert (too_old.state, too_old.detail) == ("missing", "0.18.2, needs >=0.19")
-    assert too_old.mend == f"pip install 'peft=={doctor.tested_versions()['peft']}'"
+    assert too_old.fix == f"pip install 'peft=={doctor.tested_versions()['peft']}'"
     assert _named(doctor._packages, "deepspeed").state == "note"
     other = _named(doctor._packages, "trl")
     assert (other.state, other.detail) == ("note", f"99.0, tested with {doctor.tested_versions()['trl']}")
@@ -92,7 +92,7 @@ def test_package_that_does_not_import(monkeypatch):
     monkeypatch.setattr(doctor, "import_module", broken)
     check = _named(doctor._packages, "peft")
     assert check.state == "missing" and "ImportError: libfoo.so: cannot open" in check.detail
-    assert check.mend.startswith("pip install --force-reinstall 'peft==")
+    assert check.fix.startswith("pip install --force-reinstall 'peft==")
 
 
 def test_old_python(monkeypatch):
@@ -105,7 +105,7 @@ def test_gpu_with_a_torch_for_cpus(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
     check = _named(doctor._devices, "GPU")
-    assert "is built without CUDA" in check.detail and check.mend.startswith("pip install --force-reinstall torch")
+    assert "is built without CUDA" in check.detail and check.fix.startswith("pip install --force-reinstall torch")
 
 
 def test_gpus_and_nccl(monkeypatch):
@@ -127,18 +127,18 @@ def test_four_bit_matmul_that_computes_nonsense(monkeypatch):
     monkeypatch.setattr(bitsandbytes, "matmul_4bit", lambda rows, weight, quant_state: torch.zeros(4, 64))
     check = _named(doctor._bitsandbytes, "4-bit matmul")
     assert (check.state, check.detail.split(":")[0]) == ("note", "wrong on cpu")
-    assert check.mend.startswith("pip install --force-reinstall 'bitsandbytes==")
+    assert check.fix.startswith("pip install --force-reinstall 'bitsandbytes==")
 
 
 @pytest.mark.parametrize(
-    ("absent", "name", "mend"), [("g++", "compiler", "apt-get install -y g++"), ("ninja", "ninja", "ninja")]
+    ("absent", "name", "fix"), [("g++", "compiler", "apt-get install -y g++"), ("ninja", "ninja", "ninja")]
 )
-def test_compiler_and_ninja(monkeypatch, absent, name, mend):
+def test_compiler_and_ninja(monkeypatch, absent, name, fix):
     which = doctor.shutil.which
     monkeypatch.setattr(doctor.shutil, "which", lambda tool: None if tool == absent else which(tool) or tool)
     check = _named(doctor._compiler, name)
     assert check.state == "note" and "cannot compile its ops" in check.detail
-    assert mend in check.mend or check.mend.startswith("export PATH=")
+    assert fix in check.fix or check.fix.startswith("export PATH=")
 
 
 def test_headers_of_python(monkeypatch, tmp_path):
@@ -148,7 +148,7 @@ def test_headers_of_python(monkeypatch, tmp_path):
     assert not doctor._compiles("#include <NoSuchHeader.h>\n")
     monkeypatch.setattr(doctor, "_compiles", lambda source: False)
     version = f"{sys.version_info[0]}.{sys.version_info[1]}"
-    assert _named(doctor._compiler, "compiler").mend == f"apt-get install -y python{version}-dev"
+    assert _named(doctor._compiler, "compiler").fix == f"apt-get install -y python{version}-dev"
 
 
 def test_deepspeed_that_does_not_start(monkeypatch):
@@ -164,7 +164,7 @@ def test_disk(monkeypatch, free_gib, state):
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage(0, 0, free_gib * 1024**3))
     cache = _named(doctor._disk, "disk of the cache")
     assert cache.state == state
-    assert (cache.mend is None) == (state == "ok")
+    assert (cache.fix is None) == (state == "ok")
     assert f"{free_gib} GiB free" in cache.detail
 
 
@@ -172,7 +172,7 @@ def test_hub_login_without_the_token(monkeypatch):
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    assert _named(doctor._hub, "hub login").mend == "hf auth login"
+    assert _named(doctor._hub, "hub login").fix == "hf auth login"
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_very_secret")
     login = _named(doctor._hub, "hub login")
     assert login.state == "ok"
