@@ -13,11 +13,7 @@ PACKAGE, TESTS = Path(orpo_dist.__file__).parent, Path(__file__).parent
 MIRRORED_ELSEWHERE: dict[str, tuple[list[str], str]] = {
     "autotrain/slurm.py": (["cluster/test_slurm.py"], "it only submits a job"),
     "cluster/cancel.py": (["cluster/test_slurm.py", "cluster/test_submit.py"], "it needs jobs that run"),
-    "cluster/files.py": (["cluster/test_launch.py"], "two look-ups, tested where they are used"),
-    "cluster/job.py": (["cluster/test_render.py"], "a request is what is rendered"),
     "cluster/prefetch.py": (["cluster/test_slurm.py", "cluster/test_submit.py"], "it is a job of its own before a run"),
-    "cluster/site.py": (["cluster/test_render.py"], "a profile is what is rendered"),
-    "cluster/status.py": (["cluster/test_submit.py", "cluster/test_slurm.py"], "it tells what submit has started"),
     "commands/convert_checkpoint.py": (["survival/test_world_size.py"], "it needs a checkpoint of two DeepSpeed ranks"),
     "config.py": (["recipe/test_recipe.py", "test_trainer.py"], "its fields reach a recipe and change a run"),
     "demo/texts.py": (["demo/test_support_set.py"], "the words of the support set, without code of their own"),
@@ -35,10 +31,6 @@ MIRRORED_ELSEWHERE: dict[str, tuple[list[str], str]] = {
     "model/packed/verify.py": (["model/test_families.py"], "the check runs on each family"),
     "model/packed/verify_images.py": (["model/test_vision_families.py"], "the check runs on each vision family"),
     "options/data.py": (["commands/test_data.py", "data/test_prepare.py"], "each option changes what is prepared"),
-    "recipe/preview.py": (
-        ["cluster/test_launch.py", "cluster/test_submit.py"],
-        "for launchers, which run before torch",
-    ),
     "run/prepare.py": (["test_train.py", "test_trainer.py"], "preparation is the first half of a run"),
     "training/refusals.py": (["test_trainer.py"], "each refusal is an argument of the trainer"),
 }
