@@ -1,13 +1,13 @@
-"""Ours against TRL's ORPOTrainer, and against ours without sharing and ours padded: pairs per second, memory, FLOPs.
+"""This trainer against TRL's ORPOTrainer, with and without prompt sharing, and padded: pairs per second, memory, FLOPs.
 
     make bench-quick                                       CPU, under 15 minutes
     make bench                                             CPU, under 60 minutes
     python benchmarks/bench.py --device cuda --batch 8     one GPU
     python benchmarks/bench.py --lengths mine.json         your own data's lengths, see benchmarks/lengths.py
 
-Every measurement is a process of its own (benchmarks/worker.py); the trainers take turns within a round, and the table
-gives medians and their ratios. Lengths come from a file of [P, C, R] triples; the ids are random, since nothing here
-depends on them. The weights are random too, of the named model's shape.
+Every measurement runs in its own process (benchmarks/worker.py); the trainers alternate within a round, and the table
+gives medians and their ratios. Lengths come from a file of [P, C, R] triples. Token ids are random, since results do
+not depend on them, and so are the weights; only their shapes are those of the named model.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def read_lengths(name: str) -> list[list[int]]:
 
 
 def stratified(lengths: list[list[int]], batches: int, size: int) -> list[list[int]]:
-    """`batches` lists of `size` rows: in each, one from every quantile of length, as a shuffled epoch has them."""
+    """`batches` lists of `size` rows, each with one row from every length quantile, as in a shuffled epoch."""
     order = sorted(range(len(lengths)), key=lambda i: sum(lengths[i]))
     wanted = batches * size
     picked = [order[int((k + 0.5) * len(order) / wanted)] for k in range(wanted)]
@@ -233,7 +233,7 @@ def main() -> None:
             "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft", "accelerate")},
             "cases": [asdict(case) for case in cases if case.name in results],
         }
-        write(results, about, options)  # after each case: a run that is cut short leaves what it measured
+        write(results, about, options)  # after each case, so that an interrupted run keeps its results
 
 
 def write(results: dict[str, dict], about: dict, options: argparse.Namespace) -> None:

@@ -1,13 +1,13 @@
-"""Checks and measures the GPU path: one command, in parts of at most 8 minutes, the most telling first.
+"""Checks and measures the GPU path with one command, in parts of at most 8 minutes, the most informative first.
 
     python benchmarks/gpu.py                          everything
-    python benchmarks/gpu.py --resume --minutes 9     as many of the parts that are missing as fit into 9 minutes
+    python benchmarks/gpu.py --resume --minutes 9     as many of the missing parts as fit into 9 minutes
     python benchmarks/gpu.py --part gate-kernels      one part (may be given several times)
     python benchmarks/gpu.py --device cpu --tiny      the whole program on a CPU, with tiny shapes
 
 Needs torch, transformers, accelerate and peft; no network, no datasets, trl, deepspeed or bitsandbytes. Writes
 gpu-DEVICE.json, .md, .png and .log into benchmarks/results/. The JSON is the state: it is written after every part, and
---resume goes on from it. What is measured and what must hold: docs/gpu.md.
+--resume continues from it. docs/gpu.md describes what is measured and the bounds.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PART_SECONDS = 480
-LEAST_SECONDS = 45  # no part is started with less
+LEAST_SECONDS = 45  # no part is started with less time left
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "triton", "flash-attn", "liger-kernel", "trl")
 
 sys.path.insert(0, str(ROOT))
@@ -69,7 +69,7 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
             found["versions"][package] = version(package)
         except PackageNotFoundError:
             continue
-    if options.device == "cuda":  # asked in another process: this one takes no memory of the device
+    if options.device == "cuda":  # in another process: this one should not allocate device memory
         found |= json.loads(subprocess.run([sys.executable, "-c", _DEVICE], capture_output=True, check=True).stdout)
     done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     return {

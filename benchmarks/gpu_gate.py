@@ -1,4 +1,4 @@
-"""The correctness gate of gpu.py: is what the device computes what float32 and float64 say?"""
+"""The correctness gate of gpu.py: compares what the device computes with float32 and float64."""
 
 from collections.abc import Callable
 from typing import Any
@@ -30,13 +30,13 @@ from orpo_dist.model.loading.vision import is_vision_language
 from orpo_dist.packing.lengths import PairLengths
 
 HEAD_TOLERANCE = 1e-2
-# How much worse than the padded layout's own bfloat16 error the packed one's may be.
+# Allowed ratio of the packed layout's bfloat16 error to the padded layout's.
 FAMILY_FACTOR, FAMILY_SLACK = 1.5, 2e-3
 IMAGE_SIDE = 12  # patches: 36 tokens, in windows of 16 that do not fit
 
 
 def kernels(setting: Setting, deadline: Deadline) -> dict[str, Any]:
-    """Each kind of layer: which kernel is trusted on this device, and its error against float64."""
+    """For each kind of layer: the kernel selected on this device, and its error against float64."""
     rows = []
     sizes = (16,) if setting.tiny else (64, 128, 256)
     for size in sizes:
@@ -78,7 +78,7 @@ def _indexed(device: torch.device) -> torch.device:
 
 
 def head(setting: Setting, deadline: Deadline) -> dict[str, Any]:
-    """The fused head in bfloat16 against the same in float64 on the same bfloat16 inputs: open and closed chunks,
+    """The fused head in bfloat16 against float64 on the same bfloat16 inputs: open and closed chunks,
     frozen and trained."""
     width, vocabulary = (32, 97) if setting.tiny else (1024, 32000)
     pairs = [PairRows(40, 70, 90), PairRows(0, 1, 300), PairRows(9, 5, 3)]
@@ -145,7 +145,7 @@ def _families(tiny: bool) -> dict[str, Callable[[], t.PreTrainedModel]]:
     )  # fmt: skip
     half = width // common["num_attention_heads"] // 2
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [half // 4, half // 4, half // 2]}
-    # Narrow layers with the usual weights hardly see where a token is: wrong positions of an image would pass.
+    # With the usual weights, narrow layers depend very little on positions: wrong image positions would pass.
     mrope = {"rope_parameters": rope, "initializer_range": 0.08 if tiny else 0.02}
     images = dict(image_token_id=990, video_token_id=991, vision_start_token_id=992, vision_end_token_id=993)
     return {
@@ -173,7 +173,7 @@ def _family_rows(tiny: bool) -> list[dict[str, Any]]:
 def families(setting: Setting, deadline: Deadline) -> dict[str, Any]:
     """Loss and gradients of each family in bfloat16, packed, against float32 in TRL's padded layout.
 
-    The padded layout in bfloat16 has an error of its own against float32; the packed one's may not be much larger.
+    The padded layout in bfloat16 has its own error against float32; that of the packed layout may not be much larger.
     Prompts of a vision-language model begin with an image.
     """
     results = []
@@ -183,7 +183,7 @@ def families(setting: Setting, deadline: Deadline) -> dict[str, Any]:
             model = build()
         model = model.to(setting.device).train()
         rows = _family_rows(setting.tiny)
-        if is_vision_language(model.config):  # an image needs the shared prompt: no unshared rows
+        if is_vision_language(model.config):  # images need the shared prompt, so there are no unshared rows
             rows = with_images(rows, model.config, IMAGE_SIDE)
             *ours, padded = image_trainers(model)
         else:
@@ -221,7 +221,7 @@ def _error(found: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
 
 
 class _HostReads(TorchDispatchMode):
-    """What set_sync_debug_mode is on a GPU, as far as a CPU can show it."""
+    """A CPU approximation of set_sync_debug_mode on a GPU."""
 
     OPERATIONS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
 
@@ -232,7 +232,7 @@ class _HostReads(TorchDispatchMode):
 
 
 def syncs(setting: Setting, deadline: Deadline) -> dict[str, Any]:
-    """Forward and backward of each family with synchronising calls made errors, after one step that warms up.
+    """Forward and backward of each family with synchronising calls turned into errors, after one warm-up step.
 
     Without images: transformers' vision towers read the images' grids on the host.
     """

@@ -1,7 +1,7 @@
-"""What the parts of gpu.py share: models of a real model's shape, batches, the trainers to compare, time and memory.
+"""Shared by the parts of gpu.py: models with realistic shapes, batches, the trainers to compare, time and memory.
 
 A step is what every trainer does for one micro-batch: collate, forward, backward, optimizer. All trainers get the same
-model, optimizer, activation checkpointing, autocast and pairs, in one process and in turns.
+model, optimizer, activation checkpointing, autocast and pairs, and alternate in one process.
 """
 
 import json
@@ -92,7 +92,7 @@ class Setting:
 
 
 class Deadline:
-    """Time left of a part, so that it ends with what it has instead of being stopped with nothing."""
+    """Time left for a part, so that it ends with partial results instead of being killed without any."""
 
     def __init__(self, seconds: float):
         self.end = time.monotonic() + seconds
@@ -119,11 +119,11 @@ def build_model(setting: Setting, shape: str, *, lora: bool, checkpointing: bool
 def trainable(
     setting: Setting, build: Callable[[], PreTrainedModel], *, lora: bool, checkpointing: bool = True
 ) -> nn.Module:
-    """The model that `build` makes, ready to train as the trainer has it; a vision tower and projector are frozen."""
+    """The model from `build`, set up as for training; vision tower and projector are frozen."""
     torch.manual_seed(0)
     with setting.device:
         model: Any = build()
-    model.to(setting.device)  # buffers that a constructor made on the host
+    model.to(setting.device)  # buffers that a constructor created on the host
     frozen = frozen_parts(model, train_vision_tower=False, train_projector=False)
     freeze(model, frozen)
     if lora:
@@ -162,7 +162,7 @@ def rows_of(lengths: Sequence[PairLengths], vocabulary: int) -> list[dict[str, A
 
 
 def shuffled_batches(lengths: Sequence[PairLengths], count: int, size: int) -> list[list[int]]:
-    """`count` batches of `size` pairs as a shuffled epoch has them: in each, one of every quantile of length."""
+    """`count` batches of `size` pairs, each with one pair from every length quantile, as in a shuffled epoch."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i].shared_tokens)
     wanted = count * size
     picked = [order[int((k + 0.5) * len(order) / wanted)] for k in range(wanted)]
@@ -170,7 +170,7 @@ def shuffled_batches(lengths: Sequence[PairLengths], count: int, size: int) -> l
 
 
 def grouped_batches(batches: Sequence[list[int]], lengths: Sequence[PairLengths]) -> list[list[int]]:
-    """The same pairs in batches of similar length, the least padding a padded trainer can have."""
+    """The same pairs in batches of similar length: the minimum of padding for a padded trainer."""
     size = len(batches[0])
     every = sorted((i for batch in batches for i in batch), key=lambda i: _padded_length(lengths[i]))
     return [every[start : start + size] for start in range(0, len(every), size)]
@@ -217,7 +217,7 @@ def _trl_step(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
 
 
 def fused_attention() -> str:
-    """What a user of TRL would choose for padded rows: flash-attn where it is installed."""
+    """What a TRL user would choose for padded rows: flash-attn if it is installed."""
     return "flash_attention_2" if find_spec("flash_attn") is not None else "sdpa"
 
 
@@ -240,7 +240,7 @@ def bare(model: nn.Module) -> Any:
 
 @contextmanager
 def switched(model: nn.Module, trainer: Trainer) -> Iterator[None]:
-    """The model as `trainer` wants it."""
+    """The model in the form that `trainer` needs."""
     base = bare(model)
     if not trainer.packed:
         before = base.config._attn_implementation
@@ -261,7 +261,7 @@ def switched(model: nn.Module, trainer: Trainer) -> Iterator[None]:
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """As a trainer does it: pinned and asynchronous on a GPU; the totals of the step written into the layout."""
+    """As in the trainer: pinned and asynchronous on a GPU, with the totals of the step written into the layout."""
     moved = {}
     for name, value in batch.items():
         if name == "orpo_layout":
@@ -300,7 +300,7 @@ class Stepper:
 
 
 def static_bytes(model: nn.Module) -> int:
-    """Weights, and for the trained ones gradients and the two moments of AdamW."""
+    """Bytes of the weights, plus gradients and the two AdamW moments of the trained ones."""
     return sum(p.numel() * p.element_size() * (4 if p.requires_grad else 1) for p in model.parameters())
 
 
@@ -315,7 +315,7 @@ def compare(
     rounds: int = 3,
     rows: list[dict[str, Any]] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Each trainer over the same pairs, in turns. A trainer that runs out of memory says so in place of figures.
+    """Each trainer over the same pairs, alternating. A trainer that runs out of memory is reported as such.
 
     rows: of `lengths`; unset, drawn.
     """

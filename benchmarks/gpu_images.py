@@ -1,6 +1,6 @@
-"""Pairs with images for the parts of gpu.py: a Qwen2.5-VL, and drawn pixels in the form that its tower takes.
+"""Pairs with images for the parts of gpu.py: a Qwen2.5-VL, and random pixels in the form that its tower takes.
 
-No image processor is needed, which would want Pillow and torchvision, and none is measured. An image of n x n patches
+No image processor is needed (it would require Pillow and torchvision), and none is measured. An image of n x n patches
 makes n * n / 4 tokens.
 """
 
@@ -82,7 +82,7 @@ def with_images(rows: Sequence[dict[str, Any]], config: PreTrainedConfig, side: 
 
 @dataclass(frozen=True)
 class DrawnImages:
-    """Collator of rows from `with_images`: what ImageCollator is, without its processor."""
+    """Collator for rows from `with_images`: an ImageCollator without its processor."""
 
     inner: ImageCollator
     image_token_id: int
@@ -97,7 +97,7 @@ class DrawnImages:
 
 
 def image_trainers(model: nn.Module) -> tuple[Trainer, Trainer, Trainer]:
-    """Packed; padded; and padded as the model takes it by itself, every image twice and its positions its own."""
+    """Packed; padded; and padded as the model does it natively: every image twice, with the model's own positions."""
     base = bare(model)
     rules = image_rules(base)
 

@@ -1,4 +1,4 @@
-"""Parts of gpu.py that time one thing alone: the loss head, attention, collation."""
+"""Parts of gpu.py that time a single component: the loss head, attention, collation."""
 
 import statistics
 import time
@@ -27,7 +27,7 @@ from orpo_dist.packing.lengths import PairLengths
 
 
 def head(setting: Setting, deadline: Deadline) -> dict[str, Any]:
-    """Time over that of the bare matmuls on the same rows (two with a frozen head, three with a trained one), and peak
+    """Time relative to the matmuls alone on the same rows (two with a frozen head, three with a trained one), and peak
     memory, by chunk size."""
     rows, width, vocabulary = (256, 64, 1000) if setting.tiny else (8192, 4096, 151936)
     pairs = [PairRows(rows // 32, rows // 16, rows // 32)] * 8  # an eighth of the rows each
@@ -122,7 +122,7 @@ def attention(setting: Setting, deadline: Deadline) -> dict[str, Any]:
 
             try:
                 seconds = median_seconds(setting, step)
-            except Exception as error:  # a candidate that its trial refuses: the table says why
+            except Exception as error:  # a candidate that fails its trial: the table says why
                 results.append({"pairs": count, "kernel": name, "failed": str(error).strip().partition("\n")[0]})
                 continue
             results.append(

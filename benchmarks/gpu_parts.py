@@ -1,6 +1,6 @@
 """The parts of gpu.py, one function each: `python -m benchmarks.gpu_parts NAME SETTINGS.json` prints a line of JSON.
 
-Every part is a process of its own, so that its memory and its failures are its own too, and ends by its deadline.
+Every part runs in its own process, which isolates its memory and its failures, and ends by its deadline.
 """
 
 import json
@@ -39,7 +39,7 @@ from orpo_dist.config import without_loss_kernels
 from orpo_dist.model.packed.compile import compile_blocks
 from orpo_dist.packing.lengths import PairLengths, sharing_gain
 
-MICRO_BATCHES = (8, 4, 2, 1)  # pairs; the first that everybody's memory holds
+MICRO_BATCHES = (8, 4, 2, 1)  # pairs; the first size that fits for all trainers
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def _compared(
     deadline: Deadline,
     rows: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """The trainers at the largest micro-batch that all of them hold, and what that micro-batch is."""
+    """The trainers at the largest micro-batch that fits in memory for all of them, and the size of that micro-batch."""
     result: dict[str, Any] = {}
     for size in MICRO_BATCHES:
         picked = shuffled_batches(lengths, batches, size)
@@ -97,7 +97,7 @@ def _compared(
 
 
 def images(setting: Setting, deadline: Deadline) -> dict[str, Any]:
-    """Pairs of which four fifths are image tokens."""
+    """Pairs with four fifths image tokens."""
     model, batches = build_image_model(setting), 2
     lengths, rows = image_pairs(setting, model, batches * MICRO_BATCHES[0])
     return _compared(setting, model, image_trainers(model), lengths, batches, deadline, rows)
@@ -113,7 +113,7 @@ def _padded_tokens(pairs: list[PairLengths]) -> int:
 
 
 def grid(setting: Setting, deadline: Deadline) -> dict[str, Any]:
-    """Pairs of one length at a time: what sharing is worth by prompt and completion length."""
+    """Pairs of one length at a time: the gain from sharing by prompt and completion length."""
     model = build_model(setting, "qwen3-1.7b", lora=True)
     scale = 32 if setting.tiny else 1
     rows = []
@@ -175,7 +175,7 @@ def main() -> None:
     with open(path) as file:
         settings = json.load(file)
     logging.set_verbosity_error()
-    logger = getLogger("orpo_dist")  # which kernel is taken, and why not another, goes to the log
+    logger = getLogger("orpo_dist")  # the log says which kernel is selected and why others are not
     logger.setLevel("INFO")
     logger.addHandler(StreamHandler())
     part = next(part for part in PARTS if part.name == name)

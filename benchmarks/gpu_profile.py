@@ -1,4 +1,4 @@
-"""Where a step goes: device time by kind of work, from torch.profiler, and what is left of the wall time."""
+"""Where the time of a step goes: device time by kind of work, from torch.profiler, and the rest of the wall time."""
 
 import time
 from typing import Any
@@ -55,7 +55,7 @@ def profile(setting: Setting, deadline: Deadline) -> dict[str, Any]:
     for event in recorded.key_averages(group_by_input_shape=True):
         seconds = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
         if seconds <= 0 or (on_gpu and event.device_type == torch.autograd.DeviceType.CUDA):
-            continue  # a kernel's own entry; its time is in that of the operation that launched it
+            continue  # the entry of a kernel; its time is included in the operation that launched it
         kind = kind_of(event.key, event.input_shapes, config.intermediate_size, config.vocab_size)
         by_kind[kind] += seconds
         launches += event.count
@@ -103,7 +103,7 @@ def kind_of(operation: str, shapes: list, intermediate_size: int, vocabulary: in
 
 
 def _matmul_rate(setting: Setting) -> float:
-    """FLOP/s of a large square matmul: what this card does at best, beside the datasheet's figure."""
+    """FLOP/s of a large square matmul: the best this GPU achieves, next to the datasheet value."""
     n = 256 if setting.tiny else 8192
     a, b = (torch.randn(n, n, device=setting.device, dtype=setting.dtype) for _ in range(2))
     return 2 * n**3 / median_seconds(setting, lambda: a @ b)

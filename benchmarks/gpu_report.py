@@ -1,4 +1,4 @@
-"""From the results of gpu.py to tables, plots and what must hold."""
+"""Turns the results of gpu.py into tables, plots and checks of the bounds."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,10 +1,10 @@
-"""How much the cut of a global batch of 8 pairs into micro-batches changes the trained weights: ours against TRL's.
+"""How much splitting a global batch of 8 pairs into micro-batches changes the trained weights, here and in TRL.
 
     python benchmarks/invariance.py            (CPU, under two minutes; prints a Markdown table)
 
-A tiny Llama, 8 steps of SGD, the same 64 pairs of very unequal length in the same order for every run. The figure is
-the largest difference of a weight from the run with one micro-batch of 8, relative to the largest change of a weight in
-training.
+A tiny Llama, 8 steps of SGD, the same 64 pairs of very different lengths in the same order for every run. The figure is
+the largest difference in a weight from the run with one micro-batch of 8, relative to the largest change of a weight
+during training.
 """
 
 import random

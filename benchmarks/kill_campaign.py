@@ -1,12 +1,12 @@
-"""Kill training runs at random moments, resume them, and compare their end with that of a run nobody touched.
+"""Kill training runs at random moments, resume them, and compare the result with an uninterrupted run.
 
     python benchmarks/kill_campaign.py [--kills 42] [--seed 0] [--topologies plain,lora,zero2,zero3,fsdp2]
                                        [--out benchmarks/results/kill_campaign.json]
 
-For each topology one run goes to its end in peace. A second one is killed with SIGKILL again and again, half of the
-times while a checkpoint is being written: one rank, or everything at once as when a node loses power. Between kills
-every checkpoint that is visible under its name must be whole, and the next start must resume from the newest of them.
-At the end weights must be equal bit by bit, and the logged losses equal too. Exit code 1 when they are not.
+For each topology one run is left uninterrupted. A second one is killed with SIGKILL again and again, half of the time
+while a checkpoint is being written: either one rank, or everything at once as in a power failure. Between kills every
+checkpoint under its final name must be complete, and the next start must resume from the newest of them. At the end the
+weights must be bitwise equal and the logged losses equal. Exit code 1 if they are not.
 """
 
 import argparse
@@ -42,7 +42,7 @@ OF_THE_MACHINE = ("time", "runtime", "per_second", "memory", "preparation_time",
 
 @dataclass
 class Kill:
-    """One SIGKILL. resumed_from: step of the checkpoint that the next start took, 0 for the beginning."""
+    """One SIGKILL. resumed_from: step of the checkpoint that the next start resumed from, 0 for a fresh start."""
 
     victim: str
     after_step: int
@@ -114,7 +114,7 @@ def recipe(folder: Path, output: Path, topology: str) -> dict[str, Any]:
 
 
 def command(folder: Path, topology: str, path: Path) -> list[str]:
-    script = [str(REPOSITORY / "benchmarks" / "survivor.py"), "train", str(path)]
+    script = [str(REPOSITORY / "benchmarks" / "kill_campaign_rank.py"), "train", str(path)]
     if topology == "plain":
         return [sys.executable, *script]
     if topology in ("lora", "ddp"):
@@ -127,7 +127,7 @@ def command(folder: Path, topology: str, path: Path) -> list[str]:
 
 
 class Run:
-    """A started run and the processes it consists of."""
+    """A running run and its processes."""
 
     def __init__(self, folder: Path, output: Path, topology: str):
         path = folder / f"{output.name}.yaml"
@@ -148,10 +148,12 @@ class Run:
         )
 
     def workers(self) -> list[psutil.Process]:
-        """The ranks: processes that run survivor.py."""
+        """The ranks: processes that run kill_campaign_rank.py."""
         found = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
         return [
-            p for p in found if "survivor.py" in " ".join(p.cmdline()[:3]) and "launch" not in " ".join(p.cmdline())
+            p
+            for p in found
+            if "kill_campaign_rank.py" in " ".join(p.cmdline()[:3]) and "launch" not in " ".join(p.cmdline())
         ]
 
     def everything(self) -> list[psutil.Process]:
@@ -172,9 +174,9 @@ def newest(output: Path) -> int:
 
 
 def kill_once(run: Run, output: Path, chance: random.Random, already: int) -> tuple[str, int] | None:
-    """Wait for a random moment and kill. Returns the victim and the newest step then; None when the run was faster."""
+    """Wait for a random moment and kill. Returns the victim and the newest step then; None if the run ended first."""
     latest = STEPS - 1
-    if already >= latest:  # too near to its end: what is left in _saving by the last kill would pass for this one's
+    if already >= latest:  # too close to the end: leftovers of the last kill in _saving would be taken for this one's
         return None
     step = chance.randint(already + 1, min(already + 3, latest))
     in_saving, pause = chance.random() < 0.5, chance.random()
@@ -225,7 +227,7 @@ def campaign(topology: str, kills: int, folder: Path, chance: random.Random) -> 
             shutil.rmtree(broken)
             if len(result.kills) >= kills:
                 break
-            continue  # it came to its end between two kills: another one
+            continue  # it finished between two kills: start another one
         inside = any((broken / STAGING).glob("*"))
         result.kills.append(Kill(*hit, inside, 0, round(took, 1)))
         print(f"{topology}: {result.kills[-1]}", flush=True)

@@ -2,12 +2,12 @@
 
     python benchmarks/lengths.py DATA --tokenizer MODEL [--max_length 1024] [--longest_prompt 768] --out mine.json
 
-DATA is what `orpo-dist train` takes: a file, a folder or a data set of the hub. The pairs go through the trainer's own
-data step, so the counts are those of a run; rows it leaves out are listed in mine.dropped.jsonl.
+DATA is what `orpo-dist train` takes: a file, a folder or a hub data set. The pairs go through the trainer's own data
+preparation, so the counts are those of a run; dropped rows are listed in mine.dropped.jsonl.
 
-benchmarks/lengths/real.json was made so from `dpo_en_demo.json` of https://github.com/hiyouga/LLaMA-Factory with the
-tokenizer and chat template of SmolLM2-135M-Instruct, --max_length 1024 and --longest_prompt 768: 231 of its 300 pairs.
-43 prompts leave no room for a completion, 26 more are longer than 768 tokens.
+benchmarks/lengths/real.json was made this way from `dpo_en_demo.json` of https://github.com/hiyouga/LLaMA-Factory
+with the tokenizer and chat template of SmolLM2-135M-Instruct, --max_length 1024 and --longest_prompt 768: 231 of its
+300 pairs. 43 prompts leave no room for a completion, 26 more are longer than 768 tokens.
 """
 
 import argparse

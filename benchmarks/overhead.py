@@ -1,9 +1,9 @@
-"""What the trainer adds to the bare computation, and how even the ranks' work is.
+"""The trainer's overhead over forward and backward alone, and how evenly work is spread over the ranks.
 
     python benchmarks/overhead.py              (CPU, about 5 minutes; writes results/overhead.json and overhead.md)
 
-- A training step without the optimizer (collation, totals of the global batch, forward, backward, metrics) over the
-  bare forward and backward of the same packed batch, turn by turn in one process; medians.
+- A training step without the optimizer (collation, totals of the global batch, forward, backward, metrics) relative to
+  forward and backward alone on the same packed batch, alternating in one process; medians.
 - Time to plan one global batch of 4096 pairs for 64 ranks.
 - Balance: sum of mean / sum of max of the ranks' cost over the micro-steps of ten epochs, lengths as in bench.py.
 """
@@ -105,7 +105,7 @@ def step_seconds(lengths: list[list[int]], batch: int, repeats: int) -> dict[str
                 gc.collect()
                 start = time.perf_counter()
                 run()
-                if number:  # the first of each warms up
+                if number:  # the first of each is a warm-up
                     seconds[name].append(time.perf_counter() - start)
     return seconds
 

@@ -1,8 +1,9 @@
 """The forward and loss of TRL's ORPOTrainer, for machines where TRL cannot be installed.
 
 Written after `concatenated_forward`, `get_batch_logps`, `odds_ratio_loss` and `get_batch_loss_metrics` of
-https://github.com/huggingface/trl/blob/main/trl/experimental/orpo/orpo_trainer.py, with what accelerate's mixed
-precision does to the logits (float32). tests/benchmarks/test_trl_forward.py holds it against TRL itself.
+https://github.com/huggingface/trl/blob/main/trl/experimental/orpo/orpo_trainer.py, including the
+conversion of the logits to float32 by accelerate's mixed precision. tests/benchmarks/test_trl_forward.py compares it
+with TRL itself.
 
 Shape legend: B pairs, L tokens of the longest row, V vocabulary.
 """
@@ -74,7 +75,7 @@ def _mean_logps(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def _log1mexp(x: torch.Tensor) -> torch.Tensor:
-    """log(1 - exp(x)) by the two branches of Maechler's note, as TRL has it."""
+    """log(1 - exp(x)) with the two branches of Maechler's note, as in TRL."""
     near_zero = torch.log(-torch.expm1(x))
     far = torch.log1p(-torch.exp(x))
     return torch.where(x > -0.6931471805599453, near_zero, far)

@@ -1,15 +1,15 @@
-"""Pairs with images: our packed layout against our padded one, with the pixels of each prompt once and twice.
+"""Pairs with images: the packed layout against the padded layout with the pixels of each prompt once and twice.
 
-    python benchmarks/vision.py                    CPU; `make bench` runs a smaller one
+    python benchmarks/vision.py                    CPU; `make bench` runs a smaller version
     python benchmarks/vision.py --device cuda --image 672 --batch 8
 
-    duplicated   padded, every prompt and its image in it twice: the concatenated forward of other trainers
+    duplicated   padded, every prompt and its image twice: the concatenated forward of other trainers
     padded       padded, but the tower runs once per pair
-    packed       the image's tokens once too
+    packed       image tokens once, too
 
-A LLaVA of random weights, its tower frozen, on random images; four fifths of a pair's tokens are of the image. Every
-measurement is a process of its own, the layouts take turns within a round, and the table gives medians. The FLOPs are
-counted by torch while the layouts run one step; their ratio is what the packed layout can gain.
+A LLaVA with random weights and a frozen tower, on random images; four fifths of a pair's tokens are image tokens. Every
+measurement runs in its own process, the layouts alternate within a round, and the table gives medians. torch counts the
+FLOPs while each layout runs one step; their ratio is the possible gain of the packed layout.
 """
 
 import argparse
@@ -86,7 +86,7 @@ def build_processor(settings: dict):
 
 
 def completion_lengths(image_tokens: int) -> tuple[int, int]:
-    """Chosen and rejected: a tenth of the pair's tokens each, one a third longer than the other."""
+    """Lengths of chosen and rejected: a tenth of the pair's tokens each, one a third longer than the other."""
     spare = image_tokens // 4 - WORDS
     longer = int(spare * 4 / 7)
     return spare - longer, longer

@@ -1,8 +1,8 @@
-"""One measurement in a process of its own: `worker.py SETTINGS.json` prints one line of JSON.
+"""One measurement in its own process: `worker.py SETTINGS.json` prints one line of JSON.
 
 Both trainers run their own `train()`: collation, forward, backward, gradient clipping, optimizer, schedule. Only the
-loader is replaced, so that they get the same batches. Time is taken from the end of one optimizer step to the end of
-the next; the first step (on the shortest pairs) fills the optimizer's state and is not counted.
+loader is replaced, so that they get the same batches. Time is measured from the end of one optimizer step to the end of
+the next; the first step (on the shortest pairs) initialises the optimizer state and is not counted.
 """
 
 import json
@@ -29,7 +29,7 @@ def rows_of(lengths: list[list[int]], vocabulary: int) -> list[dict[str, list[in
 
 
 def words() -> PreTrainedTokenizerFast:
-    """Any tokenizer: the rows are token ids already."""
+    """A placeholder tokenizer: the rows are already token ids."""
     from tokenizers import Tokenizer, models
 
     backend = Tokenizer(models.WordLevel({"<pad>": 0, "a": 1, "b": 2}, unk_token="<pad>"))
@@ -122,13 +122,13 @@ def peak_memory_gib(device: str) -> float:
 
 
 def static_memory_gib(model: torch.nn.Module) -> float:
-    """Weights, and for the trained ones gradients and AdamW's two moments: what no layout can save."""
+    """Weights, plus gradients and AdamW's two moments of the trained ones: memory that no layout can save."""
     held = sum(p.numel() * p.element_size() * (4 if p.requires_grad else 1) for p in model.parameters())
     return held / 2**30
 
 
 def flops_of_first_step(trainer) -> int:
-    """By FlopCounterMode, which does not see the fused attention kernels of a CPU."""
+    """By FlopCounterMode, which does not count the fused attention kernels on a CPU."""
     loader = iter(trainer.get_train_dataloader())
     next(loader)
     batches, tokens = trainer.get_batch_samples(loader, 1, trainer.args.device)

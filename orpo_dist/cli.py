@@ -33,7 +33,7 @@ COMMANDS = {
     "submit": ("orpo_dist.cluster.submit", "a run as a job of SLURM: RECIPE.yaml --nodes N --gpus-per-node G --time T"),
     "status": ("orpo_dist.cluster.status", "where jobs and their runs stand: [RUN|JOB ...]"),
     "cancel": ("orpo_dist.cluster.cancel", "end jobs, with a checkpoint: RUN|JOB ..."),
-    "merge": ("orpo_dist.model.loading.merge", "merge a run's adapter into its base model: RUN"),
+    "merge": ("orpo_dist.commands.merge", "merge a run's adapter into its base model: RUN"),
     "convert-checkpoint": (
         "orpo_dist.commands.convert_checkpoint",
         "resume a ZeRO run with another number of processes: CHECKPOINT",

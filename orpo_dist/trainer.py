@@ -16,7 +16,6 @@ DDP, ZeRO and FSDP2 all average gradients over the ranks while the shares of the
 compute_loss. Between two log lines nothing else is read on the host: metrics are one small vector on the device.
 """
 
-import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -39,38 +38,37 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from orpo_dist.config import ORPOConfig
-from orpo_dist.distributed.environment import Environment, loading_sharding, sharding_of
+from orpo_dist.distributed.environment import Environment, sharding_of
 from orpo_dist.distributed.timeouts import START_SECONDS, collectives_may_take
 from orpo_dist.distributed.zero import safe_pickles
 from orpo_dist.errors import RunStopped
-from orpo_dist.loss import Objective, pair_sums
+from orpo_dist.loss import pair_sums
 from orpo_dist.model.forward import PairForward
 from orpo_dist.model.loading.load import load_model
 from orpo_dist.model.loading.processor import model_init_kwargs
-from orpo_dist.model.packed.choose_layout import LayoutChoice
 from orpo_dist.model.patches import BLOCKS_COMPILED_ALREADY, ONE_DEVICE_PER_PROCESS, replace_attribute
 from orpo_dist.options.durations import seconds_of
-from orpo_dist.packing.lengths import PairLengths, is_tokenised, pair_lengths
+from orpo_dist.packing.lengths import PairLengths
 from orpo_dist.packing.sampler import FILLER
 from orpo_dist.run.fingerprint import fingerprint
-from orpo_dist.run.prepare import preparation_of
 from orpo_dist.run.stop import StopRequests, ignore_signals
 from orpo_dist.training import refusals
 from orpo_dist.training.adapting import adapted_model
 from orpo_dist.training.checkpoint_writer import CheckpointWriter
 from orpo_dist.training.evaluation import EvaluationPass, with_prefix
-from orpo_dist.training.layout_options import layout_options
 from orpo_dist.training.loaders import PairLoaders
 from orpo_dist.training.malloc_trim import returning_freed_memory
 from orpo_dist.training.metrics import MetricSums
 from orpo_dist.training.nonfinite import PairFacts
 from orpo_dist.training.out_of_memory import is_out_of_memory, out_of_memory
-from orpo_dist.training.resuming import Progress, Resuming
+from orpo_dist.training.progress import progress_of, take_over
+from orpo_dist.training.resuming import Resuming
+from orpo_dist.training.setup import set_up, tokenised
 from orpo_dist.training.step_guard import StepGuard
 from orpo_dist.training.throughput import ModelFlops, Throughput
 
 if TYPE_CHECKING:
-    from orpo_dist.data.prepare import PreparedPairs
+    pass
 
 
 class ORPOTrainer(Trainer):
@@ -113,49 +111,31 @@ class ORPOTrainer(Trainer):
         peft_config: Any = None,
         compute_metrics: Callable[[EvalPrediction], dict] | None = None,
     ):
-        args = ORPOConfig("trainer_output") if args is None else copy.copy(args)
-        sharding = loading_sharding()
-        refusals.refuse_what_needs_logits(args, preprocess_logits_for_metrics)
-        refusals.refuse_unsupported_parallelism(args)
-        refusals.refuse_missing_kernels(args, sharding)
-        has_rows = train_dataset is not None or eval_dataset is not None
-        refusals.refuse_contradictions(args, model, model_init, has_rows)
-
-        # Rows to pairs, before any model is loaded.
-        self.preparation = preparation_of(args, model, processing_class)
-        self.prepared: dict[str, PreparedPairs] = {}
-        self._run_folder = Path(str(args.output_dir))
-        train_dataset = self._pairs(train_dataset, "train")
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {name: self._pairs(rows, f"eval_{name}") for name, rows in eval_dataset.items()}
-        else:
-            eval_dataset = self._pairs(eval_dataset, "eval")
-        self._lengths = pair_lengths(train_dataset) if train_dataset is not None else []
-
-        # The model, in the layout of the run.
-        self._objective = Objective(beta=args.beta, label_smoothing=args.label_smoothing)
-        self._peft_config = peft_config
-        environment = Environment.of(args, sharding)
-        self.layout = LayoutChoice(
-            layout_options(
-                args, self._objective, self.preparation, environment, data_collator, train_dataset, eval_dataset
-            )
+        setup = set_up(
+            args,
+            model=model,
+            model_init=model_init,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            data_collator=data_collator,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
+        args, self.preparation, self.layout = setup.args, setup.preparation, setup.layout
+        self._lengths, self._objective, self._peft_config = setup.lengths, setup.objective, peft_config
         self._forward = PairForward(self.layout, self._objective)
         set_seed(args.seed)  # a new adapter is initialised at random
         if isinstance(model, str):
             model = load_model(model, trust_remote_code=args.trust_remote_code, **model_init_kwargs(args))
         if model is not None:
             model = self._adapted(model, args)
-        # At the end of training transformers deletes every checkpoint but the best one under a limit of 1.
-        args.save_total_limit = 2 if args.save_total_limit == 1 else args.save_total_limit
 
         super().__init__(
             model=model,
             args=args,
             data_collator=self.layout.collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            train_dataset=setup.train_rows,
+            eval_dataset=setup.eval_rows,
             processing_class=self.preparation.processing_class,
             model_init=model_init,
             compute_metrics=compute_metrics,
@@ -171,7 +151,8 @@ class ORPOTrainer(Trainer):
 
     def _make_parts(self) -> None:
         """What a run consists of besides the model, each with one job and handed what it needs."""
-        args, run = self.args, self._run_folder
+        args = self.args
+        self._run_folder = run = Path(str(args.output_dir))
         self.environment = environment = Environment.of(args, sharding_of(self.accelerator))
         self._global_batch = environment.global_batch(args)
         self._train_sums = MetricSums()
@@ -200,14 +181,6 @@ class ORPOTrainer(Trainer):
             )
 
     # ------------------------------------------------------------------ model and data
-
-    def _pairs(self, rows: Any, name: str) -> Any:
-        """Tokenised rows; those that are so already, and None, as they are."""
-        if rows is None or is_tokenised(rows):
-            return rows
-        prepared = self.preparation.pairs(rows, name, self._run_folder / "dropped_rows.jsonl")
-        self.prepared[name] = prepared
-        return prepared.dataset
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         return self._adapted(super().call_model_init(trial), self.args)
@@ -243,7 +216,9 @@ class ORPOTrainer(Trainer):
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         if not self.environment.sharding.partitions_weights:  # else the model is not wrapped as it will run yet
             self.layout.verify(self.model)
-        return self.loaders.evaluation(self._pairs(test_dataset, "test"))
+        return self.loaders.evaluation(
+            tokenised(test_dataset, "test", self.preparation, self._run_folder / "dropped_rows.jsonl")
+        )
 
     # ------------------------------------------------------------------ training
 
@@ -290,7 +265,7 @@ class ORPOTrainer(Trainer):
         """The model is wrapped and the checkpoint loaded; the first step comes next."""
         self.layout.verify(self.model_wrapped)
         self._step_guard.training_begins()
-        self._take_over(self._resuming.loaded(self.optimizer))
+        take_over(self._resuming.loaded(self.optimizer), self, self._train_sums, self._step_guard, self.environment)
         if self._resuming.evaluation_is_due(self.state, self.eval_dataset is not None):
             self._evaluate(None, None)
         self._step_guard.guard(self.optimizer)
@@ -412,13 +387,7 @@ class ORPOTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         write = super()._save_checkpoint
-        progress = Progress(
-            sums=self._train_sums.state(),
-            tr_loss=self._tr_loss.detach().cpu(),
-            total_loss=self._total_loss_scalar,
-            last_logged=self._globalstep_last_logged,
-            losses=self._step_guard.losses(),
-        )
+        progress = progress_of(self, self._train_sums, self._step_guard)
         with self._throughput.paused():
             run = Path(super()._get_output_dir(trial))
             published, seconds = self._checkpoints.save(run, self.state, lambda: write(model, trial), progress)
@@ -445,18 +414,6 @@ class ORPOTrainer(Trainer):
             ignore_signals()
             reasons = [reason for reason in gather_object([self._stop_requests.reason()]) if reason is not None]
             raise RunStopped(reasons[0] if reasons else "asked to", step, str(self._run_folder / f"checkpoint-{step}"))
-
-    def _take_over(self, saved: list[Progress]) -> None:
-        """Sums since the checkpoint's last log line, so that the next line is that of an uninterrupted run."""
-        if not saved:
-            return
-        if len(saved) == 1 or self.environment.is_first:  # the sums are added up over the ranks
-            for progress in saved:
-                self._train_sums.load(progress.sums, self.args.device)
-        # The Trainer logs the mean over the ranks.
-        self._tr_loss += torch.stack([progress.tr_loss for progress in saved]).mean(0).to(self._tr_loss.device)
-        self._total_loss_scalar, self._globalstep_last_logged = saved[0].total_loss, saved[0].last_logged
-        self._step_guard.restore_losses(saved[0].losses)
 
     def create_model_card(  # type: ignore[override]
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None

@@ -139,20 +139,11 @@ def sharding_of(accelerator: "Accelerator") -> Sharding:
 
 
 @contextmanager
-def loading_whole_models() -> Iterator[None]:
-    """Whole models although ZeRO-3 or FSDP is set up, for what one rank does alone.
-
-    transformers has a setter for its DeepSpeed config but no getter.
-    https://github.com/huggingface/transformers/blob/main/src/transformers/integrations/deepspeed.py
-    """
-    from transformers.integrations import deepspeed as integration
-
-    config = integration._hf_deepspeed_config_weak_ref
-    integration.unset_hf_deepspeed_config()
+def fsdp_hidden() -> Iterator[None]:
+    """Within it, models are loaded as if FSDP were not set up."""
     fsdp = os.environ.pop(_USE_FSDP, None)
     try:
         yield
     finally:
-        integration._hf_deepspeed_config_weak_ref = config
         if fsdp is not None:
             os.environ[_USE_FSDP] = fsdp

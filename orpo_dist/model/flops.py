@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from orpo_dist.model.loading.vision import vision_modules
+from orpo_dist.model.upstream import config_value
 from orpo_dist.packing.lengths import PairLengths
 
 
@@ -24,7 +25,7 @@ class ModelFlops:
 
     @classmethod
     def of(cls, model: nn.Module) -> "ModelFlops":
-        """Read off a model before it is wrapped. Quantised and partitioned layers are counted by their features."""
+        """Counted on a model before it is wrapped. Quantised and partitioned layers are counted by their features."""
         config = model.config.get_text_config()  # type: ignore[union-attr,operator]
         head = model.get_output_embeddings()  # type: ignore[operator]
         base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
@@ -34,7 +35,8 @@ class ModelFlops:
             if isinstance(module, nn.Linear | Conv1D) and module not in not_counted:
                 per_token += (6.0 if module.weight.requires_grad else 4.0) * _weights(module)
         per_token += sum(_expert_flops(model, config))
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        # Many configs have no head_dim, or None, where the heads divide the hidden size.
+        width = config_value(config, "head_dim") or config.hidden_size // config.num_attention_heads
         head_trained = head is not None and any(p.requires_grad for p in head.parameters())
         return cls(
             per_token=per_token,
@@ -55,8 +57,8 @@ def _weights(layer: nn.Linear | Conv1D) -> int:
 
 def _attention_layers(config: PreTrainedConfig) -> int:
     """Layers in which every token sees every earlier one: not the linear attention, Mamba and convolutions of hybrids.
-    A sliding window counts as whole, as it does for sequences within it."""
-    kinds = getattr(config, "layer_types", None)
+    A sliding window counts as full attention, which it is for sequences that fit in it."""
+    kinds = config_value(config, "layer_types")  # of models whose layers are of several kinds
     if not kinds:
         return config.num_hidden_layers
     return sum(kind.endswith("attention") and kind != "linear_attention" for kind in kinds)

@@ -20,7 +20,7 @@ from orpo_dist.distributed.environment import Environment
 from orpo_dist.distributed.ranks import on_first_rank
 from orpo_dist.errors import SaveError, UserError
 from orpo_dist.run import checkpoint as checkpoints
-from orpo_dist.training.resuming import METRICS, Progress
+from orpo_dist.training.progress import METRICS, Progress
 
 Result = TypeVar("Result")
 TRAINER_STATE = "trainer_state.json"

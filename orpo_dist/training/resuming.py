@@ -8,7 +8,6 @@ evaluation_is_due whether the checkpoint's step ends with an evaluation that the
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +23,7 @@ from orpo_dist.distributed.zero import fix_universal, load_universal, weight_dec
 from orpo_dist.errors import UserError
 from orpo_dist.run import checkpoint as checkpoints
 from orpo_dist.run.resume import check_same_run, check_topology, checkpoint_to_resume
-
-METRICS = "metrics_{}.pt"  # of each rank, in a checkpoint
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a rank adds to a checkpoint beside the Trainer's files, and reads back: sums that are not logged yet.
-
-    Attributes:
-        sums: of the metrics (training/metrics.py).
-        tr_loss, total_loss, last_logged: the Trainer's sums of losses and the step of its last log line.
-        losses: of the last steps, for spikes (training/step_guard.py).
-    """
-
-    sums: torch.Tensor | None
-    tr_loss: torch.Tensor
-    total_loss: float
-    last_logged: int
-    losses: list[float]
+from orpo_dist.training.progress import METRICS, Progress
 
 
 class Resuming:

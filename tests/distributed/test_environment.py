@@ -12,10 +12,10 @@ from orpo_dist.distributed.environment import (
     Environment,
     LaunchedRank,
     Sharding,
+    fsdp_hidden,
     is_launched_with_others,
     launched_rank,
     loading_sharding,
-    loading_whole_models,
     sharding_of,
 )
 
@@ -88,9 +88,9 @@ def test_the_sharding_that_models_are_loaded_for(monkeypatch):
     assert loading_sharding() is Sharding.ZERO2
 
 
-def test_whole_models_in_spite_of_fsdp(monkeypatch):
+def test_fsdp_can_be_hidden(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with loading_whole_models():
+    with fsdp_hidden():
         assert loading_sharding() is Sharding.REPLICATED and "ACCELERATE_USE_FSDP" not in os.environ
     assert loading_sharding() is Sharding.FSDP
 

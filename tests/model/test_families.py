@@ -194,8 +194,8 @@ def _dynamic(kind: str) -> t.PreTrainedModel:
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_frequencies_are_those_of_max_length(kind):
     moving, fixed, short = (_dynamic(kind).model.rotary_emb for _ in range(3))
-    assert fix_rotary_frequencies(fixed, max_length=64) == [""]
-    assert fix_rotary_frequencies(fixed, max_length=64) == []  # nothing left to fix
+    assert list(fix_rotary_frequencies(fixed, max_length=64)) == [""]
+    assert not fix_rotary_frequencies(fixed, max_length=64)  # nothing left to fix
     fix_rotary_frequencies(short, max_length=16)
     x, long_positions, positions = torch.zeros(1), torch.arange(64)[None], torch.arange(16)[None]
     for ours, theirs in zip(fixed(x, long_positions), moving(x, long_positions), strict=True):

@@ -11,7 +11,7 @@ from orpo_dist.distributed.environment import Environment, Sharding
 from orpo_dist.errors import SaveError
 from orpo_dist.run.checkpoint import verify
 from orpo_dist.training.checkpoint_writer import CheckpointWriter
-from orpo_dist.training.resuming import Progress
+from orpo_dist.training.progress import Progress
 
 ALONE = Environment(0, 1, 0, 0, 1, Sharding.REPLICATED)
 PROGRESS = Progress(torch.ones(3), torch.tensor(2.0), 1.5, 4, [0.5, 0.25])

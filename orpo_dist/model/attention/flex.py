@@ -1,8 +1,8 @@
 """Packed attention by FlexAttention: the row as it lies, with softcap, sinks and windows, compiled to one kernel.
 
 A query of the packed row sees two intervals of keys: the shared prompt's, and its own sequence's up to itself (in an
-image whose tokens see each other, up to the image's end). Both are worked out on the device from the layout, without a
-look at their values on the host, once per micro-batch and window.
+image whose tokens see each other, up to the image's end). Both are computed on the device from the layout, once per
+micro-batch and window, and never read on the host.
 
 Shape legend: T tokens of the packed row, M blocks of the block mask, D head size, Hq query heads, Hk key heads.
 """
@@ -79,7 +79,7 @@ def block_mask(layout: PackedLayout, window: int | None) -> BlockMask:
 
 
 def _block_mask(layout: PackedLayout, visible: VisibleKeys) -> BlockMask:
-    """By counting: `create_block_mask` would evaluate all T x T entries."""
+    """Built by counting: `create_block_mask` would evaluate all T x T entries."""
     blocks = visible.own_start.shape[0] // BLOCK
     begin = BLOCK * torch.arange(blocks, device=visible.own_start.device, dtype=torch.int32)
 

@@ -1,7 +1,7 @@
 """Attention over a packed row of pairs, registered with transformers as "orpo_packed".
 
 A pair is two causal sequences, [P C] and [P R] (see packing/layout.py). No mask function is registered, so the model's
-mask builders return None and the layout, an extra keyword of `model(...)`, is all that says who sees whom.
+mask builders return None, and the layout, an extra keyword of `model(...)`, alone says which token sees which.
 
     CUDA, half precision   one kernel over all pairs, from model/attention/kernels.py
     the rest               sequence by sequence, model/attention/sequences.py: any device, float32, attention dropout
@@ -15,6 +15,7 @@ from transformers import AttentionInterface
 
 from orpo_dist.model.attention.kernels import KernelCase, trusted_kernel
 from orpo_dist.model.attention.sequences import Scores, explicit_attention, sdpa_attention
+from orpo_dist.model.patches import PACKED_ATTENTION_FUNCTION, Patched
 from orpo_dist.packing.layout import PackedLayout, PackedLayoutError
 
 PACKED_ATTENTION = "orpo_packed"
@@ -96,4 +97,11 @@ def _one_dtype(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [tensor.to(tensors[-1].dtype) for tensor in tensors]
 
 
-AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+def register_packed_attention() -> Patched:
+    """Make `orpo_packed` known to transformers, for every model. Done at the import of this module."""
+    AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+    # `register` has no counterpart, and `del` on an instance reaches its local names only.
+    return Patched(PACKED_ATTENTION_FUNCTION, lambda: AttentionInterface._global_mapping.pop(PACKED_ATTENTION))
+
+
+register_packed_attention()

@@ -1,4 +1,4 @@
-"""Which CUDA kernel computes the packed attention of a layer. None is trusted before it has shown its numbers here.
+"""Which CUDA kernel computes the packed attention of a layer. None is used before it has passed a trial here.
 
     plain or sliding window                   flash-attn 3, torch's varlen attention, flash-attn 2
     logit softcap (Gemma 2)                   flash-attn 3, flash-attn 2, FlexAttention
@@ -6,9 +6,9 @@
     images that see themselves (Gemma 3)      FlexAttention
 
 The packed layout depends on how a kernel aligns a causal mask whose queries are fewer than its keys (bottom-right), on
-a window's count, on grouped heads: things that differ between versions and are wrong without an error. So the first
-time that a kind of layer meets a device, each candidate computes a small packed row there, forward and backward, and is
-compared with explicit maths in float64. The first that agrees is taken for good; one that fails is named in the log.
+how a window is counted, on grouped heads: details that differ between versions and fail silently. So the first time
+that a kind of layer runs on a device, each candidate computes a small packed row there, forward and backward, and is
+compared with explicit maths in float64. The first that agrees is used from then on; one that fails is named in the log.
 
 Shape legend: T tokens of the packed row, K keys over all sequences, D head size, Hq query heads, Hk key heads.
 """
@@ -91,7 +91,7 @@ class Candidate:
 
 @cache
 def trusted_kernel(case: KernelCase) -> Candidate | None:
-    """The first candidate that computes `case` rightly on its device, None where attention must go sequence by
+    """The first candidate that computes `case` correctly on its device, None where attention must go sequence by
     sequence. The first call of each case runs the trials, which wait for the device."""
     if case.device.type != "cuda":
         return None
@@ -103,7 +103,7 @@ def trusted_kernel(case: KernelCase) -> Candidate | None:
 
 
 def first_that_passes(proposed: Iterable[Candidate], case: KernelCase) -> Candidate | None:
-    """With one log line for each that fails and for what is taken in the end."""
+    """Logs each candidate that fails, and the one that is used."""
     for candidate in proposed:
         try:
             error = trial_error(candidate.kernel, case)
@@ -117,17 +117,19 @@ def first_that_passes(proposed: Iterable[Candidate], case: KernelCase) -> Candid
             logger.info("Packed attention by %s (%s), relative error %.1g.", candidate.name, case, error)
             return candidate
         logger.warning("%s is not used for attention (%s): off by %.2g in its trial.", candidate.name, case, error)
-    logger.warning("Packed attention goes sequence by sequence (%s): no kernel passed its trial. Expect it slow.", case)
+    logger.warning(
+        "Packed attention goes sequence by sequence (%s): no kernel passed its trial. It will be slow.", case
+    )
     return None
 
 
 def _obstacle(case: KernelCase) -> str | None:
     if case.dtype not in TRIAL_TOLERANCES:
-        return "the kernels want bfloat16 or float16"
+        return "the kernels need bfloat16 or float16"
     if case.dropout:
         return "the kernels have no dropout of attention weights"
     if torch.cuda.get_device_capability(case.device) < (8, 0):
-        return "the kernels want compute capability 8.0"
+        return "the kernels need compute capability 8.0"
     return None
 
 

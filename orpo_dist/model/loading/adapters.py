@@ -1,4 +1,4 @@
-"""LoRA on a plain, 4-bit or 8-bit base: a new adapter, a given one to continue from, and dropout of the base alone."""
+"""LoRA on a plain, 4-bit or 8-bit base: a new adapter or one to continue from, and the dropout of the base."""
 
 import copy
 import warnings
@@ -16,6 +16,15 @@ from orpo_dist.distributed.log import get_logger
 from orpo_dist.errors import UserError
 from orpo_dist.model.loading.hub import hub_errors
 from orpo_dist.model.loading.load import base_identity
+from orpo_dist.model.patches import (
+    BASE_DROPOUT,
+    BASE_OF_ADAPTER,
+    PEFT_WARNING,
+    UNPACKED_4BIT,
+    Patched,
+    replace_attribute,
+)
+from orpo_dist.model.upstream import is_adapter_on_experts_refusal
 from orpo_dist.options.model import ModelArguments
 
 logger = get_logger(__name__)
@@ -70,9 +79,9 @@ def add_adapter(
     gradient_checkpointing_kwargs: dict[str, Any] | None = None,
     zero3: bool = False,
 ) -> PreTrainedModel | PeftModel:
-    """Make `model` train an adapter: a new one, one from a folder or the hub, or the one it already carries.
+    """Make `model` train an adapter: a new one, one from a folder or the hub, or the one it already has.
 
-    A plain model comes back as it is when no adapter is asked for. The base keeps the precision it was loaded in:
+    A plain model is returned unchanged when no adapter is asked for. The base keeps the precision it was loaded in:
     peft's `prepare_model_for_kbit_training` is not used, since it copies every weight that is not quantised
     (embeddings, head, norms) to float32, which costs memory and which ZeRO-3 and FSDP2 cannot shard beside 4-bit
     weights stored in 16 bits. Adapter weights are float32, except under ZeRO-3, whose gather needs one dtype; its
@@ -120,36 +129,39 @@ def record_base(model: PeftModel) -> None:
     """Write the hub id and commit of the base, or its folder, into the settings that are saved with the adapter."""
     base = base_identity(cast(PreTrainedModel, model.get_base_model()))
     for config in model.peft_config.values():
-        config.base_model_name_or_path = base.name
-        config.revision = base.revision
+        replace_attribute(config, "base_model_name_or_path", base.name, BASE_OF_ADAPTER)
+        replace_attribute(config, "revision", base.revision, BASE_OF_ADAPTER)
 
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """peft 0.21 asks for `is_gradient_checkpointing`, which transformers 5.23 renamed; nobody here can mend that."""
-    with warnings.catch_warnings():
+    """Without the warning of PEFT_WARNING."""
+    caught = warnings.catch_warnings()
+    caught.__enter__()
+    with Patched(PEFT_WARNING, lambda: caught.__exit__(None, None, None)):
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         yield
 
 
-def disable_base_dropout(model: nn.Module) -> None:
+def disable_base_dropout(model: nn.Module) -> list[Patched]:
     """Switch off the dropout of the base model: modules, and probabilities that layers or configs hold as numbers.
 
-    The dropout of an adapter stays as it was asked for. TRL zeroes that too, and leaves attention dropout, which is
-    a number and not a module, switched on.
+    The dropout of an adapter is left as configured. TRL zeroes that too, and leaves attention dropout, which is a
+    number and not a module, switched on.
     """
+    handles = []
     for module in _base_modules(model):
         if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        _zero_dropout_numbers(module)
+            handles.append(replace_attribute(module, "p", 0.0, BASE_DROPOUT))
+        handles += _zero_dropout_numbers(module)
         if isinstance(module, PreTrainedModel):
-            _zero_dropout_numbers(module.config)  # Falcon reads its config in every forward
+            handles += _zero_dropout_numbers(module.config)  # Falcon reads its config in every forward
+    return handles
 
 
-def _zero_dropout_numbers(holder: Any) -> None:
-    for name, value in vars(holder).items():
-        if isinstance(value, float) and "drop" in name:
-            setattr(holder, name, 0.0)
+def _zero_dropout_numbers(holder: Any) -> list[Patched]:
+    names = [name for name, value in vars(holder).items() if isinstance(value, float) and "drop" in name]
+    return [replace_attribute(holder, name, 0.0, BASE_DROPOUT) for name in names]
 
 
 def _base_modules(module: nn.Module) -> Iterator[nn.Module]:
@@ -162,8 +174,9 @@ def _base_modules(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def is_quantized(model: PreTrainedModel | PeftModel) -> bool:
-    """Whether transformers loaded the base in 4 or 8 bits; the attribute exists on such models only."""
-    return bool(getattr(model, "is_quantized", False))
+    """Whether transformers loaded the base in 4 or 8 bits."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return bool(vars(base).get("is_quantized", False))  # set while loading, on quantised models only
 
 
 def _refuse_quantized(model: PreTrainedModel) -> None:
@@ -175,17 +188,17 @@ def _refuse_quantized(model: PreTrainedModel) -> None:
 
 
 def _keep_weights_unpacked(model: PeftModel) -> None:
-    """Let an evaluation not spoil the training after it.
+    """Keep an evaluation from breaking the training that follows it.
 
     On a CPU with AVX512-BF16 the first evaluation of bitsandbytes' 4-bit layer packs its weights for a kernel that has
-    no backward, and training then goes on through that kernel: gradients stop at every frozen layer, with a warning
+    no backward, and training then continues through that kernel: gradients stop at every frozen layer, with a warning
     at most. (bitsandbytes 0.50, nn/modules.py, Linear4bit.forward)
     """
     from bitsandbytes.nn import Linear4bit
 
     for module in model.modules():
         if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
+            replace_attribute(module, "support_avx512bf16_for_cpu", False, UNPACKED_4BIT)
 
 
 def _new_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
@@ -206,7 +219,7 @@ def _new_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
         with quiet_peft():
             return get_peft_model(model, config)
     except ValueError as error:
-        if "ParamWrapper" in str(error):
+        if is_adapter_on_experts_refusal(error):
             raise UserError(
                 "The adapter covers the fused experts of a mixture (peft redirects names like gate_proj and down_proj "
                 "to them), which take neither dropout nor DoRA: set lora_dropout=0 and use_dora=false, or target the "
@@ -279,12 +292,13 @@ def _refuse_settings_of_a_given_adapter(arguments: ModelArguments) -> None:
 
 
 def _refuse_tied_targets(model: PreTrainedModel, peft_config: PeftConfig) -> None:
-    """Tied, the output head and the input embedding are one weight: an adapter on one of them could not be merged."""
+    """When tied, the output head and the input embedding are one weight: an adapter on one could not be merged."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    targets = getattr(peft_config, "target_modules", None)  # not every kind of adapter has targets
+    settings = vars(peft_config)  # not every kind of adapter has targets, and LoRA alone can tie its weights
+    targets = settings.get("target_modules")
     if head is None or head.weight is not embedding.weight or not isinstance(targets, (list, set)):
         return
-    if getattr(peft_config, "ensure_weight_tying", False):
+    if settings.get("ensure_weight_tying"):
         return
     for name, module in model.named_modules():
         if (module is head or module is embedding) and any(name == t or name.endswith(f".{t}") for t in targets):

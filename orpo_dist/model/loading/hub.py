@@ -1,4 +1,4 @@
-"""What can go wrong between a name and the files of a model or an adapter, in one line that says what to do."""
+"""What can go wrong when a model or an adapter is fetched or read, in one line that says what to do."""
 
 import os
 from collections.abc import Iterator
@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
 )
 
 from orpo_dist.errors import UserError, raised_in
+from orpo_dist.model.upstream import is_unknown_architecture, wants_remote_code
 
 _ABOUT_THE_NAME = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError)
 _ABOUT_THE_FILES = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
@@ -94,12 +95,12 @@ def _explain(error: BaseException, name: str, revision: str | None) -> str:
     def caused_by(*kinds: type[BaseException]) -> bool:
         return any(isinstance(link, kinds) for link in chain)
 
-    if "trust_remote_code" in str(error):
+    if wants_remote_code(error):
         return (
             f"{name} ships Python code of its own that would have to run. Read it at {page}, and set "
             "trust_remote_code=true if you trust it."
         )
-    if "does not recognize this architecture" in str(error):
+    if is_unknown_architecture(error):
         return f"{name}: this transformers does not know the model's architecture: pip install -U transformers."
     if isinstance(error, ImportError):
         return f"{name} cannot be loaded: {_first_line(error)}"
@@ -110,7 +111,7 @@ def _explain(error: BaseException, name: str, revision: str | None) -> str:
     if caused_by(GatedRepoError):
         return f"{name} is gated: accept its licence at {page}, then log in with `hf auth login` (or set HF_TOKEN)."
     if caused_by(RevisionNotFoundError):
-        return f"{name} has no revision {revision!r}: see {page}/branches for those that exist."
+        return f"{name} has no revision {revision!r}: see {page}/branches for the existing ones."
     if caused_by(RepositoryNotFoundError, HFValidationError):
         return (
             f"{name} is neither a folder nor a model on the hub: check the name; a private one needs `hf auth login`."

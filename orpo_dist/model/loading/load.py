@@ -1,6 +1,8 @@
 """From a name to a model: precision, quantisation, devices."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,12 +19,14 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.integrations import deepspeed as deepspeed_integration
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from orpo_dist.distributed.environment import Sharding, launched_rank, loading_sharding, loading_whole_models
+from orpo_dist.distributed.environment import Sharding, fsdp_hidden, launched_rank, loading_sharding
 from orpo_dist.errors import UserError
 from orpo_dist.model.loading.hub import hub_errors
 from orpo_dist.model.loading.vision import is_vision_language, vision_parts
+from orpo_dist.model.patches import COMMIT_OF_MODEL, WHOLE_MODEL_LOADING, replace_attribute
 from orpo_dist.options.model import QUANT_STORAGES, ModelArguments
 
 _SNAPSHOT = re.compile(r"models--(?P<name>[^/\\]+)[/\\]snapshots[/\\](?P<revision>[0-9a-f]{40})")
@@ -104,7 +108,7 @@ def load_model(
         UserError: what `load_config` raises, or a quantisation that the distributed set-up cannot shard.
     """
     config = load_config(name, revision=revision, trust_remote_code=trust_remote_code, token=token)
-    _check_shardable(name, quantization_config, getattr(config, "quantization_config", None))
+    _check_shardable(name, quantization_config, config.to_dict().get("quantization_config") or {})
     if quantization_config is not None:
         if is_vision_language(config):
             quantization_config.llm_int8_skip_modules = _unquantised_modules(config)
@@ -124,7 +128,7 @@ def load_model(
             **model_init_kwargs,
         )
     # transformers 5.17 notes the commit here; later ones do not, and still leave it out of what they save.
-    model.config._commit_hash = _cached_commit(name, revision)
+    replace_attribute(model.config, "_commit_hash", _cached_commit(name, revision), COMMIT_OF_MODEL)
     return model
 
 
@@ -145,6 +149,14 @@ def _unquantised_modules(config: PretrainedConfig) -> list[str]:
     return [re.escape(name) for name in (*parts.tower, *parts.projector, *heads)]
 
 
+@contextmanager
+def loading_whole_models() -> Iterator[None]:
+    """Within it, models are loaded whole although ZeRO-3 or FSDP is set up, for what one rank does alone."""
+    no_deepspeed = replace_attribute(deepspeed_integration, "_hf_deepspeed_config_weak_ref", None, WHOLE_MODEL_LOADING)
+    with no_deepspeed, fsdp_hidden():
+        yield
+
+
 def base_identity(model: PreTrainedModel) -> BaseIdentity:
     """Hub id and commit of a loaded model, read out of the cache path where it was loaded from one.
 
@@ -156,7 +168,7 @@ def base_identity(model: PreTrainedModel) -> BaseIdentity:
         return BaseIdentity(snapshot["name"].replace("--", "/"), snapshot["revision"])
     if Path(name).is_dir():
         return BaseIdentity(str(Path(name).resolve()), None)
-    return BaseIdentity(name, getattr(model.config, "_commit_hash", None))
+    return BaseIdentity(name, vars(model.config).get("_commit_hash"))  # private, and absent from a config made by hand
 
 
 def _cached_commit(name: str, revision: str | None) -> str | None:
@@ -167,17 +179,17 @@ def _cached_commit(name: str, revision: str | None) -> str | None:
     return snapshot["revision"] if snapshot else None
 
 
-def _check_shardable(name: str, quantization: BitsAndBytesConfig | None, stored: Any) -> None:
+def _check_shardable(name: str, quantization: BitsAndBytesConfig | None, stored: dict[str, Any]) -> None:
+    """stored: the quantisation that the checkpoint is stored in, empty for a plain one."""
     sharding = loading_sharding()
     if not sharding.partitions_weights:
         return
     strategy = "ZeRO-3" if sharding is Sharding.ZERO3 else "FSDP"
-    stored_config = stored if isinstance(stored, dict) else stored.to_dict() if stored is not None else {}
-    if (quantization is not None and quantization.load_in_8bit) or stored_config.get("load_in_8bit"):
+    if (quantization is not None and quantization.load_in_8bit) or stored.get("load_in_8bit"):
         raise UserError(
             f"8-bit weights cannot be sharded by {strategy}: use load_in_4bit=true, or DDP or ZeRO-2 with 8 bits."
         )
-    if stored_config.get("load_in_4bit") and stored_config.get("bnb_4bit_quant_storage", "uint8") == "uint8":
+    if stored.get("load_in_4bit") and stored.get("bnb_4bit_quant_storage", "uint8") == "uint8":
         raise UserError(
             f"{name} is stored as 4-bit bytes, which {strategy} cannot shard: give the full-precision model and set "
             "load_in_4bit=true."

@@ -1,6 +1,5 @@
-"""`orpo-dist merge RUN`: fold a trained adapter into its base, prove that nothing changed, write a plain model."""
+"""Merge a trained adapter into its base, verify that the logits stay the same, write a plain model."""
 
-import argparse
 import gc
 import json
 import os
@@ -13,12 +12,12 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoProcessor, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from orpo_dist.distributed.environment import loading_whole_models
 from orpo_dist.errors import UserError
 from orpo_dist.model.loading.adapters import is_quantized, quiet_peft
 from orpo_dist.model.loading.hub import hub_errors
-from orpo_dist.model.loading.load import auto_class_of, base_identity, load_config, load_model
+from orpo_dist.model.loading.load import auto_class_of, base_identity, load_config, load_model, loading_whole_models
 from orpo_dist.model.loading.vision import is_vision_language
+from orpo_dist.model.patches import DEQUANTISED_WEIGHTS, replace_attribute
 from orpo_dist.options.model import parse_dtype
 
 REPORT_NAME = "merge_report.json"
@@ -80,11 +79,11 @@ def merge_run(
         run_folder: folder with adapter_config.json.
         output: where to write, by default `RUN/merged`. An earlier merge there is replaced, anything else is not.
         dtype: `bfloat16`, `float16` or `float32`; by default the one the base is stored in.
-        verify: compare logits before the result gets its name.
+        verify: compare logits before the result is moved to `output`.
         trust_remote_code: run Python code that the base's repository ships.
 
     Raises:
-        UserError: no adapter in the folder, the base cannot be had, the output exists, or the logits differ.
+        UserError: no adapter in the folder, the base cannot be loaded, the output exists, or the logits differ.
     """
     run_folder = Path(run_folder)
     output = run_folder / "merged" if output is None else Path(output)
@@ -101,30 +100,6 @@ def merge_run(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return report
-
-
-def main(argv: list[str]) -> int:
-    """`orpo-dist merge RUN [--output DIR] [--dtype DTYPE] [--no-verify]`."""
-    parser = argparse.ArgumentParser(
-        prog="orpo-dist merge",
-        description="Merge the adapter of a run into its base model and verify the result.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("run", help="folder of a run (or any folder with adapter_config.json)")
-    parser.add_argument("--output", help="where to write the model (default: RUN/merged)")
-    parser.add_argument("--dtype", help="bfloat16, float16 or float32 (default: as the base is stored)")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that the base's repository ships")
-    parser.add_argument("--no-verify", action="store_true", help="do not compare logits; half the memory")
-    options = parser.parse_args(argv)
-    report = merge_run(
-        options.run,
-        options.output,
-        options.dtype,
-        verify=not options.no_verify,
-        trust_remote_code=options.trust_remote_code,
-    )
-    print("\n".join(report.lines()))
-    return 0
 
 
 def _merge(
@@ -204,9 +179,9 @@ def _check_output(run_folder: Path, output: Path) -> None:
 def _load_base(name: str, revision: str | None, trust_remote_code: bool) -> PreTrainedModel:
     base = load_model(name, revision=revision, dtype="auto", trust_remote_code=trust_remote_code)
     if is_quantized(base):
-        # The base exists in quantised form alone: its own values, written out in full, are what was trained on.
+        # The base is stored quantised: its dequantised values are what the adapter was trained on.
         base = base.dequantize()
-        base._weight_conversions = None  # those of the quantised format; transformers cannot reverse them to save
+        replace_attribute(base, "_weight_conversions", None, DEQUANTISED_WEIGHTS)
     return base.eval()
 
 

@@ -12,6 +12,8 @@ from orpo_dist.errors import UserError
 from orpo_dist.model.loading.hub import hub_errors
 from orpo_dist.model.loading.load import load_config
 from orpo_dist.model.loading.vision import is_vision_language
+from orpo_dist.model.patches import FIXED_IMAGE_OPTIONS, replace_attribute
+from orpo_dist.model.upstream import fixed_image_options
 from orpo_dist.options.data import asked_length
 
 logger = get_logger(__name__)
@@ -19,7 +21,7 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class ImageSizes:
-    """What of a processor's image options the run sets; the same names as in ORPOConfig.
+    """The image options of a processor that the run sets; the same names as in ORPOConfig.
 
     min_pixels, max_pixels: bounds of an image's area after resizing (Qwen-VL: 28 x 28 pixels make a token, 32 x 32 from
         Qwen3-VL on). processor_kwargs: any other option of the model's image processor (`size`, `do_image_splitting`,
@@ -108,17 +110,17 @@ def set_image_sizes(processing_class: PreTrainedTokenizerBase | ProcessorMixin, 
     except (TypeError, ValueError) as error:
         raise UserError(f"{type(own).__name__} refuses {options}: {error}") from error
     # What a processor class fixes for its image processor (Gemma 3's do_pan_and_scan) would win over it.
-    fixed: dict[str, Any] = dict(getattr(processing_class, "images_kwargs", None) or {})
+    fixed = fixed_image_options(processing_class)
     if not fixed.keys().isdisjoint(options):
-        own_options: Any = {name: options.get(name, value) for name, value in fixed.items()}
-        processing_class.images_kwargs = own_options
+        own_options = {name: options.get(name, value) for name, value in fixed.items()}
+        replace_attribute(processing_class, "images_kwargs", own_options, FIXED_IMAGE_OPTIONS)
 
 
 def model_init_kwargs(args: ORPOConfig) -> dict[str, Any]:
     """The keyword arguments for from_pretrained.
 
     Raises:
-        UserError: they are a string that is no JSON object.
+        UserError: they are a string that is not a JSON object.
     """
     kwargs = args.model_init_kwargs
     if isinstance(kwargs, str):
@@ -130,7 +132,7 @@ def is_encoder_decoder(model: Any, args: ORPOConfig) -> bool:
     """Which kind of model it is, from the model, its config by name, or `args` with model_init.
 
     Raises:
-        UserError: model_init without is_encoder_decoder, or a model that is not there.
+        UserError: model_init without is_encoder_decoder, or a model that does not exist.
     """
     if isinstance(model, str):
         revision = model_init_kwargs(args).get("revision")
@@ -146,7 +148,7 @@ def processing_class_of(model: Any, args: ORPOConfig, given: Any) -> PreTrainedT
     """The tokenizer or processor that was given, or the one that belongs to the model, with the run's image sizes.
 
     Raises:
-        UserError: nothing says where the model came from, there is no tokenizer, or an image option that it lacks.
+        UserError: the model does not say where it came from, there is no tokenizer, or it lacks an image option.
     """
     sizes = image_sizes(args)
     if given is not None:

@@ -1,4 +1,4 @@
-"""Vision-language models: their parts, which of them train, and what their collator must know.
+"""Vision-language models: their parts, which parts train, and what their collator must know.
 
     language model    text decoder, embeddings, output head          trained
     projector         what brings image features to its width        frozen unless train_projector
@@ -8,7 +8,6 @@ Shape legend: B pairs.
 """
 
 import copy
-import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +21,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from orpo_dist.errors import UserError
+from orpo_dist.model.patches import PRESENT_LAYERS, SHARED_FEATURES, Patched, replace_attribute
+from orpo_dist.model.upstream import computes_mrope_positions, has_image_features
 from orpo_dist.packing.images import (
     CAUSAL,
     IMAGES_BIDIRECTIONAL,
@@ -42,7 +43,7 @@ def is_vision_language(config: PretrainedConfig) -> bool:
 
 @dataclass(frozen=True)
 class VisionParts:
-    """Names of the modules (and single parameters) of a model outside its language model; as few as tell them apart."""
+    """Names of the modules (and single parameters) of a model outside its language model; as few as possible."""
 
     tower: tuple[str, ...]
     projector: tuple[str, ...]
@@ -107,8 +108,8 @@ def frozen_parts(base: PreTrainedModel, *, train_vision_tower: bool, train_proje
 
 
 def _behind_the_features(base: PreTrainedModel, tower: tuple[str, ...]) -> tuple[str, ...]:
-    """What of the tower comes after the layer whose output is taken (LLaVA's `vision_feature_layer`). It never gets a
-    gradient, and DDP would wait for it."""
+    """The parts of the tower after the layer whose output is used (LLaVA's `vision_feature_layer`). They never get a
+    gradient, and DDP would wait for one."""
     taken = base.config.to_dict().get("vision_feature_layer")
     inside = [name for name, _ in base.named_modules() if any(name.startswith(f"{part}.") for part in tower)]
     layers = [name for name in inside if re.search(r"encoder\.layers\.\d+$", name)]
@@ -125,8 +126,8 @@ def freeze(base: PreTrainedModel, names: tuple[str, ...]) -> None:
 
 
 def without_parts(peft_config: PeftConfig | None, names: tuple[str, ...]) -> PeftConfig | None:
-    """The settings of an adapter, kept out of those parts; as they are where they exclude modules of their own choice,
-    and for kinds of adapters that choose no modules."""
+    """The settings of an adapter, kept out of those parts; unchanged where they exclude modules themselves, and for
+    kinds of adapters that do not choose modules."""
     if not names or not isinstance(peft_config, LoraConfig) or peft_config.exclude_modules is not None:
         return peft_config
     config = copy.deepcopy(peft_config)
@@ -158,7 +159,7 @@ def vision_cost(base: PreTrainedModel, pixels: int, image_tokens: int) -> float:
     config = base.config.vision_config
     patch = config.patch_size
     side = patch if isinstance(patch, int) else next(iter(patch.values() if isinstance(patch, dict) else patch))
-    per_patch = 3 * side * side * getattr(config, "temporal_patch_size", 1)  # videos have depth, most towers do not
+    per_patch = 3 * side * side * config.to_dict().get("temporal_patch_size", 1)  # of towers that take videos
     in_vision, trained = vision_modules(base), trains_vision(base)
     head = base.get_output_embeddings()
     vision = language = 0.0
@@ -172,28 +173,28 @@ def vision_cost(base: PreTrainedModel, pixels: int, image_tokens: int) -> float:
     return pixels / per_patch / image_tokens * vision / language
 
 
-def name_present_layers(model: nn.Module) -> None:
+def name_present_layers(model: nn.Module) -> list[Patched]:
     """Take the classes out of a model's `_no_split_modules` that it has no module of: FSDP2 wraps those that are named
     there, and accelerate refuses a name it does not find (LLaVA names the text side of its CLIP tower)."""
     present = {type(module).__name__ for module in model.modules()}
+    handles = []
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and module._no_split_modules:
-            module._no_split_modules = [name for name in module._no_split_modules if name in present]
+            found = [name for name in module._no_split_modules if name in present]
+            handles.append(replace_attribute(module, "_no_split_modules", found, PRESENT_LAYERS))
+    return handles
 
 
 def image_rules(base: PreTrainedModel) -> ImageRules:
-    """What the collator must know of a bare model."""
+    """What the collator must know about a bare model."""
     inner = base.base_model
-    get_rope_index = getattr(type(inner), "get_rope_index", None)
-    positions = None
-    if get_rope_index is not None and "mm_token_type_ids" in inspect.signature(get_rope_index).parameters:
-        positions = MropePositions(type(inner), inner.config)
+    positions = MropePositions(type(inner), inner.config) if computes_mrope_positions(type(inner)) else None
     return ImageRules(positions, _BIDIRECTIONAL.get(base.config.model_type, CAUSAL))
 
 
 def shares_features(base: PreTrainedModel) -> bool:
-    """Whether `features_for_both` knows this model's way from pixels to its rows."""
-    return hasattr(type(base.base_model), "get_image_features")
+    """Whether `features_for_both` can be used: the model has the method that it replaces."""
+    return has_image_features(type(base.base_model))
 
 
 @contextmanager
@@ -210,11 +211,8 @@ def features_for_both(base: PreTrainedModel) -> Iterator[None]:
             output.deepstack_features = [_repeated(layer) for layer in output.deepstack_features]
         return output
 
-    inner.get_image_features = twice
-    try:
+    with replace_attribute(inner, "get_image_features", twice, SHARED_FEATURES):
         yield
-    finally:
-        del inner.get_image_features
 
 
 def _repeated(features: Any) -> Any:

@@ -1,7 +1,7 @@
 """torch.compile for the blocks of the text model, one by one, instead of the whole model.
 
-What lies around the blocks would be of no use to a compiler here: the loss head works chunk by chunk on host numbers,
-and the packed attention takes a layout that is new in every micro-batch. So each block is compiled on its own and
+A compiler gains nothing from what lies around the blocks: the loss head works chunk by chunk on host numbers, and the
+packed attention takes a layout that is new in every micro-batch. So each block is compiled on its own and
 breaks once, at its attention; norms, rotary embeddings and the MLP's activation are fused on either side of it.
 
 - Blocks of one class share their compiled code, so 36 of them compile like one.
@@ -21,13 +21,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from orpo_dist.errors import UserError
 from orpo_dist.model.packed.mixers import find_token_mixers
+from orpo_dist.model.patches import COMPILED_BLOCK, Patched, replace_attribute
+from orpo_dist.model.upstream import CHECKPOINTS_FORWARD
 
-# Up to 5.18 transformers checkpoints a layer's __call__, later its forward, which it wraps for that.
-_CHECKPOINTS_FORWARD = "__init_subclass__" in vars(GradientCheckpointingLayer)
 
-
-def compile_blocks(model: nn.Module, *, backend: Any = "inductor", mode: str | None = None) -> int:
-    """Compile the decoder blocks of `model` (bare, or wrapped by PEFT) in place; returns how many.
+def compile_blocks(model: nn.Module, *, backend: Any = "inductor", mode: str | None = None) -> list[Patched]:
+    """Compile the decoder blocks of `model` (bare, or wrapped by PEFT) in place; returns one handle per block.
 
     Args:
         backend, mode: as in torch.compile.
@@ -45,15 +44,16 @@ def compile_blocks(model: nn.Module, *, backend: Any = "inductor", mode: str | N
     ]
     if not blocks:
         raise UserError(f"torch_compile: {type(base).__name__} has no decoder block to compile. Leave it unset.")
-    for block in blocks:
-        if _CHECKPOINTS_FORWARD:
-            _compile_under_checkpointing(block, backend, mode)
-        else:
-            block.compile(backend=backend, mode=mode, dynamic=True)
-    return len(blocks)
+    compile_one = _compile_under_checkpointing if CHECKPOINTS_FORWARD else _compile_call
+    return [compile_one(block, backend, mode) for block in blocks]
 
 
-def _compile_under_checkpointing(block: Any, backend: Any, mode: str | None) -> None:
+def _compile_call(block: nn.Module, backend: Any, mode: str | None) -> Patched:
+    block.compile(backend=backend, mode=mode, dynamic=True)
+    return Patched(COMPILED_BLOCK, lambda: delattr(block, "_compiled_call_impl"))  # torch has no public way back
+
+
+def _compile_under_checkpointing(block: Any, backend: Any, mode: str | None) -> Patched:
     """A checkpoint inside the compiled code could not break at the attention, and nothing would be compiled."""
     own_forward = types.MethodType(type(block).forward.__wrapped__, block)
     compiled = torch.compile(own_forward, backend=backend, mode=mode, dynamic=True)
@@ -63,4 +63,4 @@ def _compile_under_checkpointing(block: Any, backend: Any, mode: str | None) -> 
             return block._gradient_checkpointing_func(partial(compiled, **kwargs), *args)
         return compiled(*args, **kwargs)
 
-    block.forward = forward
+    return replace_attribute(block, "forward", forward, COMPILED_BLOCK)

@@ -1,6 +1,6 @@
 """Token mixers: the modules of a model in which one token sees another, and how each takes the packed layout.
 
-Everything else in a decoder works token by token and needs no care. A mixer that calls transformers' attention
+Everything else in a decoder works token by token and needs no change. A mixer that calls transformers' attention
 interface gets the packed attention; any other one (linear attention, Mamba, short convolutions, something unknown) is
 run on unshared rows: its input is copied out to [P C] and [P R] rows, and P, C and R of its output are put back.
 
@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
+from orpo_dist.model.patches import LAYOUT_SEEN, UNSHARED_MIXER, add_forward_hook, add_forward_pre_hook
+from orpo_dist.model.upstream import uses_attention_interface
 from orpo_dist.packing.layout import PackedLayout, PackedLayoutError
 
 # A module that can keep state between decoding steps mixes tokens; these are the names that transformers gives it.
@@ -24,7 +25,7 @@ _CACHE_ARGUMENTS = frozenset({"past_key_values", "past_key_value", "layer_past",
 @dataclass(frozen=True)
 class TokenMixer:
     """name: of the module in the text model. uses_interface: it calls transformers' attention interface.
-    inner: name of a mixer inside it, None where it is a whole."""
+    inner: name of another mixer inside it, if there is one."""
 
     name: str
     module: nn.Module
@@ -38,7 +39,7 @@ def find_token_mixers(text_model: nn.Module) -> list[TokenMixer]:
     mixers = []
     for name, module in caching.items():
         inner = next((other for other in caching if other.startswith(f"{name}.")), None)
-        uses_interface = _uses_interface(module)
+        uses_interface = uses_attention_interface(type(module))
         if inner is None or uses_interface:
             mixers.append(TokenMixer(name, module, uses_interface, inner))
     return mixers
@@ -48,28 +49,20 @@ def _takes_cache(module: nn.Module) -> bool:
     return not _CACHE_ARGUMENTS.isdisjoint(inspect.signature(type(module).forward).parameters)
 
 
-def _uses_interface(module: nn.Module) -> bool:
-    try:
-        source = inspect.getsource(inspect.unwrap(type(module).forward))
-    except OSError:  # no source file
-        return False
-    return "ALL_ATTENTION_FUNCTIONS" in source
-
-
 class Unsharing:
     """Hooks that run one mixer on unshared rows while its model is given a packed layout; without one they do nothing.
 
-    No mask is needed: what fills a row beyond its sequence's end comes after all that is read. They are the mixer's own
-    hooks, so they run again when gradient checkpointing recomputes the layer, and the layout comes with the keywords of
-    that very call.
+    No mask is needed: what fills a row beyond its sequence's end comes after all that is read. The hooks belong to the
+    mixer, so they run again when gradient checkpointing recomputes the layer, with the layout that the recomputed call
+    was given.
     """
 
     def __init__(self, mixer: TokenMixer, row: "PackedRow"):
         self.name, self.row = f"{mixer.name} ({type(mixer.module).__name__})", row
         self.layout: PackedLayout | None = None
         self.handles = [
-            mixer.module.register_forward_pre_hook(self._before, with_kwargs=True),
-            mixer.module.register_forward_hook(self._after),
+            add_forward_pre_hook(mixer.module, self._before, UNSHARED_MIXER),
+            add_forward_hook(mixer.module, self._after, UNSHARED_MIXER),
         ]
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -85,11 +78,11 @@ class Unsharing:
 
 
 class PackedRow:
-    """Whether the text model's present forward was given a packed row: a mixer that sees no layout then must fail."""
+    """Whether the text model's current forward was given a packed row: a mixer that sees no layout then must fail."""
 
     def __init__(self, text_model: nn.Module):
         self.packed = False
-        self.handle: RemovableHandle = text_model.register_forward_pre_hook(self._note, with_kwargs=True)
+        self.handle = add_forward_pre_hook(text_model, self._note, LAYOUT_SEEN)
 
     def _note(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.packed = kwargs.get("orpo_layout") is not None

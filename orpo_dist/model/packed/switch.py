@@ -4,10 +4,10 @@
     if verdict.ok:
         model(input_ids=..., position_ids=..., orpo_layout=..., use_cache=False)   # no attention_mask
     else:
-        log(verdict.reason)                                                        # and stay with the padded layout
+        log(verdict.reason)                                                        # and keep the padded layout
     verdict.restore()                                                              # before generate()
 
-What cannot be seen from outside (a window that only the masks know of, positions made inside the model) shows in
+What cannot be seen from outside (a window that only the masks contain, positions computed inside the model) is found by
 `verify_layout` (model/packed/verify.py), which every run calls.
 """
 
@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from orpo_dist.model.attention.interface import PACKED_ATTENTION
 from orpo_dist.model.packed.mixers import PackedRow, TokenMixer, Unsharing, find_token_mixers
 from orpo_dist.model.packed.rotary import fix_rotary_frequencies
+from orpo_dist.model.patches import PACKED_ATTENTION_OF_MODEL, Patched, undo_all
 
 
 @dataclass
@@ -30,41 +31,43 @@ class PackingVerdict:
     ok: it has been switched to it. reason: why not; empty when ok.
     unshared: mixers that run on unshared rows, by name; the prompt is computed twice in them.
     fixed_rotary: rotary embeddings whose frequencies were fixed for max_length.
+    patches: what is in force on the model for this layout. A loss head (`install_head`) may be appended.
+    rotary_patches: those of fixed_rotary.
     """
 
     ok: bool
     reason: str = ""
     unshared: list[str] = field(default_factory=list)
     fixed_rotary: list[str] = field(default_factory=list)
+    patches: list[Patched] = field(default_factory=list)
+    rotary_patches: list[Patched] = field(default_factory=list)
     _model: PreTrainedModel | None = None
-    _hooks: list[Unsharing] = field(default_factory=list)
-    _row: PackedRow | None = None
     _attention_before: dict = field(default_factory=dict)
 
     def restore(self) -> None:
-        """Give the model its own attention and mixers back. Rotary frequencies stay fixed. Harmless when not ok."""
-        if self._model is None:
-            return
-        self._model.set_attn_implementation(self._attention_before)
-        for hook in self._hooks:
-            for handle in hook.handles:
-                handle.remove()
-        if self._row is not None:
-            self._row.handle.remove()
-        self._model, self._hooks, self._row = None, [], None
+        """Undo `patches`: the model has its own attention and mixers again. Rotary frequencies stay fixed, which the
+        padded layout needs too. Harmless when not ok, and a second time."""
+        undo_all(self.patches)
+        self._model = None
+
+    def undo(self) -> None:
+        """restore(), and rotary frequencies that follow the length again: the model as it came."""
+        self.restore()
+        undo_all(self.rotary_patches)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """The model with its own attention, for generate() or a padded forward amid training. Mixers need no pause:
-        without a layout they run as they are. Backward passes of packed forwards must be over."""
+        """The model with its own attention, for generate() or a padded forward during training. Mixers need no pause:
+        without a layout they run as they are. Backward passes of packed forwards must have finished."""
         if self._model is None:
             yield
             return
-        self._model.set_attn_implementation(self._attention_before)
+        model = self._model
+        model.set_attn_implementation(self._attention_before)
         try:
             yield
         finally:
-            self._model.set_attn_implementation(_packed_implementations(self._model.config))
+            model.set_attn_implementation(_packed_implementations(model.config))
 
 
 def use_packed_layout(model: nn.Module, *, max_length: int | None) -> PackingVerdict:
@@ -82,15 +85,17 @@ def use_packed_layout(model: nn.Module, *, max_length: int | None) -> PackingVer
     fixed_rotary = fix_rotary_frequencies(text_model, max_length)
     before = _implementations(base.config)
     base.set_attn_implementation(_packed_implementations(base.config))
+    attention = Patched(PACKED_ATTENTION_OF_MODEL, lambda: base.set_attn_implementation(before))
     row = PackedRow(text_model)
     unshared = [mixer for mixer in mixers if not mixer.uses_interface]
+    hooks = [handle for mixer in unshared for handle in Unsharing(mixer, row).handles]
     return PackingVerdict(
         ok=True,
         unshared=[mixer.name for mixer in unshared],
-        fixed_rotary=fixed_rotary,
+        fixed_rotary=list(fixed_rotary),
+        patches=[attention, row.handle, *hooks],
+        rotary_patches=[handle for handles in fixed_rotary.values() for handle in handles],
         _model=base,
-        _hooks=[Unsharing(mixer, row) for mixer in unshared],
-        _row=row,
         _attention_before=before,
     )
 
@@ -123,12 +128,12 @@ def _implementations(config: PreTrainedConfig) -> dict:
 
 
 def _flat(implementations: dict) -> dict | str:
-    """A part without parts of its own by its plain name: transformers 5.17 takes no nested dicts."""
+    """A part without sub-configs by its plain name: transformers 5.17 does not accept nested dicts."""
     return implementations[""] if len(implementations) == 1 else implementations
 
 
 def _packed_implementations(config: PreTrainedConfig) -> dict:
-    """The same with the text config, and the configs around it (whose masks it gets), set to the packed attention."""
+    """The same, with the text config and the configs around it (which make its masks) set to the packed attention."""
     text = config.get_text_config(decoder=True)
     result = _implementations(config)
     result[""] = PACKED_ATTENTION

@@ -1,4 +1,4 @@
-"""Does the packed layout compute what the padded one computes? Asked of every model before it trains."""
+"""Does the packed layout compute what the padded one computes? Checked for every model before it trains."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from orpo_dist.model.packed.switch import PackingVerdict
+from orpo_dist.model.patches import OBSERVED_STATES, SHORT_WINDOW, add_forward_hook, replace_attribute, undo_all
+from orpo_dist.model.upstream import refuses_keyword
 from orpo_dist.packing.collate import PackedCollator
 from orpo_dist.packing.layout import PackedLayout, PackedLayoutError
 from orpo_dist.packing.padded import PaddedCollator
@@ -26,7 +28,7 @@ class LayoutCheck:
     infinite when the model cannot run the packed row. Not the largest, because in half precision rounding alone may
     send a token of a mixture of experts to another expert.
     tolerance: what rounding explains in the precision of the computation.
-    reason: what is wrong, for the log; empty when nothing is."""
+    reason: what is wrong, for the log; empty when ok."""
 
     difference: float
     tolerance: float
@@ -63,7 +65,7 @@ def verify_layout(
     except PackedLayoutError as error:
         return LayoutCheck(float("inf"), 0.0, str(error))
     except TypeError as error:
-        if "orpo_layout" not in str(error):  # a forward that takes no further keyword
+        if not refuses_keyword(error, "orpo_layout"):
             raise
         return LayoutCheck(float("inf"), 0.0, str(error))
     finally:
@@ -78,7 +80,7 @@ def verify_layout(
 
 
 def ordinary_ids(base: PreTrainedModel) -> torch.Tensor:
-    """Token ids that mean no image, no end and no padding."""
+    """Token ids that stand for text: no image, end or padding token."""
     config = base.config.get_text_config(decoder=True)
     options = {**base.config.to_dict(), **config.to_dict()}
     special = {value for name, value in options.items() if name.endswith(("token_id", "token_index"))
@@ -104,11 +106,8 @@ def last_hidden_states(model: nn.Module, base: PreTrainedModel, batch: dict[str,
     """Taken by a hook: what the whole model returns depends on its head."""
     device = next(base.parameters()).device
     found: list[torch.Tensor] = []
-    handle = base.get_decoder().register_forward_hook(lambda module, args, output: found.append(output[0]))
-    try:
+    with add_forward_hook(base.get_decoder(), lambda module, args, output: found.append(output[0]), OBSERVED_STATES):
         model(**{name: value.to(device) for name, value in batch.items()}, use_cache=False)
-    finally:
-        handle.remove()
     return found[0]
 
 
@@ -128,12 +127,11 @@ def difference_of_packed(packed: torch.Tensor, padded: torch.Tensor, layout: Pac
 
 @contextmanager
 def short_window(base: PreTrainedModel) -> Iterator[None]:
+    """Within it, sliding windows are short enough for the tiny rows of a check to reach beyond them."""
     holders = [base.config.get_text_config(decoder=True), *base.get_decoder().modules()]
-    windows = [(holder, window) for holder in holders if isinstance(window := vars(holder).get("sliding_window"), int)]
-    for holder, _ in windows:
-        holder.sliding_window = _WINDOW
+    windowed = [holder for holder in holders if isinstance(vars(holder).get("sliding_window"), int)]
+    handles = [replace_attribute(holder, "sliding_window", _WINDOW, SHORT_WINDOW) for holder in windowed]
     try:
         yield
     finally:
-        for holder, window in windows:
-            holder.sliding_window = window
+        undo_all(handles)

@@ -1,4 +1,4 @@
-"""Does a layout compute what the model itself computes with images? Asked of every such model at start-up."""
+"""Does a layout compute what the model itself computes with images? Checked for every such model at start-up."""
 
 import io
 from collections.abc import Sequence
@@ -79,7 +79,7 @@ def verify_images(
                     states = last_hidden_states(model, base, batch)
                 expected = last_hidden_states(model, base, reference)
     except (PackedLayoutError, ValueError, TypeError, RuntimeError, AttributeError) as error:
-        # Of an unknown family anything may fail in the layout's way; the model's own way is what it falls back to.
+        # With an unknown family anything may fail on the layout's path; the run then falls back to the model's own.
         return LayoutCheck(float("inf"), 0.0, f"{type(error).__name__} with images: {error}")
     finally:
         model.train(was_training)

@@ -10,8 +10,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from orpo_dist.loss import Objective, PairScores, orpo_loss
+from orpo_dist.model.head.chunked_pass import LogitTransform
 from orpo_dist.model.head.chunks import PairRows, pair_starts, plan_chunks
-from orpo_dist.model.head.fused_loss import Adapter, FusedLoss, LogitTransform, fused_orpo_loss
+from orpo_dist.model.head.fused_loss import Adapter, FusedLoss, fused_orpo_loss
 
 HIDDEN, VOCABULARY = 16, 97
 # Short and long prompts, completions of one token, completions longer than a small chunk, no prompt rows at all.

@@ -11,7 +11,7 @@ from torch import nn
 
 from orpo_dist.loss import Objective, PairScores, orpo_loss
 from orpo_dist.model.attention.interface import PACKED_ATTENTION
-from orpo_dist.model.head.fused_loss import LogitTransform
+from orpo_dist.model.head.chunked_pass import LogitTransform
 from orpo_dist.model.head.install import install_head, measure_transform
 from orpo_dist.packing.collate import PackedCollator
 from orpo_dist.packing.layout import PackedLayoutError

@@ -21,11 +21,12 @@ from transformers import (
 )
 from transformers.integrations import deepspeed as deepspeed_integration
 
+from orpo_dist.commands.merge import main
 from orpo_dist.errors import UserError
 from orpo_dist.model.loading import merge
 from orpo_dist.model.loading.adapters import add_adapter, lora_config
 from orpo_dist.model.loading.load import load_model, quantization_config
-from orpo_dist.model.loading.merge import main, merge_run
+from orpo_dist.model.loading.merge import merge_run
 from orpo_dist.options.model import ModelArguments
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -57,7 +57,7 @@ def test_numbers_and_recompilations(counter, family, blocks, checkpointing):
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     expected = [numbers(model, lengths) for lengths in LENGTHS]
-    assert compile_blocks(model, backend=counter) == blocks
+    assert len(compile_blocks(model, backend=counter)) == blocks
     names = list(model.state_dict())
     counts = []
     for lengths, theirs in zip(LENGTHS, expected, strict=True):

@@ -1,4 +1,4 @@
-"""One rank of a run in the kill campaign: the command line, with FSDP2 made real on a CPU.
+"""One rank of a run in the kill campaign: the command line, with real FSDP2 sharding on a CPU.
 
 kill_campaign.py starts it with the repository on PYTHONPATH; see tests/launching/fsdp_on_cpu.py.
 """

@@ -1,0 +1,60 @@
+"""Sums of a run that no log line shows yet: written into a checkpoint, taken over from it.
+
+With them the first log line after a resume is that of an uninterrupted run.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from orpo_dist.distributed.environment import Environment
+from orpo_dist.training.metrics import MetricSums
+from orpo_dist.training.step_guard import StepGuard
+
+METRICS = "metrics_{}.pt"  # of each rank, in a checkpoint
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One rank's sums.
+
+    Attributes:
+        sums: of the metrics (training/metrics.py).
+        tr_loss, total_loss, last_logged: the Trainer's sums of losses and the step of its last log line.
+        losses: of the last steps, for spikes (training/step_guard.py).
+    """
+
+    sums: torch.Tensor | None
+    tr_loss: torch.Tensor
+    total_loss: float
+    last_logged: int
+    losses: list[float]
+
+
+def progress_of(trainer: Any, sums: MetricSums, guard: StepGuard) -> Progress:
+    """trainer: a transformers.Trainer in its loop; it has no public name for its sums of losses."""
+    return Progress(
+        sums=sums.state(),
+        tr_loss=trainer._tr_loss.detach().cpu(),
+        total_loss=trainer._total_loss_scalar,
+        last_logged=trainer._globalstep_last_logged,
+        losses=guard.losses(),
+    )
+
+
+def take_over(
+    saved: Sequence[Progress], trainer: Any, sums: MetricSums, guard: StepGuard, environment: Environment
+) -> None:
+    """Go on from `saved`: this rank's own, or that of all ranks after a change of the world size; empty for a fresh
+    start."""
+    if not saved:
+        return
+    if len(saved) == 1 or environment.is_first:  # the sums are added up over the ranks
+        for progress in saved:
+            sums.load(progress.sums, trainer.args.device)
+    # The Trainer logs the mean over the ranks.
+    trainer._tr_loss += torch.stack([progress.tr_loss for progress in saved]).mean(0).to(trainer._tr_loss.device)
+    trainer._total_loss_scalar, trainer._globalstep_last_logged = saved[0].total_loss, saved[0].last_logged
+    guard.restore_losses(saved[0].losses)

@@ -1,0 +1,85 @@
+"""What ORPOTrainer settles before any model is loaded: its own copy of the config, refusals, rows to pairs, layout."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orpo_dist.config import ORPOConfig
+from orpo_dist.distributed.environment import Environment, loading_sharding
+from orpo_dist.loss import Objective
+from orpo_dist.model.packed.choose_layout import LayoutChoice
+from orpo_dist.packing.lengths import PairLengths, is_tokenised, pair_lengths
+from orpo_dist.run.prepare import Preparation, preparation_of
+from orpo_dist.training import refusals
+from orpo_dist.training.layout_options import layout_options
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run whose data is ready.
+
+    Attributes:
+        args: the trainer's own copy: what it settles there must not change the config that was given.
+        train_rows, eval_rows: tokenised, or None; eval_rows may be a dict of sets.
+        lengths: of the training pairs, in their order.
+        layout: still to be chosen for the model.
+    """
+
+    args: ORPOConfig
+    preparation: Preparation
+    train_rows: Any
+    eval_rows: Any
+    lengths: list[PairLengths]
+    objective: Objective
+    layout: LayoutChoice
+
+
+def set_up(
+    given: ORPOConfig | None,
+    *,
+    model: Any,
+    model_init: Any,
+    train_dataset: Any,
+    eval_dataset: Any,
+    processing_class: Any,
+    data_collator: Callable[[list[dict]], dict[str, Any]] | None,
+    preprocess_logits_for_metrics: Any,
+) -> Setup:
+    """The arguments are those of `ORPOTrainer`.
+
+    Raises:
+        UserError: options that contradict each other, data that cannot be trained on.
+    """
+    args = ORPOConfig("trainer_output") if given is None else copy.copy(given)
+    sharding = loading_sharding()
+    refusals.refuse_what_needs_logits(args, preprocess_logits_for_metrics)
+    refusals.refuse_unsupported_parallelism(args)
+    refusals.refuse_missing_kernels(args, sharding)
+    refusals.refuse_contradictions(args, model, model_init, train_dataset is not None or eval_dataset is not None)
+    # At the end of training transformers deletes every checkpoint but the best one under a limit of 1.
+    args.save_total_limit = 2 if args.save_total_limit == 1 else args.save_total_limit
+
+    preparation = preparation_of(args, model, processing_class)
+    dropped_rows = Path(str(args.output_dir)) / "dropped_rows.jsonl"
+    train_rows = tokenised(train_dataset, "train", preparation, dropped_rows)
+    if isinstance(eval_dataset, dict):
+        eval_rows: Any = {
+            name: tokenised(rows, f"eval_{name}", preparation, dropped_rows) for name, rows in eval_dataset.items()
+        }
+    else:
+        eval_rows = tokenised(eval_dataset, "eval", preparation, dropped_rows)
+
+    objective = Objective(beta=args.beta, label_smoothing=args.label_smoothing)
+    environment = Environment.of(args, sharding)
+    options = layout_options(args, objective, preparation, environment, data_collator, train_rows, eval_rows)
+    lengths = pair_lengths(train_rows) if train_rows is not None else []
+    return Setup(args, preparation, train_rows, eval_rows, lengths, objective, LayoutChoice(options))
+
+
+def tokenised(rows: Any, name: str, preparation: Preparation, dropped_rows: Path) -> Any:
+    """Tokenised rows; those that are so already, and None, as they are."""
+    if rows is None or is_tokenised(rows):
+        return rows
+    return preparation.pairs(rows, name, dropped_rows).dataset

@@ -1,0 +1,102 @@
+"""What model/upstream.py reads from other libraries still is what it takes it for."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers as t
+from peft import LoraConfig, get_peft_model
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+
+from orpo_dist.model.upstream import (
+    CHECKPOINTS_FORWARD,
+    computes_mrope_positions,
+    config_value,
+    has_image_features,
+    is_adapter_on_experts_refusal,
+    is_unknown_architecture,
+    refuses_keyword,
+    uses_attention_interface,
+    wants_remote_code,
+)
+from tests.model.tiny_models import HEADS, MOE, tiny_model
+
+
+def test_the_attention_interface_is_named_in_the_source_of_its_users():
+    assert "sdpa" in ALL_ATTENTION_FUNCTIONS  # the name that is looked for
+    assert uses_attention_interface(LlamaAttention)
+    assert not uses_attention_interface(LlamaMLP)
+    assert not uses_attention_interface(Mamba2Mixer)
+    assert uses_attention_interface(type(tiny_model("gemma2").model.layers[0].self_attn))
+
+
+def test_checkpointing_goes_around_what_the_version_says():
+    assert ("__init_subclass__" in vars(GradientCheckpointingLayer)) is CHECKPOINTS_FORWARD
+    assert ("__call__" in vars(GradientCheckpointingLayer)) is not CHECKPOINTS_FORWARD
+    block = type(tiny_model("llama").model.layers[0])
+    assert hasattr(block.forward, "__wrapped__") or not CHECKPOINTS_FORWARD
+
+
+def test_an_unknown_keyword_is_told_by_its_name():
+    def forward(input_ids):
+        return input_ids
+
+    with pytest.raises(TypeError) as unknown:
+        forward(1, orpo_layout=None)
+    assert refuses_keyword(unknown.value, "orpo_layout")
+    with pytest.raises(TypeError) as missing:
+        forward()
+    assert not refuses_keyword(missing.value, "orpo_layout")
+
+
+def _folder(folder: Path, **config: Any) -> Path:
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text("from transformers import PreTrainedConfig as OwnConfig\n")
+    return folder
+
+
+def test_code_of_a_repository_is_refused_by_the_name_of_the_argument(tmp_path):
+    folder = _folder(tmp_path, model_type="own", auto_map={"AutoConfig": "own.OwnConfig"})
+    with pytest.raises(ValueError) as refusal:
+        t.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    assert wants_remote_code(refusal.value) and not is_unknown_architecture(refusal.value)
+
+
+def test_an_unknown_architecture_is_told_in_these_words(tmp_path):
+    with pytest.raises(ValueError) as refusal:
+        t.AutoConfig.from_pretrained(_folder(tmp_path, model_type="own"))
+    assert is_unknown_architecture(refusal.value) and not wants_remote_code(refusal.value)
+
+
+@pytest.mark.parametrize("setting", [{"lora_dropout": 0.1}, {"use_dora": True}], ids=str)
+def test_peft_names_its_layer_when_it_refuses_experts(setting):
+    model = t.Qwen3MoeForCausalLM(t.Qwen3MoeConfig(**HEADS, **MOE))
+    experts = ["mlp.experts.gate_up_proj"]
+    with pytest.raises(ValueError) as refusal:
+        get_peft_model(model, LoraConfig(target_modules=[], target_parameters=experts, **setting))
+    assert is_adapter_on_experts_refusal(refusal.value)
+
+
+def test_other_refusals_of_peft_are_told_apart():
+    with pytest.raises(ValueError) as refusal:
+        get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["nothing"]))
+    assert not is_adapter_on_experts_refusal(refusal.value)
+
+
+def test_older_families_have_the_common_names_as_attributes_only():
+    config = t.Zamba2Config()
+    assert config_value(config, "head_dim") == config.attention_head_dim
+    assert "head_dim" not in config.to_dict()  # else to_dict() would do
+    assert config_value(t.JambaConfig(), "layer_types")
+    assert config_value(t.GPT2Config(), "head_dim") is None
+
+
+def test_vision_families_share_method_names():
+    qwen, llava = type(tiny_model("qwen2_5_vl").base_model), type(tiny_model("llava").base_model)
+    assert computes_mrope_positions(qwen) and not computes_mrope_positions(llava)
+    assert has_image_features(qwen) and has_image_features(llava)
+    assert not has_image_features(t.LlamaModel)
