@@ -13,19 +13,17 @@ PACKAGE, TESTS = Path(orpo_dist.__file__).parent, Path(__file__).parent
 MIRRORED_ELSEWHERE: dict[str, tuple[list[str], str]] = {
     "autotrain/slurm.py": (["cluster/test_slurm.py"], "it only submits a job"),
     "cluster/cancel.py": (["cluster/test_slurm.py", "cluster/test_submit.py"], "it needs jobs that run"),
-    "cluster/ends.py": (["cluster/test_processes.py"], "the starter reads what its processes wrote"),
-    "cluster/files.py": (["cluster/test_launch.py"], "two look-ups, tested where they are used"),
-    "cluster/job.py": (["cluster/test_render.py"], "a request is what is rendered"),
     "cluster/prefetch.py": (["cluster/test_slurm.py", "cluster/test_submit.py"], "it is a job of its own before a run"),
-    "cluster/site.py": (["cluster/test_render.py"], "a profile is what is rendered"),
-    "cluster/status.py": (["cluster/test_submit.py", "cluster/test_slurm.py"], "it tells what submit has started"),
     "commands/convert_checkpoint.py": (["survival/test_world_size.py"], "it needs a checkpoint of two DeepSpeed ranks"),
+    "commands/merge.py": (["model/loading/test_merge.py"], "the flags of merge_run, tested with it"),
     "config.py": (["recipe/test_recipe.py", "test_trainer.py"], "its fields reach a recipe and change a run"),
     "demo/texts.py": (["demo/test_support_set.py"], "the words of the support set, without code of their own"),
     "distributed/zero.py": (
         ["survival/test_security.py", "survival/test_world_size.py"],
         "DeepSpeed's files, kept real",
     ),
+    "model/head/call.py": (["model/head/test_install.py"], "one call of an installed head"),
+    "model/head/chunked_pass.py": (["model/head/test_fused_loss.py"], "the forward and backward of the fused loss"),
     "model/loading/processor.py": (
         ["model/loading/test_load.py", "model/loading/test_vision.py"],
         "loaded with its model",
@@ -36,12 +34,13 @@ MIRRORED_ELSEWHERE: dict[str, tuple[list[str], str]] = {
     "model/packed/verify.py": (["model/test_families.py"], "the check runs on each family"),
     "model/packed/verify_images.py": (["model/test_vision_families.py"], "the check runs on each vision family"),
     "options/data.py": (["commands/test_data.py", "data/test_prepare.py"], "each option changes what is prepared"),
-    "recipe/preview.py": (
-        ["cluster/test_launch.py", "cluster/test_submit.py"],
-        "for launchers, which run before torch",
-    ),
     "run/prepare.py": (["test_train.py", "test_trainer.py"], "preparation is the first half of a run"),
+    "training/progress.py": (
+        ["training/test_checkpoint_writer.py", "training/test_resuming.py"],
+        "it shows when runs resume",
+    ),
     "training/refusals.py": (["test_trainer.py"], "each refusal is an argument of the trainer"),
+    "training/setup.py": (["test_trainer.py"], "the first half of the trainer's construction"),
 }
 
 

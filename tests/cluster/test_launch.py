@@ -3,8 +3,6 @@
 import json
 import shlex
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ import torch
 import yaml
 
 from orpo_dist.cli import main
-from orpo_dist.cluster.files import accelerate_config, shipped
+from orpo_dist.cluster.files import accelerate_config
 from orpo_dist.cluster.launch import choose_config, fitted_config
 from orpo_dist.cluster.processes import Placement, launcher_command, telling_code
 from orpo_dist.recipe.preview import preview
@@ -25,27 +23,6 @@ def recipe(tmp_path) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text("model_name_or_path: tiny\ndataset_name: pairs.jsonl\nlearning_rate: 1e-5\n")
     return path
-
-
-def test_a_preview_reads_file_and_flags(recipe, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert preview(recipe).run_folder == tmp_path / "runs" / "tiny"
-    assert not preview(recipe).trains_adapter
-    assert not preview(recipe, ["--use_peft", "--no_use_peft"]).trains_adapter
-    view = preview(recipe, ["--output_dir=elsewhere", "--use_peft", "--beta", "0.2", "--load-in-4bit", "true"])
-    assert view.run_folder == tmp_path / "elsewhere"
-    assert view.trains_adapter and view.quantised and view.values["beta"] == 0.2
-
-
-def test_the_preview_as_a_program_needs_no_torch(recipe):
-    program = (
-        "import sys; from orpo_dist.recipe.preview import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, recipe], capture_output=True, text=True, timeout=60, cwd=REPOSITORY
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(REPOSITORY / "runs" / "tiny")
 
 
 @pytest.mark.parametrize(
@@ -144,8 +121,3 @@ def test_dry_run_prints_the_command(recipe, capsys):
 )
 def test_of_several_exit_codes_the_telling_one(codes, code):
     assert telling_code(codes) == code
-
-
-def test_shipped_files_exist():
-    assert accelerate_config("zero2").name == "zero2.yaml"
-    assert shipped("slurm", "lib.sh").is_file()

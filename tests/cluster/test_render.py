@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from orpo_dist.cluster.files import shipped
-from orpo_dist.cluster.job import JobRequest, check_request, choose_template, seconds_of
+from orpo_dist.cluster.job import JobRequest, choose_template
 from orpo_dist.cluster.render import render
 from orpo_dist.cluster.site import read_site
 from orpo_dist.errors import UserError
@@ -130,31 +130,6 @@ def test_arguments_survive_the_shell(sites):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"nodes": 0}, "--nodes 0: at least 1"),
-        ({"gpus": 4, "processes": 8}, "one GPU per process"),
-        ({"time": "00:10:00", "stop_before": 600}, "too short: the run stops 600 s before its end"),
-        ({"time": "soon"}, "--time soon: write it as SLURM does"),
-        ({"template": "nodes"}, "the templates are single_node, multi_node"),
-        ({"template": "single_node", "nodes": 2}, "take multi_node"),
-        ({"container_runtime": "docker"}, "pyxis or apptainer"),
-    ],
-)
-def test_refused_requests(changes, said):
-    with pytest.raises(UserError, match=said.replace("(", r"\(")):
-        check_request(replace(PLAIN, **changes))
-
-
-@pytest.mark.parametrize(
-    ("time", "seconds"),
-    [("30", 1800), ("3:30", 210), ("1:02:03", 3723), ("2-12", 216000), ("1-00:30", 88200), ("1-00:00:01", 86401)],
-)
-def test_times(time, seconds):
-    assert seconds_of(time) == seconds
-
-
-@pytest.mark.parametrize(
     ("changes", "images", "template"),
     [
         ({}, False, "single_node"),
@@ -180,18 +155,3 @@ def test_site_profile_errors(tmp_path):
     (tmp_path / "odd.sh").write_text("SITE_GPU_REQUEST=--gres=gpu\n")
     with pytest.raises(UserError, match="not an option with a %d"):
         render("multi_node", PLAIN, read_site(str(tmp_path / "odd.sh")), [RECIPE])
-
-
-@pytest.mark.parametrize(
-    ("shared", "folder", "refusal"),
-    [
-        ("", "/home/me/run", None),
-        ("", "/tmp/run", "is on /tmp, which is local to each node"),
-        ("", "/tmpfs/run", None),
-        ("/shared /gpfs", "/gpfs/run", None),
-        ("/shared /gpfs", "/home/me/run", "is in none of the shared folders of the site profile (/shared /gpfs)"),
-        ("/tmp/all", "/tmp/all/run", None),
-    ],
-)
-def test_folders_that_nodes_do_not_share(sites, shared, folder, refusal):
-    assert replace(sites["shipped"], shared_folders=shared).refusal_of(Path(folder)) == refusal

@@ -1,6 +1,5 @@
 """`submit`, `status` and `cancel` on a machine without SLURM: what is checked there, and what a dry run prints."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -8,8 +7,6 @@ import pytest
 
 from orpo_dist.cli import main
 from orpo_dist.cluster.slurm import PartitionNodes, _gpus_of, partition_nodes
-from orpo_dist.cluster.status import RunState
-from orpo_dist.recipe.preview import without_gpu
 
 RECIPE = "model_name_or_path: owner/tiny\ndataset_name: pairs.jsonl\nlearning_rate: 1e-5\nbf16: true\n"
 
@@ -103,26 +100,6 @@ def test_without_slurm(project, capsys, monkeypatch, command):
     assert "run this on a login node of a SLURM cluster" in capsys.readouterr().err
 
 
-def test_a_run_folder_tells_its_state(tmp_path):
-    for step, files in ((5, ["complete.json"]), (10, ["complete.json"]), (15, [])):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        for file in files:
-            (tmp_path / f"checkpoint-{step}" / file).touch()
-    events = [{"step": 14, "loss": 5.0}, {"step": 15, "loss": 4.5}]
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events) + '{"step": 16, "lo')
-    state = tmp_path / "slurm"
-    state.mkdir()
-    for name, text in (("attempt", "2"), ("outcome", "restarting: unhealthy: n2"), ("excluded", "n2\nn1\nn2")):
-        (state / name).write_text(text + "\n")
-    read = RunState.read(tmp_path)
-    assert (read.attempt, read.step, read.loss, read.checkpoint) == (2, 15, 4.5, "checkpoint-10")
-    assert read.lines() == [
-        "  attempt 2, step 15, loss 4.5000, newest checkpoint: checkpoint-10",
-        "  last outcome: restarting: unhealthy: n2",
-        "  excluded nodes: n1 n2",
-    ]
-
-
 @pytest.mark.parametrize(
     ("gres", "count"), [("(null)", 0), ("gpu:8", 8), ("gpu:a100:4(S:0-1)", 4), ("tmp:1,gpu:h100:2,gpu:l4:1", 3)]
 )
@@ -138,8 +115,3 @@ def test_partitions(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     assert partition_nodes(None) == [PartitionNodes(4, 64, 0, "infinite")]
     assert partition_nodes("gpu") == [PartitionNodes(2, 96, 8, "1-00:00:00")]
-
-
-def test_recipes_for_gpus_can_be_read_without_one():
-    assert without_gpu({"bf16": True}) == ["--use_cpu", "true"]
-    assert without_gpu({"fp16": True, "tf32": True})[2:] == ["--fp16", "false", "--tf32", "false"]

@@ -138,12 +138,13 @@ class LayoutChoice:
         if verdict.unshared:
             kinds = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in verdict.unshared}))
             logger.info("%d modules (%s) run on unshared rows.", len(verdict.unshared), kinds)
-        install_head(
+        head = install_head(
             model,  # type: ignore[arg-type]
             options.objective,
             chunk_rows=options.loss_chunk_size,
             router_aux_loss_coef=self.router_aux_loss_coef,
         )
+        verdict.patches.append(head)  # restore() takes it off too
         self._verdict = verdict
         if options.images is not None and not options.prefix_sharing:
             logger.warning("prefix_sharing=false has no effect on pairs with images: their pixels are encoded once.")

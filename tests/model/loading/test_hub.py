@@ -1,4 +1,4 @@
-"""What the hub can answer, in one line that says what to do."""
+"""Which errors of reading a model are the user's, with one line, and which go up as they are."""
 
 from types import SimpleNamespace
 
