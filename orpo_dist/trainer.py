@@ -39,7 +39,6 @@ from orpo_dist.model.loading.processor import (
 )
 from orpo_dist.model.loading.vision import freeze, frozen_parts, name_present_layers, without_parts
 from orpo_dist.model.packed.compile import compile_blocks
-from orpo_dist.options.data import PrepareOptions
 from orpo_dist.options.model import compute_dtype
 from orpo_dist.packing.images import shortest_with_images
 from orpo_dist.packing.lengths import pair_lengths, sharing_gain
@@ -112,7 +111,7 @@ class ORPOTrainer(PairEvaluation, ResumableTrainer):
         self._processing_class = processing_class_of(model, args, processing_class)
         self._tokenizer = tokenizer_of(self._processing_class)
         resolve_max_length(args, self._processing_class)
-        self._prepare_options = PrepareOptions.from_config(args, self.is_encoder_decoder)
+        self._prepare_options = args.prepare_options(self.is_encoder_decoder)
         self.prepared: dict[str, PreparedPairs] = {}
         self._run_folder = Path(str(args.output_dir))
         if train_dataset is not None:
