@@ -7,6 +7,7 @@ from transformers import LlamaConfig, T5Config
 from orpo_dist.cli import main
 from orpo_dist.commands.data import _options, _parser
 from orpo_dist.options.data import PrepareOptions
+from orpo_dist.recipe.recipe import Recipe
 
 GOOD = [{"prompt": f"question {i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(40)]
 
@@ -137,3 +138,9 @@ def test_an_unknown_or_abbreviated_flag(data, flag, capsys):
 def test_a_value_outside_the_choices(data, capsys):
     assert main(["data", "check", str(data), "--on_bad_row", "keep"]) == 2
     assert "on_bad_row" in capsys.readouterr().err
+
+
+def test_types_of_flags_survive_a_parsed_recipe():
+    """HfArgumentParser writes simplified types into the fields that it parses."""
+    Recipe.from_mapping({"dataset_name": "d", "model_name_or_path": "m"})
+    assert options("check", "x", "--max_length", "none").max_length is None
