@@ -1,8 +1,11 @@
 """AutoTrain's face: defaults, the recipe each option becomes, both spellings, errors, launching, and one real run."""
 
+import copy
+import dataclasses
 import io
 import json
 import os
+import pickle
 import subprocess
 import sys
 from dataclasses import fields
@@ -742,3 +745,36 @@ def test_bad_input_in_two_processes_is_one_line_too(model_folder, data_folder, t
     assert (
         result.stderr.count("error") == 1 and "validation.jsonl" in result.stderr and "Traceback" not in result.stderr
     )
+
+
+# ---------------------------------------------------------------- assignment and copies
+
+
+def test_an_assigned_block_size_counts_as_asked_for():
+    made = params()
+    assert "max_length" not in made.to_recipe_mapping()
+    made.block_size = "512"
+    assert made.to_recipe_mapping()["max_length"] == 512
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        lambda made: dataclasses.replace(made, lr=1e-4),
+        copy.copy,
+        copy.deepcopy,
+        lambda made: pickle.loads(pickle.dumps(made)),
+    ],
+    ids=["replace", "copy", "deepcopy", "pickle"],
+)
+def test_copies_remember_what_was_asked_for(again):
+    assert "max_length" not in again(params()).to_recipe_mapping()
+    assert again(params(block_size=1024)).to_recipe_mapping()["max_length"] == 1024
+
+
+def test_assignments_are_checked():
+    made = params()
+    for name, value in (("batch_size", 0), ("lr", "fast"), ("learning_rate", 1.0), ("quantization", "int4")):
+        with pytest.raises(UserError, match=name):
+            setattr(made, name, value)
+    assert made == params()
