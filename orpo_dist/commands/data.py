@@ -6,7 +6,7 @@ import json
 from dataclasses import fields, replace
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_origin
+from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_origin, get_type_hints
 
 from orpo_dist.data.audit import DroppedRow, check_bad_rows, count_kinds, write_dropped_rows
 from orpo_dist.errors import UserError
@@ -21,6 +21,8 @@ EXAMPLES = 3  # bad rows shown for each kind
 
 # The flags that are declared in options/data.py, with their types.
 _DECLARED = {f.name: f for kind in (DataOptions, ImageOptions) for f in fields(kind)}
+# Not Field.type: HfArgumentParser overwrites it (`int | None` becomes `int`) in the fields that ORPOConfig shares.
+_TYPES = get_type_hints(DataOptions) | get_type_hints(ImageOptions)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -97,7 +99,7 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
     given = {name: getattr(arguments, name) for name in _DECLARED if getattr(arguments, name) is not None}
     if arguments.action == "stats":
         given.setdefault("max_length", "none")
-    return {name: _value(name, text, _DECLARED[name].type) for name, text in given.items()}
+    return {name: _value(name, text, _TYPES[name]) for name, text in given.items()}
 
 
 def _options(arguments: argparse.Namespace) -> PrepareOptions:

@@ -702,7 +702,8 @@ def test_bad_input_is_one_line_and_exit_code_2(model_folder, data_folder, tmp_pa
 TWO_PROCESSES = """
 import sys, yaml
 from pathlib import Path
-from orpo_dist import autotrain_launch, cli
+from orpo_dist import cli
+from orpo_dist.autotrain import local as autotrain_launch
 
 config, start = autotrain_launch.accelerate_config, autotrain_launch._start
 

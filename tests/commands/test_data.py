@@ -2,10 +2,11 @@ import json
 
 import pytest
 from datasets import Dataset
-from transformers import LlamaConfig, T5Config
+from transformers import HfArgumentParser, LlamaConfig, T5Config
 
 from orpo_dist.cli import main
 from orpo_dist.commands.data import _options, _parser
+from orpo_dist.config import ORPOConfig
 from orpo_dist.options.data import PrepareOptions
 
 GOOD = [{"prompt": f"question {i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(40)]
@@ -137,3 +138,8 @@ def test_an_unknown_or_abbreviated_flag(data, flag, capsys):
 def test_a_value_outside_the_choices(data, capsys):
     assert main(["data", "check", str(data), "--on_bad_row", "keep"]) == 2
     assert "on_bad_row" in capsys.readouterr().err
+
+
+def test_flags_after_a_recipe_was_parsed_in_the_same_process():
+    HfArgumentParser(ORPOConfig)  # overwrites the types of the fields
+    assert options("check", "x", "--max_length", "none", "--apply_chat_template", "true").max_length is None
