@@ -1,4 +1,4 @@
-"""What the Trainer calls during a run: log.jsonl, the last evaluation, the progress bar."""
+"""Callbacks of a run: log.jsonl, the final evaluation, the progress bar."""
 
 import json
 import math
@@ -25,7 +25,7 @@ _SHOWN = {
 class RunLog(TrainerCallback):
     """Appends every logging event to `<folder>/log.jsonl` (main process) and measures the time spent in steps.
 
-    A resumed run continues the file: events after the checkpoint it starts from are dropped, since they happen again.
+    A resumed run continues the file: events after its checkpoint are dropped, since those steps are repeated.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -71,11 +71,11 @@ class RunLog(TrainerCallback):
         if not self._path.exists():
             return []
         lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [line for line in lines if line.endswith("\n")]  # the last one is cut off when the run was killed
+        return [line for line in lines if line.endswith("\n")]  # a killed run may leave a partial last line
 
 
 class FinalEvaluation(TrainerCallback):
-    """Evaluates the model of the last step, inside the training loop, where every topology has it wrapped."""
+    """Evaluates the model of the last step, inside the training loop, where the model is wrapped in every topology."""
 
     def __init__(self) -> None:
         self._evaluated_step: int | None = None
@@ -111,7 +111,7 @@ class ShortProgress(ProgressCallback):
 
 
 def _finite(value: Any) -> Any:
-    """`nan` and `inf` as texts: JSON has no such numbers, and other readers than Python's refuse them."""
+    """`nan` and `inf` as strings: they are not valid JSON numbers, and most parsers other than Python's reject them."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):

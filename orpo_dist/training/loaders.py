@@ -1,4 +1,4 @@
-"""Data loaders of tokenised pairs: which pairs this data rank gets, in which micro-batches."""
+"""Data loaders for tokenised pairs: which pairs this data rank gets, in which micro-batches."""
 
 from typing import Any
 
@@ -17,9 +17,9 @@ class PairLoaders:
     """Builds the loaders of a run.
 
     Args:
-        layout: knows what an image token costs, and has the collator.
-        model_config: of the model that runs.
-        filler_id: token id of the pairs of weight zero that keep ranks in step.
+        layout: has the collator and the cost of an image token.
+        model_config: of the model that trains.
+        filler_id: token id for the pairs of weight zero that give every rank the same number of micro-batches.
     """
 
     def __init__(
@@ -61,8 +61,8 @@ class PairLoaders:
             PairDataset(rows, filler_id=self._filler_id),
             batch_sampler=sampler,
             collate_fn=self._layout.collator,
-            # Of its own: each pass draws a seed for its workers, which must not move the generator of dropout. A
-            # resumed run makes other passes than an uninterrupted one.
+            # A separate generator: each pass draws a seed for its workers, and must not advance the generator used for
+            # dropout. A resumed run makes a different number of passes than an uninterrupted one.
             generator=torch.Generator(),
             num_workers=workers,
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
