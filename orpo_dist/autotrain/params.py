@@ -14,7 +14,7 @@ from typing import Any, get_args, get_type_hints
 from orpo_dist.autotrain.ignored_options import FOREIGN
 from orpo_dist.autotrain.mapping import recipe_mapping
 from orpo_dist.errors import UserError
-from orpo_dist.options.data import Unasked
+from orpo_dist.options.data import DataOptions, Unasked
 
 CHOICES = {
     "trainer": ("orpo",),
@@ -28,6 +28,7 @@ CHOICES = {
 }
 NONE_WORDS = ("none", "null", "no", "")
 
+_DATA_OPTIONS = {option.name: option for option in fields(DataOptions)}
 MODEL_MAX_LENGTH = Unasked(2048)  # left at this default it does not cap an explicit block_size
 _AT_LEAST_ONE = ("batch_size", "gradient_accumulation", "lora_r", "save_steps", "save_total_limit", "ddp_timeout")
 
@@ -35,6 +36,12 @@ _AT_LEAST_ONE = ("batch_size", "gradient_accumulation", "lora_r", "save_steps", 
 def _option(default: Any, help: str, *, recipe: str | None = None, **options: Any) -> Any:
     """`recipe`: the recipe's name of an option whose value passes unchanged."""
     return field(default=default, metadata={"help": help, "recipe": recipe}, **options)
+
+
+def _data_option(name: str) -> Any:
+    """An option that AutoTrain's users set under the recipe's own name."""
+    declared = _DATA_OPTIONS[name]
+    return _option(declared.default, declared.metadata["help"], recipe=name)
 
 
 @dataclass(init=False)
@@ -73,27 +80,17 @@ class LLMTrainingParams:
     )
     text_column: str = _option("text", "Column of the chosen answer.")
     rejected_text_column: str | None = _option(None, "Column of the rejected answer.")
-    image_column: str | None = _option(
-        None,
-        "Column of images, one or a list per row, for a vision-language model. Unset: images or image.",
-        recipe="image_column",
-    )
-    image_folder: str | None = _option(
-        None,
-        "Folder that image paths start from and cannot leave. Unset: the folder of the row's file.",
-        recipe="image_folder",
-    )
-    allow_image_urls: bool = _option(False, "Fetch images at http(s) addresses in the rows.", recipe="allow_image_urls")
-    allow_outside_image_folder: bool = _option(
-        False, "Read images at paths outside of the image folder too.", recipe="allow_outside_image_folder"
-    )
+    image_column: str | None = _data_option("image_column")
+    image_folder: str | None = _data_option("image_folder")
+    allow_image_urls: bool = _data_option("allow_image_urls")
+    allow_outside_image_folder: bool = _data_option("allow_outside_image_folder")
     chat_template: str | None = _option(
         None, "tokenizer (the model's own), chatml, zephyr, a Jinja file or template, or none."
     )
     apply_chat_template: bool | None = _option(
         None, "Put string prompts and answers into turns. Unset: where the tokenizer has a chat template."
     )
-    add_eos_token: bool = _option(True, "End every answer with EOS.", recipe="add_eos_token")
+    add_eos_token: bool = _data_option("add_eos_token")
     padding: str = _option("right", "Side of the padding; ORPO's loss does not depend on it.")
     block_size: int | tuple[int, ...] = _option(
         Unasked(1024), "Most tokens of prompt + answer; -1: model_max_length; or a list."
@@ -101,15 +98,9 @@ class LLMTrainingParams:
     model_max_length: int = _option(MODEL_MAX_LENGTH, "Longest input of the model: caps block_size.")
     max_prompt_length: int | None = _option(None, "Most tokens of the prompt. Unset: prompts are never cut.")
     max_completion_length: int | None = _option(None, "Most tokens of an answer.")
-    truncation_side: str = _option(
-        "left", "Which end of a long prompt max_prompt_length cuts off: left or right.", recipe="truncation_side"
-    )
-    on_bad_row: str = _option(
-        "drop", "A row that cannot be trained on: drop (and report it) or error.", recipe="on_bad_row"
-    )
-    max_bad_rows: float = _option(
-        0.05, "With on_bad_row=drop: stop beyond this share (below 1) or number of rows.", recipe="max_bad_rows"
-    )
+    truncation_side: str = _data_option("truncation_side")
+    on_bad_row: str = _data_option("on_bad_row")
+    max_bad_rows: float = _data_option("max_bad_rows")
 
     dpo_beta: float = _option(0.1, "Weight of the odds-ratio term.", recipe="beta")
     lr: float = _option(3e-5, "Learning rate.", recipe="learning_rate")
