@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-from orpo_dist.autotrain.ignored_options import FOREIGN
+from orpo_dist.autotrain.ignored_options import IGNORED as FOREIGN
 from orpo_dist.autotrain.mapping import MODEL_MAX_LENGTH, RENAMED, recipe_mapping
 from orpo_dist.errors import UserError
 
