@@ -165,7 +165,7 @@ def test_missing_files_and_fields(tmp_path):
     assert "model_name_or_path is missing" in refused("--dataset_name", "d.jsonl")
     listed = tmp_path / "list.yaml"
     listed.write_text("- a\n- b\n")
-    assert "this is a list" in refused(str(listed))
+    assert "not a list" in refused(str(listed))
     binary = tmp_path / "binary.yaml"
     binary.write_bytes(b"\xff\xfe\x00")
     assert "not a text file" in refused(str(binary))
