@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-from orpo_dist.autotrain.ignored_options import FOREIGN
+from orpo_dist.autotrain.ignored_options import IGNORED
 from orpo_dist.autotrain.mapping import recipe_mapping
 from orpo_dist.errors import UserError
 from orpo_dist.options.data import DataOptions, Unasked
@@ -152,8 +152,8 @@ class LLMTrainingParams:
     hub_private: bool = _option(True, "Create the hub repository as a private one.")
 
     def __init__(self, **values: Any) -> None:
-        self.ignored: list[str] = [name for name in values if name in FOREIGN]
-        unknown = [name for name in values if name not in FOREIGN and name not in FIELD_TYPES]
+        self.ignored: list[str] = [name for name in values if name in IGNORED]
+        unknown = [name for name in values if name not in IGNORED and name not in FIELD_TYPES]
         if unknown:
             raise UserError("\n".join(explain_unknown(name) for name in unknown))
         for option in fields(self):
@@ -290,7 +290,7 @@ def explain_unknown(name: str) -> str:
     """One line about an option that does not exist, with the one that was probably meant."""
     if name in KNOWN_ELSEWHERE:
         return f"{name} is not an AutoTrain option: it is called {KNOWN_ELSEWHERE[name]} here."
-    close = difflib.get_close_matches(name, [*FIELD_TYPES, *FOREIGN], n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name, [*FIELD_TYPES, *IGNORED], n=1, cutoff=0.6)
     hint = f"did you mean {close[0]}?" if close else "see docs/autotrain.md for the options there are."
     return f"{name} is not an option: {hint}"
 
