@@ -70,7 +70,7 @@ def test_dry_run_of_a_sweep(project, capsys):
         (["--sweep", "two.txt", "--chain", "2"], "--chain needs a single run"),
         (["--output_dir", "/elsewhere/run"], "output_dir /elsewhere/run is in none of the shared folders"),
         (["--model_name_or_path", "./none"], "model_name_or_path: ./none does not exist"),
-        (["--accelerate-config", "zero4"], "no accelerate config 'zero4'"),
+        (["--accelerate-config", "zero4"], "Unknown accelerate config 'zero4'"),
         (["--sbatch", "mail"], "'mail' is not of the form --option or --option=value"),
         (["--nodes", "two"], "orpo-dist submit: argument --nodes: invalid int value: 'two'"),
     ],
