@@ -45,52 +45,22 @@ def train(recipe: Recipe) -> "RunSummary":
         RunStopped, NonFiniteRun, SaveError: see docs/runs.md.
     """
     from accelerate import PartialState
-    from transformers import PrinterCallback, ProgressCallback
 
-    from orpo_dist.distributed.ranks import let_gloo_finish, on_first_rank
-    from orpo_dist.run.callbacks import FinalEvaluation, RunLog, ShortProgress
-    from orpo_dist.run.hub_login import check_login, move_token_to_environment
-    from orpo_dist.run.prepare import load_model_of, peft_config_of, prepare
-    from orpo_dist.run.resume import checkpoint_to_resume
-    from orpo_dist.run.summary import SUMMARY_NAME
-    from orpo_dist.run.trackers import tensorboard_folder, usable_trackers
-    from orpo_dist.trainer import ORPOTrainer
+    from orpo_dist.distributed.ranks import let_gloo_finish
+    from orpo_dist.run.callbacks import RunLog
+    from orpo_dist.run.prepare import prepare
 
     args, state = recipe.training, PartialState()
     folder = Path(str(args.output_dir))
-    checkpoint = on_first_rank(lambda: checkpoint_to_resume(args.resume_from_checkpoint, folder))
-    _check_evaluation(recipe)
-    move_token_to_environment(args)
-    if args.push_to_hub:
-        check_login()
-    args.report_to = usable_trackers(list(args.report_to or []))
-    if state.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / SUMMARY_NAME).unlink(missing_ok=True)  # it says that a run has finished, and this one has not
-        recipe.save(folder / "recipe.yaml")
-
+    checkpoint = _begin(recipe, folder)
     processing_class, pairs = prepare(recipe, folder)
     if state.is_main_process:
         recipe.save(folder / "recipe.yaml")  # with what the processor decided
-    model = load_model_of(recipe.model, args)
     # The first evaluation is the trainer's own: inside the loop the model is wrapped, as ZeRO-1 and ZeRO-2 need.
     # A resumed run has it in its history.
     args.eval_on_start = args.eval_on_start or (pairs.evaluation is not None and checkpoint is None)
     log = RunLog(folder)
-    with tensorboard_folder(folder / "tensorboard"):
-        trainer = ORPOTrainer(
-            model=model,
-            args=args,
-            train_dataset=pairs.train.dataset,
-            eval_dataset=pairs.evaluation.dataset if pairs.evaluation else None,
-            processing_class=processing_class,
-            peft_config=peft_config_of(recipe.model, model),
-            callbacks=[log, FinalEvaluation()] if pairs.evaluation else [log],
-        )
-    del model
-    if trainer.pop_callback(ProgressCallback) is not None:
-        trainer.add_callback(ShortProgress)
-    trainer.pop_callback(PrinterCallback)
+    trainer = _trainer(recipe, folder, processing_class, pairs, log)
 
     if checkpoint is not None and state.is_main_process:
         print(f"Resuming from {checkpoint}")
@@ -111,6 +81,57 @@ def train(recipe: Recipe) -> "RunSummary":
     if state.is_main_process:
         print(_report(summary))
     return summary
+
+
+def _begin(recipe: Recipe, folder: Path) -> str | None:
+    """What can be refused before data is read, and the recipe in the run's folder. Returns the checkpoint to resume
+    from. Every rank takes part."""
+    from accelerate import PartialState
+
+    from orpo_dist.distributed.ranks import on_first_rank
+    from orpo_dist.run.hub_login import check_login, move_token_to_environment
+    from orpo_dist.run.resume import checkpoint_to_resume
+    from orpo_dist.run.summary import SUMMARY_NAME
+    from orpo_dist.run.trackers import usable_trackers
+
+    args = recipe.training
+    checkpoint = on_first_rank(lambda: checkpoint_to_resume(args.resume_from_checkpoint, folder))
+    _check_evaluation(recipe)
+    move_token_to_environment(args)
+    if args.push_to_hub:
+        check_login()
+    args.report_to = usable_trackers(list(args.report_to or []))
+    if PartialState().is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / SUMMARY_NAME).unlink(missing_ok=True)  # it says that a run has finished, and this one has not
+        recipe.save(folder / "recipe.yaml")
+    return checkpoint
+
+
+def _trainer(recipe: Recipe, folder: Path, processing_class: Any, pairs: "RunPairs", log: "RunLog") -> "ORPOTrainer":
+    """The trainer of the run, with the model that it trains."""
+    from transformers import PrinterCallback, ProgressCallback
+
+    from orpo_dist.run.callbacks import FinalEvaluation, ShortProgress
+    from orpo_dist.run.prepare import load_model_of, peft_config_of
+    from orpo_dist.run.trackers import tensorboard_folder
+    from orpo_dist.trainer import ORPOTrainer
+
+    model = load_model_of(recipe.model, recipe.training)
+    with tensorboard_folder(folder / "tensorboard"):
+        trainer = ORPOTrainer(
+            model=model,
+            args=recipe.training,
+            train_dataset=pairs.train.dataset,
+            eval_dataset=pairs.evaluation.dataset if pairs.evaluation else None,
+            processing_class=processing_class,
+            peft_config=peft_config_of(recipe.model, model),
+            callbacks=[log, FinalEvaluation()] if pairs.evaluation else [log],
+        )
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(ShortProgress)
+    trainer.pop_callback(PrinterCallback)
+    return trainer
 
 
 def _check_evaluation(recipe: Recipe) -> None:

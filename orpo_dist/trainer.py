@@ -19,7 +19,7 @@ compute_loss. Between two log lines nothing else is read on the host: metrics ar
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import TorchDynamoPlugin, gather_object
@@ -46,6 +46,7 @@ from orpo_dist.loss import pair_sums
 from orpo_dist.model.forward import PairForward
 from orpo_dist.model.loading.load import load_model
 from orpo_dist.model.loading.processor import model_init_kwargs
+from orpo_dist.model.packed.compile import compile_blocks
 from orpo_dist.model.patches import BLOCKS_COMPILED_ALREADY, ONE_DEVICE_PER_PROCESS, replace_attribute
 from orpo_dist.options.durations import seconds_of
 from orpo_dist.packing.lengths import PairLengths
@@ -66,9 +67,6 @@ from orpo_dist.training.resuming import Resuming
 from orpo_dist.training.setup import set_up, tokenised
 from orpo_dist.training.step_guard import StepGuard
 from orpo_dist.training.throughput import ModelFlops, Throughput
-
-if TYPE_CHECKING:
-    pass
 
 
 class ORPOTrainer(Trainer):
@@ -189,6 +187,8 @@ class ORPOTrainer(Trainer):
         model = adapted_model(model, args, self._peft_config)
         coefficient = refusals.router_aux_loss_coef(model.config, args.router_aux_loss_coef)
         self.layout.choose(model, router_aux_loss_coef=coefficient)
+        if args.torch_compile:
+            compile_blocks(model, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         return model
 
     def create_accelerator_and_postprocess(self) -> None:

@@ -48,8 +48,6 @@ __all__ = ["DroppedRow", "PrepareOptions", "PreparedPairs", "prepare_pairs"]
 TOKEN_COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids"]
 BATCH, IMAGE_BATCH = 256, 16  # rows; decoded photographs are large
 IMAGE_COLUMNS = ["images", "prompt_text", "prompt_places", "image_sizes", "image_tokens"]
-# Options that decide what happens to bad rows or how fast the work goes, not what the token ids are.
-NOT_CONTENT = ("on_bad_row", "max_bad_rows", "num_proc", "chat_template")
 
 Rows: TypeAlias = Dataset | IterableDataset | Sequence[dict[str, Any]]
 
@@ -214,14 +212,14 @@ def _prepared_folder(dataset: Rows, tokenizer: ProcessingClass, options: Prepare
     _check_images(pair_format, tokenizer, options, name)
     read = pair_format.columns + [column for column in (SOURCE_COLUMN, ROW_COLUMN) if column in rows.column_names]
     rows = rows.select_columns(read)
-    settings = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in NOT_CONTENT}
+    settings = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in options.NOT_IN_CACHE_KEY}
     identity = [
         __version__,
         content_digest(rows),
         tokenizer_digest(tokenizer),
         resolve_chat_template(options.chat_template, tokenizer) or "",
         json.dumps(settings, sort_keys=True),
-        json.dumps(asdict(pair_format), sort_keys=True),
+        json.dumps({k: v for k, v in asdict(pair_format).items() if k != "description"}, sort_keys=True),
     ]
     parts = [part.encode() for part in identity]
     if isinstance(tokenizer, ProcessorMixin):
@@ -265,7 +263,7 @@ def _build(folder: Path, rows: Dataset, step: "_Step", options: PrepareOptions, 
         with_indices=True,
         remove_columns=rows.column_names,
         features=step.features,
-        num_proc=options.num_proc,
+        num_proc=options.dataset_num_proc,
         load_from_cache_file=False,
         cache_file_name=str(folder / "audited.arrow"),
         desc=f"Tokenising {name}",

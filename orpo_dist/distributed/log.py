@@ -8,9 +8,10 @@ that. https://huggingface.co/docs/accelerate/package_reference/logging
 """
 
 import logging
-import os
 
 from torch import distributed
+
+from orpo_dist.distributed.environment import launched_rank
 
 
 class FirstRankLogger(logging.LoggerAdapter):
@@ -28,4 +29,5 @@ def _rank() -> int:
     """That of the process group; before there is one, what the launcher says (torchrun, accelerate launch)."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank()
-    return int(os.environ.get("RANK", "0"))
+    launched = launched_rank()
+    return launched.rank if launched is not None else 0

@@ -166,9 +166,9 @@ class Recipe:
     def to_mapping(self) -> dict[str, Any]:
         """A flat mapping that repeats this run: every data and model field that is set, this project's and TRL's
         training fields, and every other training field that differs from transformers' default. No credentials."""
-        from orpo_dist.config import ORPOConfig
+        from orpo_dist.config import OWN_OPTIONS
 
-        always = _ALWAYS_SAVED | ORPOConfig.__annotations__.keys()
+        always = _ALWAYS_SAVED | OWN_OPTIONS
         mapping: dict[str, Any] = {}
         for part in (self.data, self.model, self.training):
             for option in fields(part):

@@ -1,11 +1,13 @@
 import json
 
 import pytest
+from datasets import Dataset
 from transformers import LlamaConfig, T5Config
 
 from orpo_dist.cli import main
 from orpo_dist.commands.data import _options, _parser
 from orpo_dist.options.data import PrepareOptions
+from orpo_dist.recipe.recipe import Recipe
 
 GOOD = [{"prompt": f"question {i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(40)]
 
@@ -105,3 +107,40 @@ def test_flags_become_options():
 def test_a_flag_of_the_wrong_type(data, capsys):
     assert main(["data", "check", str(data), "--max_length", "long"]) == 2
     assert "--max_length long: expected int or None" in capsys.readouterr().err.replace("  ", " ")
+
+
+def test_dataset_num_proc_reaches_the_tokenisation(data, model, monkeypatch):
+    asked, original = [], Dataset.map
+
+    def spy(self, *args, **kwargs):
+        asked.append(kwargs.get("num_proc"))
+        return original(self, *args, **kwargs | {"num_proc": None})
+
+    monkeypatch.setattr(Dataset, "map", spy)
+    monkeypatch.setenv("ORPO_DIST_CACHE", str(data.parent / "cache"))
+    assert main(["data", "stats", str(data), "--model", model, "--dataset_num_proc", "2"]) == 0
+    assert 2 in asked
+
+
+def test_processor_kwargs_reach_the_processor(data, model, capsys):
+    assert main(["data", "stats", str(data), "--model", model, "--processor_kwargs", '{"max_patches": 9}']) == 2
+    assert "max_patches: the model has no image processor" in capsys.readouterr().err
+    assert main(["data", "stats", str(data), "--model", model, "--processor_kwargs", "{"]) == 2
+    assert "expected a JSON object" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--max_len", "--max_lenght"])
+def test_an_unknown_or_abbreviated_flag(data, flag, capsys):
+    assert main(["data", "check", str(data), flag, "5"]) == 2
+    assert f"Unknown option {flag}. Did you mean --max" in capsys.readouterr().err
+
+
+def test_a_value_outside_the_choices(data, capsys):
+    assert main(["data", "check", str(data), "--on_bad_row", "keep"]) == 2
+    assert "on_bad_row" in capsys.readouterr().err
+
+
+def test_types_of_flags_survive_a_parsed_recipe():
+    """HfArgumentParser writes simplified types into the fields that it parses."""
+    Recipe.from_mapping({"dataset_name": "d", "model_name_or_path": "m"})
+    assert options("check", "x", "--max_length", "none").max_length is None

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from orpo_dist import ORPOConfig
+from orpo_dist.config import OWN_OPTIONS
 from orpo_dist.errors import UserError
 from orpo_dist.options.data import DataArguments
 from orpo_dist.recipe.recipe import Recipe
@@ -261,7 +262,7 @@ def documented_defaults(text: str) -> dict[str, str]:
 
 def test_the_docs_list_every_field_of_ours_with_its_default():
     documented = documented_defaults((RECIPES.parent / "docs" / "config.md").read_text())
-    own = {field.name: field for field in fields(ORPOConfig) if field.name in ORPOConfig.__annotations__}
+    own = {field.name: field for field in fields(ORPOConfig) if field.name in OWN_OPTIONS}
     own |= {field.name: field for field in fields(DataArguments)}
     shown = {True: "true", False: "false", None: "none"}
     for name, field in own.items():

@@ -14,7 +14,6 @@ from orpo_dist.model.loading.load import load_config
 from orpo_dist.model.loading.vision import is_vision_language
 from orpo_dist.model.patches import FIXED_IMAGE_OPTIONS, replace_attribute
 from orpo_dist.model.upstream import fixed_image_options
-from orpo_dist.options.data import asked_length
 
 logger = get_logger(__name__)
 
@@ -161,13 +160,6 @@ def processing_class_of(model: Any, args: ORPOConfig, given: Any) -> PreTrainedT
         raise UserError("The model does not say where it came from: pass its tokenizer as processing_class.")
     revision = model_init_kwargs(args).get("revision")
     return load_processing_class(name, revision=revision, trust_remote_code=args.trust_remote_code, sizes=sizes)
-
-
-def resolve_max_length(args: ORPOConfig, processing_class: Any) -> None:
-    """Writes into `args` what max_length means for this model, see `asked_length`. Raises UserError where
-    max_prompt_length leaves no room within it."""
-    args.max_length = asked_length(args.max_length, isinstance(processing_class, ProcessorMixin))
-    args.check_prompt_length()
 
 
 def image_sizes(args: ORPOConfig) -> ImageSizes:
