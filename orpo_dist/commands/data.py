@@ -8,7 +8,7 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_origin, get_type_hints
 
-from orpo_dist.data.audit import DroppedRow, check_bad_rows, count_kinds, write_dropped_rows
+from orpo_dist.data.audit import DroppedRow, check_bad_rows, write_dropped_rows
 from orpo_dist.errors import UserError
 from orpo_dist.options.data import DataOptions, ImageOptions, PrepareOptions
 
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
         _check(arguments, rows, _options(arguments))
     else:
         prepared = _prepared(arguments, rows)
-        _show(prepared.dropped)
+        _show_read(arguments, rows, prepared.dropped)
         _show_images(prepared)
         print("The data can be trained on.")
     return 0
@@ -182,7 +182,7 @@ def _check(arguments: argparse.Namespace, rows: "Dataset | IterableDataset", opt
     if sizes:
         print("\n".join(describe_images(image_stats(sizes, len(dataset) - len(dropped)))))
     check_bad_rows(dropped, len(dataset), options, name, arguments.dropped_rows)
-    _show(dropped)
+    _show_read(arguments, dataset, dropped)
     print("The data can be trained on, as far as can be told without a tokenizer; --model NAME checks lengths too.")
 
 
@@ -194,8 +194,14 @@ def _show_images(prepared: "PreparedPairs") -> None:
         print("\n".join(["", *describe_images(stats)]))
 
 
-def _show(dropped: list[DroppedRow]) -> None:
-    for kind, count in count_kinds(dropped).items():
-        print(f"  {count} x {kind}")
-        for row in [row for row in dropped if row.kind == kind][:EXAMPLES]:
-            print(f"    {row.describe()}")
+def _show_read(arguments: argparse.Namespace, rows: "Dataset | IterableDataset", dropped: list[DroppedRow]) -> None:
+    """What was read: files, rows, columns and why, bad rows by kind."""
+    from orpo_dist.data.prepare import as_dataset, format_of, sample_of
+    from orpo_dist.data.report import describe_columns, describe_dropped, describe_files
+
+    options = _options(arguments)
+    dataset = as_dataset(rows, arguments.data)
+    pair_format = format_of(dataset, options)
+    lines = describe_files(dataset, arguments.data, arguments.split)
+    lines += describe_columns(dataset.column_names, sample_of(dataset), pair_format, options)
+    print("\n".join([*lines, *describe_dropped(dropped, EXAMPLES)]))

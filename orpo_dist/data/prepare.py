@@ -166,7 +166,12 @@ def format_of(rows: Dataset, options: PrepareOptions) -> PairFormat:
     Raises:
         UserError: as `detect_format`.
     """
-    return detect_format(rows.column_names, list(islice(rows, SAMPLE)), options)
+    return detect_format(rows.column_names, sample_of(rows), options)
+
+
+def sample_of(rows: Dataset) -> list[dict[str, Any]]:
+    """The rows that the format is detected from."""
+    return list(islice(rows, SAMPLE))
 
 
 def read_pair(pair_format: PairFormat, row: dict[str, Any], index: int) -> Pair | DroppedRow:
