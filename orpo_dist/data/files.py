@@ -12,6 +12,7 @@ from typing import IO, Any
 
 import pyarrow.parquet
 
+from orpo_dist.data.json_array import IrregularJson, array_of_objects
 from orpo_dist.data.split_names import names_a_split, split_called
 from orpo_dist.errors import UserError
 
@@ -77,6 +78,14 @@ def _read_jsonl(path: Path) -> Numbered:
 
 
 def _read_json(path: Path, split: str) -> Numbered:
+    read = 0
+    try:
+        with _open(path) as file:
+            for read, row in enumerate(array_of_objects(file), 1):
+                yield read, row
+        return
+    except IrregularJson:
+        pass  # an object, or an error, whose place the whole text tells
     with _open(path) as file:
         text = file.read()
     try:
@@ -90,7 +99,7 @@ def _read_json(path: Path, split: str) -> Numbered:
         content = _records(content, path, split)
     if not isinstance(content, list):
         raise UserError(f"{path}: holds one {type(content).__name__}, not a list of rows.")
-    for number, row in enumerate(content, 1):
+    for number, row in enumerate(content[read:], read + 1):
         yield number, _object(row, path, f"row {number}")
 
 

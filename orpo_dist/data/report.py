@@ -12,7 +12,9 @@ from datasets import Dataset
 from orpo_dist.data.audit import DroppedRow, count_kinds
 from orpo_dist.data.messages import decode
 from orpo_dist.data.pairs import PairFormat
+from orpo_dist.data.prepared_file import Note
 from orpo_dist.data.rows import BATCH, SOURCE_COLUMN
+from orpo_dist.data.streaming import in_parts
 from orpo_dist.options.data import PrepareOptions
 
 FILES = 20  # named, of a data set of many shards
@@ -25,9 +27,10 @@ def describe_files(rows: Dataset, name: str, split: str) -> list[str]:
     if SOURCE_COLUMN not in rows.column_names:
         return [f"{head}."]
     counts: Counter[str] = Counter()
-    for table in rows.select_columns([SOURCE_COLUMN]).with_format("arrow").iter(batch_size=BATCH):
-        for item in pyarrow.compute.value_counts(table[SOURCE_COLUMN].combine_chunks()).to_pylist():
-            counts[decode(item["values"])] += item["counts"]
+    for part in in_parts(rows.select_columns([SOURCE_COLUMN])):
+        for table in part.with_format("arrow").iter(batch_size=BATCH):
+            for item in pyarrow.compute.value_counts(table[SOURCE_COLUMN].combine_chunks()).to_pylist():
+                counts[decode(item["values"])] += item["counts"]
     lines = [f"{head} from {len(counts)} {'file' if len(counts) == 1 else 'files'}."]
     lines += [f"  {file}: {count} rows" for file, count in list(counts.items())[:FILES]]
     if len(counts) > FILES:
@@ -65,6 +68,11 @@ def describe_dropped(dropped: list[DroppedRow], examples: int) -> list[str]:
         lines.append(f"  {count} x {kind}")
         lines += [f"    {row.describe()}" for row in [row for row in dropped if row.kind == kind][:examples]]
     return lines
+
+
+def describe_notes(notes: Sequence[Note]) -> list[str]:
+    """What is noted about rows that are kept, with the first row of each."""
+    return [f"  note: {note.rows} x {note.kind}, first in {note.source}, row {note.row}" for note in notes]
 
 
 def _kind(value: Any) -> str:

@@ -20,12 +20,14 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from orpo_dist.data.cache import built_once, digest
 from orpo_dist.data.files import file_format, read_file
 from orpo_dist.data.folders import split_files
-from orpo_dist.data.rows import ROW_COLUMN, SOURCE_COLUMN, dataset_from_rows, parquet_schema, save, save_parquet
+from orpo_dist.data.rows import ROW_COLUMN, SOURCE_COLUMN, parquet_schema, save_parquet
 from orpo_dist.data.split_names import split_called
+from orpo_dist.data.streaming import write_rows
 from orpo_dist.distributed.once import built_on_first_rank, is_first_rank
 from orpo_dist.errors import UserError
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+ROWS_FILE = "rows.arrow"
 SLICE = re.compile(r"(?P<name>[^\[]+)(?P<slice>\[.*\])?")
 
 
@@ -103,7 +105,7 @@ def _local(path: Path, split: str, config: str | None, streaming: bool) -> Datas
             return IterableDataset.from_generator(_rows, gen_kwargs={"files": files, "split": name})
         # Once per run, into a memory-mapped file: eight ranks would hold the rows eight times otherwise.
         folder = built_on_first_rank(lambda: _read_into_cache(files, name))
-        rows = Dataset.load_from_disk(str(folder))
+        rows = Dataset.from_file(str(folder / ROWS_FILE))
     assert isinstance(rows, Dataset)
     return _slice(rows, name, match["slice"])
 
@@ -121,16 +123,13 @@ def _read_into_cache(files: list[Path], split: str) -> Path:
     for file in files:
         if file_format(file) is None:
             next(read_file(file, split))  # says which types there are
-    name = f"files-{digest([split.encode(), *_contents(files)])}"
+    name = f"source-{digest([split.encode(), *_contents(files)])}"
 
     def build(folder: Path) -> None:
         if tables := parquet_schema(files):
-            save_parquet(files, tables, folder)
-            return
-        rows = list(_rows(files, split))
-        if not rows:
+            save_parquet(files, tables, folder / ROWS_FILE)
+        elif not write_rows(_rows(files, split), folder / ROWS_FILE):
             raise UserError(f"{', '.join(map(str, files))}: no rows in it.")
-        save(dataset_from_rows(rows), folder)
 
     return built_once(name, build)
 

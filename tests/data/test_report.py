@@ -4,7 +4,8 @@ from datasets import Dataset
 
 from orpo_dist.data.audit import DroppedRow
 from orpo_dist.data.prepare import format_of, sample_of
-from orpo_dist.data.report import describe_columns, describe_dropped, describe_files
+from orpo_dist.data.prepared_file import Note
+from orpo_dist.data.report import describe_columns, describe_dropped, describe_files, describe_notes
 from orpo_dist.data.rows import dataset_from_rows
 from orpo_dist.options.data import PrepareOptions
 
@@ -61,3 +62,7 @@ def test_bad_rows_by_kind_with_the_first_of_each():
         "  1 x bad tools",
         "    a, row 9: none",
     ]
+
+
+def test_notes_with_the_first_row_of_each():
+    assert describe_notes([Note("prompt cut", 3, "a.jsonl", 7)]) == ["  note: 3 x prompt cut, first in a.jsonl, row 7"]
