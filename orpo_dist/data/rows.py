@@ -8,8 +8,7 @@ the keys of all other calls) the column holds {"__json__": text}; messages.decod
 import base64
 import json
 import sys
-import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,9 @@ from datasets import (
     LargeList,
     List,
     Value,
-    are_progress_bars_disabled,
-    disable_progress_bars,
-    enable_progress_bars,
 )
 from datasets.arrow_writer import ArrowWriter
 
-from orpo_dist.data.cache import digest
 from orpo_dist.data.messages import JSON_KEY
 from orpo_dist.errors import UserError
 from orpo_dist.images.decode import encode_image
@@ -50,13 +45,45 @@ def dataset_from_rows(rows: Sequence[dict[str, Any]]) -> Dataset:
 
 
 def _column(values: list[Any]) -> pyarrow.Array | pyarrow.ChunkedArray:
+    array = plain_column(values)
+    if array is None:
+        return json_column(values)
+    return array if array.type != pyarrow.null() else array.cast(pyarrow.string())
+
+
+def plain_column(values: list[Any]) -> pyarrow.Array | pyarrow.ChunkedArray | None:
+    """The values as Arrow's own types; None where that would change one of them."""
     try:
         array = pyarrow.array(values)
-        if array.to_pylist() == values and not any(isinstance(value, float) for value in values):
-            return array if array.type != pyarrow.null() else array.cast(pyarrow.string())
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, pyarrow.ArrowNotImplementedError, OverflowError):
-        pass  # also a column of images with more than 2 GiB
-    return pyarrow.array([None if value is None else {JSON_KEY: _dumps(value)} for value in values])
+        return None  # also a column of images with more than 2 GiB
+    if _has_floats(array.type) or array.to_pylist() != values:  # floats: 1 == 1.0, and pyarrow makes one of the other
+        return None
+    return array if all(_in_order(value, array.type) for value in values) else None
+
+
+def json_column(values: list[Any]) -> pyarrow.Array:
+    """The values as JSON text, which `messages.decode` undoes."""
+    cells = [None if value is None else {JSON_KEY: _dumps(value)} for value in values]
+    return pyarrow.array(cells, type=pyarrow.struct([(JSON_KEY, pyarrow.string())]))
+
+
+def _has_floats(kind: pyarrow.DataType) -> bool:
+    if pyarrow.types.is_nested(kind):
+        return any(_has_floats(kind.field(place).type) for place in range(kind.num_fields))
+    return bool(pyarrow.types.is_floating(kind))
+
+
+def _in_order(value: Any, kind: pyarrow.DataType) -> bool:
+    """Whether the keys of all objects have the order of the type's fields: a template may print them."""
+    if value is None or not pyarrow.types.is_nested(kind):
+        return True
+    if pyarrow.types.is_list(kind):
+        return not pyarrow.types.is_nested(kind.value_type) or all(_in_order(item, kind.value_type) for item in value)
+    fields = list(kind)
+    if list(value) != [field.name for field in fields]:
+        return False
+    return all(_in_order(value[field.name], field.type) for field in fields if pyarrow.types.is_nested(field.type))
 
 
 def materialise(stream: IterableDataset, folder: Path) -> Path:
@@ -84,17 +111,6 @@ def materialise(stream: IterableDataset, folder: Path) -> Path:
         writer.finalize()
     spool.unlink()
     return target
-
-
-def save(dataset: Dataset, folder: Path) -> None:
-    """`save_to_disk` without its progress bar, which says nothing to somebody who waits for a tokenisation."""
-    shown = not are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        dataset.save_to_disk(str(folder))
-    finally:
-        if shown:
-            enable_progress_bars()
 
 
 def undecoded(dataset: Dataset) -> Dataset:
@@ -128,8 +144,8 @@ def parquet_schema(files: Sequence[Path]) -> pyarrow.Schema | None:
     return schemas[0] if all(schema.equals(schemas[0]) for schema in schemas) else None
 
 
-def save_parquet(files: Sequence[Path], schema: pyarrow.Schema, folder: Path) -> None:
-    """Writes the rows of Parquet files of one schema to `folder`, as `save` does, in constant memory: files with images
+def save_parquet(files: Sequence[Path], schema: pyarrow.Schema, target: Path) -> None:
+    """Writes the rows of Parquet files of one schema to the Arrow file `target`, in constant memory: files with images
     may be larger than it. Values keep their Arrow types, which one file cannot mix.
 
     Raises:
@@ -137,29 +153,22 @@ def save_parquet(files: Sequence[Path], schema: pyarrow.Schema, folder: Path) ->
     """
     own = [pyarrow.field(SOURCE_COLUMN, pyarrow.string()), pyarrow.field(ROW_COLUMN, pyarrow.int64())]
     whole, rows = pyarrow.schema([*schema, *own]), 0
-    with tempfile.TemporaryDirectory(prefix=".parquet.", dir=folder.parent) as temporary:
-        target = Path(temporary) / "rows.arrow"
-        with pyarrow.OSFile(str(target), "wb") as sink, pyarrow.ipc.new_stream(sink, whole) as writer:
-            for file in files:
-                number = 1
-                with pyarrow.parquet.ParquetFile(file) as table:
-                    for batch in table.iter_batches(batch_size=PARQUET_BATCH):
-                        count = batch.num_rows
-                        places = [pyarrow.array([str(file)] * count), pyarrow.array(range(number, number + count))]
-                        writer.write_batch(pyarrow.record_batch([*batch.columns, *places], schema=whole))
-                        number, rows = number + count, rows + count
-        if not rows:
-            raise UserError(f"{', '.join(map(str, files))}: no rows in it.")
-        save(Dataset.from_file(str(target)), folder)
+    with pyarrow.OSFile(str(target), "wb") as sink, pyarrow.ipc.new_stream(sink, whole) as writer:
+        for file in files:
+            number = 1
+            # buffer_size: pages are read one after another, and not a row group's columns as a whole.
+            with pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20) as table:
+                for batch in table.iter_batches(batch_size=PARQUET_BATCH):
+                    count = batch.num_rows
+                    places = [pyarrow.array([str(file)] * count), pyarrow.array(range(number, number + count))]
+                    writer.write_batch(pyarrow.record_batch([*batch.columns, *places], schema=whole))
+                    number, rows = number + count, rows + count
+    if not rows:
+        raise UserError(f"{', '.join(map(str, files))}: no rows in it.")
 
 
-def content_digest(dataset: Dataset) -> str:
-    """A name for the rows of `dataset`: equal content, equal name, whatever file or fingerprint it has."""
-    return digest(_parts(dataset))
-
-
-def _parts(dataset: Dataset) -> Iterable[bytes]:
-    yield str(dataset.features).encode()
+def arrow_bytes(dataset: Dataset) -> Iterator[bytes]:
+    """The rows as Arrow messages of one size, whatever batches the data set is stored in."""
     for table in dataset.with_format("arrow").iter(batch_size=BATCH):
         for batch in table.combine_chunks().to_batches():
             yield batch.serialize()

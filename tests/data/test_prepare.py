@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 
 from orpo_dist.config import ORPOConfig
-from orpo_dist.data import prepare
+from orpo_dist.data import prepare, streaming
 from orpo_dist.data.prepare import TOKEN_COLUMNS, DroppedRow, prepare_pairs
 from orpo_dist.data.sources import load_rows
 from orpo_dist.errors import UserError
@@ -191,7 +191,29 @@ def test_a_broken_run_leaves_no_half_written_cache(plain_tokenizer, cache, monke
     assert list(cache.iterdir()) == []
     assert len(prepare_pairs(ROWS, plain_tokenizer, PrepareOptions()).dataset) == 10
     (folder,) = cache.iterdir()
-    assert sorted(path.name for path in folder.iterdir()) == ["pairs", "report.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["dropped.jsonl", "pairs.arrow", "report.json"]
+
+
+@pytest.mark.parametrize("processes", [None, 2])
+def test_rows_in_many_parts_are_those_of_one(chat_tokenizer, tmp_path, monkeypatch, processes):
+    """Row numbers, bad rows and notes too."""
+    file = tmp_path / "pairs.jsonl"
+    rows = [
+        {"prompt": f"question {i} " * (i % 7), "chosen": "yes" * (i % 5), "rejected": f"no {i}"} for i in range(900)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = PrepareOptions(max_bad_rows=500, max_prompt_length=6, truncation_side="right", dataset_num_proc=processes)
+    whole = prepare_pairs(load_rows(str(file)), chat_tokenizer, options, name="all")
+    monkeypatch.setenv("ORPO_DIST_CACHE", str(tmp_path / "other"))
+    monkeypatch.setattr(streaming, "PART_BYTES", 1)
+    monkeypatch.setattr(streaming, "BATCH_ROWS", 250)
+    parts = prepare_pairs(load_rows(str(file)), chat_tokenizer, options, name="all")
+    assert parts.dataset[:] == whole.dataset[:]
+    assert replace(parts, dataset=whole.dataset) == whole
+    assert [row.row for row in parts.dropped] == list(range(1, 901, 5))
+    (note,) = parts.notes
+    # row 1 is bad
+    assert (note.kind, note.source, note.row, note.rows) == ("prompt cut", str(file), 2, parts.truncated_prompts)
 
 
 # -- what is given --

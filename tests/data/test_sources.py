@@ -58,6 +58,14 @@ def test_save_to_disk_folders(tmp_path):
         load_rows(str(tmp_path / "splits"), split="dev")
 
 
+def test_another_word_for_a_split(tmp_path, jsonl, capsys):
+    DatasetDict({"train": Dataset.from_list(ROWS), "valid": Dataset.from_list(ROWS[:3])}).save_to_disk(tmp_path / "set")
+    assert len(load_rows(str(tmp_path / "set"), split="dev")) == 3
+    assert "the split `dev` is `valid` there" in capsys.readouterr().out
+    assert len(load_rows(str(jsonl), split="test")) == 20
+    assert "all of its rows are read as the split `test`" in capsys.readouterr().out
+
+
 def test_max_samples_and_slices(jsonl):
     assert len(load_rows(str(jsonl), max_samples=5)) == 5
     assert len(load_rows(str(jsonl), max_samples=500)) == 20
@@ -111,6 +119,19 @@ def hub(monkeypatch):
 def test_names_configurations_and_splits(hub, arguments, call):
     assert len(load_rows(**arguments)) == 20
     assert hub == [call]
+
+
+def test_another_word_for_a_split_of_the_hub(monkeypatch, capsys):
+    def load_dataset(name, config, *, split, streaming, token):
+        if split != "validation":
+            raise ValueError(f"Unknown split \"{split}\". Should be one of ['train', 'validation'].")
+        return Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(sources, "load_dataset", load_dataset)
+    assert len(load_rows("a/b", split="dev")) == 20
+    assert "a/b: the split `dev` is `validation` there" in capsys.readouterr().out
+    with pytest.raises(UserError, match="Unknown split"):
+        load_rows("a/b", split="test")
 
 
 def test_contradicting_configurations(hub):
