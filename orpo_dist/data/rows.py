@@ -52,11 +52,30 @@ def dataset_from_rows(rows: Sequence[dict[str, Any]]) -> Dataset:
 def _column(values: list[Any]) -> pyarrow.Array | pyarrow.ChunkedArray:
     try:
         array = pyarrow.array(values)
-        if array.to_pylist() == values and not any(isinstance(value, float) for value in values):
+        if _is_exact(array) and array.to_pylist() == values:
             return array if array.type != pyarrow.null() else array.cast(pyarrow.string())
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, pyarrow.ArrowNotImplementedError, OverflowError):
         pass  # also a column of images with more than 2 GiB
+    except UnicodeEncodeError:
+        pass  # half of a surrogate pair, which JSON can hold as its escape; messages.py makes it a bad row
     return pyarrow.array([None if value is None else {JSON_KEY: _dumps(value)} for value in values])
+
+
+def _is_exact(array: pyarrow.Array | pyarrow.ChunkedArray) -> bool:
+    """Whether Arrow tells the values apart as JSON does: 1 from 1.0 (one of them makes a whole column floating), and a
+    null that was written inside of a mapping from the key that other mappings have."""
+    kind = array.type
+    if pyarrow.types.is_floating(kind):
+        return False
+    chunks = array.chunks if isinstance(array, pyarrow.ChunkedArray) else [array]
+    if pyarrow.types.is_struct(kind):
+        if {field.name for field in kind} == {"bytes", "path"}:  # an image, one of which is always null
+            return True
+        fields = [field for chunk in chunks for field in chunk.flatten()]
+        return all(field.null_count == 0 and _is_exact(field) for field in fields)
+    if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
+        return all(_is_exact(chunk.flatten()) for chunk in chunks)
+    return True
 
 
 def materialise(stream: IterableDataset, folder: Path) -> Path:
@@ -188,7 +207,12 @@ def _picture(value: Any) -> Any:
 
 
 def _dumps(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=_in_json)
+    text = json.dumps(value, ensure_ascii=False, default=_in_json)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return json.dumps(value, default=_in_json)
+    return text
 
 
 def _in_json(value: Any) -> str:
