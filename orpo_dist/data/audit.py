@@ -24,7 +24,8 @@ ADVICE = {
     "bad message": "Correct the message list.",
     "bad tools": "Store the tools as a list of JSON schemas, or as its JSON text.",
     "needs a template": "Set apply_chat_template=true, or leave the column out (system_column='', tools_column='').",
-    "rendered already": "Leave apply_chat_template unset: text that went through a chat template is used as it is.",
+    "rendered already": "Store the plain text of each turn, or rows of text with apply_chat_template unset: they are "
+    "used as they are.",
     "chat template": "Correct the row, or use another chat_template.",
     "missing image": "Correct the path (image_folder is the folder that paths start from), or take the row out.",
     "unreadable image": "Store the image as PNG, JPEG, WebP, GIF, BMP, TIFF, AVIF or JPEG 2000.",

@@ -114,6 +114,9 @@ INPUTS = {
     "tools that are no JSON": second({**CHAT, "tools": "[]"}, tools="[{"),
     "a system column beside plain text": second({**TEXT, "system": ""}, system="Be brief."),
     "text that is rendered already": second(TEXT, options=TEMPLATED, prompt="<|im_start|>user\nHi<|im_end|>\n"),
+    "EOS at the end of an answer in a message": second(
+        CHAT, chosen=[{"role": "assistant", "content": "Hm.<|im_end|>"}]
+    ),
     "a row the template refuses": second(
         CHAT, options={"chat_template": REFUSING}, prompt=[{"role": "user", "content": "No"}]
     ),
