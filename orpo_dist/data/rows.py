@@ -57,7 +57,9 @@ def plain_column(values: list[Any]) -> pyarrow.Array | pyarrow.ChunkedArray | No
         array = pyarrow.array(values)
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, pyarrow.ArrowNotImplementedError, OverflowError):
         return None  # also a column of images with more than 2 GiB
-    if _has_floats(array.type) or array.to_pylist() != values:  # floats: 1 == 1.0, and pyarrow makes one of the other
+    except UnicodeEncodeError:
+        return None  # half of a surrogate pair, which JSON can hold as its escape; messages.py makes it a bad row
+    if not _is_exact(array) or array.to_pylist() != values:
         return None
     return array if all(_in_order(value, array.type) for value in values) else None
 
@@ -66,12 +68,6 @@ def json_column(values: list[Any]) -> pyarrow.Array:
     """The values as JSON text, which `messages.decode` undoes."""
     cells = [None if value is None else {JSON_KEY: _dumps(value)} for value in values]
     return pyarrow.array(cells, type=pyarrow.struct([(JSON_KEY, pyarrow.string())]))
-
-
-def _has_floats(kind: pyarrow.DataType) -> bool:
-    if pyarrow.types.is_nested(kind):
-        return any(_has_floats(kind.field(place).type) for place in range(kind.num_fields))
-    return bool(pyarrow.types.is_floating(kind))
 
 
 def _in_order(value: Any, kind: pyarrow.DataType) -> bool:
@@ -84,6 +80,23 @@ def _in_order(value: Any, kind: pyarrow.DataType) -> bool:
     if list(value) != [field.name for field in fields]:
         return False
     return all(_in_order(value[field.name], field.type) for field in fields if pyarrow.types.is_nested(field.type))
+
+
+def _is_exact(array: pyarrow.Array | pyarrow.ChunkedArray) -> bool:
+    """Whether Arrow tells the values apart as JSON does: 1 from 1.0 (one of them makes a whole column floating), and a
+    null that was written inside of a mapping from the key that other mappings have."""
+    kind = array.type
+    if pyarrow.types.is_floating(kind):
+        return False
+    chunks = array.chunks if isinstance(array, pyarrow.ChunkedArray) else [array]
+    if pyarrow.types.is_struct(kind):
+        if {field.name for field in kind} == {"bytes", "path"}:  # an image, one of which is always null
+            return True
+        fields = [field for chunk in chunks for field in chunk.flatten()]
+        return all(field.null_count == 0 and _is_exact(field) for field in fields)
+    if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
+        return all(_is_exact(chunk.flatten()) for chunk in chunks)
+    return True
 
 
 def materialise(stream: IterableDataset, folder: Path) -> Path:
@@ -197,7 +210,12 @@ def _picture(value: Any) -> Any:
 
 
 def _dumps(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=_in_json)
+    text = json.dumps(value, ensure_ascii=False, default=_in_json)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return json.dumps(value, default=_in_json)
+    return text
 
 
 def _in_json(value: Any) -> str:

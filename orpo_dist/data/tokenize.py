@@ -17,6 +17,7 @@ from orpo_dist.data.cache import digest
 from orpo_dist.data.chat_template import ProcessingClass, resolve_chat_template
 from orpo_dist.data.messages import Message, text_of
 from orpo_dist.data.pairs import Pair, PairFormat, common_length
+from orpo_dist.data.rendered import RenderedMarkers
 from orpo_dist.errors import BadRow, UserError
 from orpo_dist.images.decode import StoredImage
 from orpo_dist.options.data import PrepareOptions
@@ -101,8 +102,7 @@ class PairTokenizer:
         self.format = pair_format
         self.options = options
         self.chat_template = chat_template or resolve_chat_template(options.chat_template, tokenizer)
-        template = self.chat_template or ""
-        self.turn_tokens = [token for token in tokenizer.all_special_tokens if token in template]
+        self.markers = RenderedMarkers(tokenizer, self.chat_template)
 
     def __call__(self, pairs: Sequence[Pair]) -> list[TokenizedPair | BadRow]:
         """Tokenises the pairs in one call of the tokenizer; a pair that proves unfit comes back as its BadRow."""
@@ -154,8 +154,8 @@ class PairTokenizer:
                 "The rows are lists of messages, and the tokenizer has no chat template. Set chat_template=chatml (or "
                 "zephyr, or a Jinja file)."
             )
-        if self.options.apply_chat_template:
-            self._refuse_rendered_text(pair.prompt)
+        self._refuse_rendered_text(pair.prompt, pair.chosen, self.format.chosen)
+        self._refuse_rendered_text(pair.prompt, pair.rejected, self.format.rejected)
         prompt = self._apply(pair.prompt, pair, add_generation_prompt=True)
         with_chosen = self._apply(pair.prompt + pair.chosen, pair)
         with_rejected = self._apply(pair.prompt + pair.rejected, pair)
@@ -186,15 +186,15 @@ class PairTokenizer:
         assert isinstance(text, str)
         return text
 
-    def _refuse_rendered_text(self, prompt: list[Message]) -> None:
-        for message in prompt:
-            for token in self.turn_tokens:
-                if token in text_of(message["content"]):
-                    raise BadRow(
-                        "rendered already",
-                        self.format.prompt,
-                        f"the text contains `{token}`, so a chat template has been applied to it before",
-                    )
+    def _refuse_rendered_text(self, prompt: list[Message], completion: list[Message], column: str) -> None:
+        places = [(self.format.prompt or column, text_of(message["content"])) for message in prompt]
+        places += [(column, text_of(message["content"])) for message in completion]
+        question = places[len(prompt) - 1][1] if prompt else ""
+        places.append((column, f"{question}\n{places[len(prompt)][1]}"))  # a marker in each of the two
+        for place, text in places:
+            if marker := self.markers.find(text):
+                reason = f"the text contains `{marker}`, so a chat template has been applied to it before"
+                raise BadRow("rendered already", place, reason)
 
     # -- tokens --
 

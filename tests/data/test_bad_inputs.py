@@ -95,6 +95,17 @@ INPUTS = {
     "whole conversations without a common beginning": second(CONVERSATION, chosen=[HELLO]),
     "a message without role": second(CHAT, prompt=[{"content": "Hi"}]),
     "a ShareGPT speaker nobody knows": second(SHAREGPT, conversations=[{"from": "alien", "value": "Hi"}]),
+    "a role nobody knows": second(CHAT, prompt=[{"role": "alien", "content": "Hi"}]),
+    "arguments of a call that are no JSON": second(
+        CHAT, chosen=[{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{x"}}]}]
+    ),
+    "half a character": second(TEXT, chosen="cut off \ud83d"),
+    "a list of texts": second(CHAT, prompt=["Hi", "Hello", "What?"]),
+    "messages of which a cell cannot be decoded": second(
+        {"prompt": "Hi", "chosen": json.dumps(HELLO), "rejected": json.dumps(GO)},
+        chosen="{'role': 'assistant', 'content': 'He",
+    ),
+    "earlier turns before plain text": second({**TEXT, "history": []}, history=[["Hi", "Hello"]]),
     "a completion by the user": second(CHAT, chosen=[{"role": "user", "content": "Hm"}]),
     "a prompt that ends with an answer": second(CHAT, prompt=[USER, HELLO]),
     "two system messages that differ": second(
@@ -103,6 +114,9 @@ INPUTS = {
     "tools that are no JSON": second({**CHAT, "tools": "[]"}, tools="[{"),
     "a system column beside plain text": second({**TEXT, "system": ""}, system="Be brief."),
     "text that is rendered already": second(TEXT, options=TEMPLATED, prompt="<|im_start|>user\nHi<|im_end|>\n"),
+    "EOS at the end of an answer in a message": second(
+        CHAT, chosen=[{"role": "assistant", "content": "Hm.<|im_end|>"}]
+    ),
     "a row the template refuses": second(
         CHAT, options={"chat_template": REFUSING}, prompt=[{"role": "user", "content": "No"}]
     ),
@@ -135,6 +149,7 @@ INPUTS = {
     "an image column that is missing": Input([PICTURE], {"image_column": "photo"}),
     "a column that is missing": Input([{"prompt": "p", "chosen": "a"}]),
     "a mapped column that is missing": Input([TEXT], {"chosen_column": "good"}),
+    "Alpaca's columns": Input([{"instruction": "Add", "input": "2 and 2", "chosen": "4", "rejected": "5"}]),
     "a prompt under another name": Input([{"question": "2+2=", "chosen": "4", "rejected": "5"}]),
     "messages, and a tokenizer without template": Input([CHAT], tokenizer="plain"),
     "messages, and apply_chat_template=false": Input([CHAT], {"apply_chat_template": False}),

@@ -25,6 +25,28 @@ def test_values_survive_columns_of_mixed_types():
     assert rows[2]["a"] == MIXED[2]["a"] and math.isnan(rows[2]["b"])
 
 
+def test_numbers_and_nulls_inside_of_values_are_kept():
+    values = [{"x": 1}, {"x": 1.5}, {"x": None}]
+    for name in ("flat", "nested"):
+        rows = [{"a": value if name == "flat" else [{"arguments": value}]} for value in values]
+        stored = decoded(dataset_from_rows(rows))
+        assert stored == rows
+        first = stored[0]["a"] if name == "flat" else stored[0]["a"][0]["arguments"]
+        assert isinstance(first["x"], int)
+
+
+def test_images_stay_bytes():
+    image = {"bytes": b"\x89PNG", "path": None}
+    assert dataset_from_rows([{"images": [image]}])[0] == {"images": [image]}
+
+
+def test_half_a_character_is_kept_for_the_audit(tmp_path):
+    rows = [{"a": "good", "b": 1}, {"a": "cut off \ud83d", "b": 10**30}]
+    assert decoded(dataset_from_rows(rows)) == rows
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    assert decoded(Dataset.from_file(str(materialise(stream, tmp_path)))) == rows
+
+
 def test_uniform_columns_stay_plain():
     messages = [{"role": "user", "content": "Hi"}]
     dataset = dataset_from_rows([{"a": "x", "m": messages}, {"a": None, "m": messages}])
