@@ -34,7 +34,7 @@ from orpo_dist.images.decode import encode_image
 SOURCE_COLUMN = "_source"  # the file a row came from
 ROW_COLUMN = "_row"  # its number there
 BATCH = 1000
-PARQUET_BATCH = 100  # rows with images are large
+PARQUET_BATCH, PARQUET_BYTES = 100, 4 << 20  # rows with images are large
 
 
 def dataset_from_rows(rows: Sequence[dict[str, Any]]) -> Dataset:
@@ -171,13 +171,25 @@ def save_parquet(files: Sequence[Path], schema: pyarrow.Schema, target: Path) ->
             number = 1
             # buffer_size: pages are read one after another, and not a row group's columns as a whole.
             with pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20) as table:
-                for batch in table.iter_batches(batch_size=PARQUET_BATCH):
+                for batch in _joined(table.iter_batches(batch_size=PARQUET_BATCH)):
                     count = batch.num_rows
                     places = [pyarrow.array([str(file)] * count), pyarrow.array(range(number, number + count))]
-                    writer.write_batch(pyarrow.record_batch([*batch.columns, *places], schema=whole))
+                    writer.write_table(pyarrow.table([*batch.columns, *places], schema=whole))
                     number, rows = number + count, rows + count
     if not rows:
         raise UserError(f"{', '.join(map(str, files))}: no rows in it.")
+
+
+def _joined(batches: Iterator[pyarrow.RecordBatch]) -> Iterator[pyarrow.Table]:
+    """The batches, joined up to PARQUET_BYTES: opening an Arrow file maps 64 KiB of each of its batches."""
+    waiting: list[pyarrow.RecordBatch] = []
+    for batch in batches:
+        waiting.append(batch)
+        if sum(table.nbytes for table in waiting) >= PARQUET_BYTES:
+            yield pyarrow.Table.from_batches(waiting).combine_chunks()
+            waiting = []
+    if waiting:
+        yield pyarrow.Table.from_batches(waiting).combine_chunks()
 
 
 def arrow_bytes(dataset: Dataset) -> Iterator[bytes]:

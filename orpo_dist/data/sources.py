@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ def _read_into_cache(files: list[Path], split: str) -> Path:
     for file in files:
         if file_format(file) is None:
             next(read_file(file, split))  # says which types there are
-    name = f"source-{digest([split.encode(), *_contents(files)])}"
+    name = f"source-{digest(chain([split.encode()], _contents(files)))}"
 
     def build(folder: Path) -> None:
         if tables := parquet_schema(files):

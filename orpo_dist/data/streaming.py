@@ -18,7 +18,9 @@ from orpo_dist.data.cache import digest
 from orpo_dist.data.rows import arrow_bytes, json_column, plain_column
 
 JSON_TYPE = json_column([None]).type
-BATCH_ROWS, BATCH_BYTES = 1000, 16 << 20  # of one Arrow batch
+# Of an Arrow batch. Opening a file maps 64 KiB of each of its batches, so they are not small.
+BATCH_ROWS, BATCH_BYTES = 4000, 16 << 20
+READ_ROWS = 1000  # made into Python objects at a time
 FIRST_ROWS = 100  # before anything is known of their size
 PART_BYTES = 64 << 20  # of the rows that are mapped at a time
 
@@ -132,8 +134,11 @@ def _as_type(table: pyarrow.RecordBatch, name: str, kind: pyarrow.DataType) -> p
 
 def in_parts(dataset: Dataset) -> Iterator[Dataset]:
     """The data set in parts, in order. The memory of a part is given back when the caller drops it."""
-    rows = PART_BYTES * len(dataset) // max(1, dataset.data.nbytes)
-    rows = max(1, rows // BATCH_ROWS) * BATCH_ROWS  # so that batches do not depend on where a part ends
+    if not len(dataset):
+        return
+    first = dataset.with_format("arrow")[:READ_ROWS]  # the size of all rows would map the offsets of all
+    rows = PART_BYTES * first.num_rows // max(1, first.nbytes)
+    rows = max(1, rows // READ_ROWS) * READ_ROWS  # so that batches do not depend on where a part ends
     for start in range(0, len(dataset), rows):
         part = dataset.select(range(start, min(start + rows, len(dataset))))
         # A memory-mapped table is pickled as the file's name: the copy has a mapping of its own.
@@ -149,5 +154,5 @@ def content_digest(dataset: Dataset) -> str:
 def each_row(dataset: Dataset) -> Iterator[dict[str, Any]]:
     """The rows as Python objects, in memory that does not grow with them."""
     for part in in_parts(dataset):
-        for batch in part.iter(batch_size=BATCH_ROWS):
+        for batch in part.iter(batch_size=READ_ROWS):
             yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))

@@ -206,7 +206,7 @@ def test_rows_in_many_parts_are_those_of_one(chat_tokenizer, tmp_path, monkeypat
     whole = prepare_pairs(load_rows(str(file)), chat_tokenizer, options, name="all")
     monkeypatch.setenv("ORPO_DIST_CACHE", str(tmp_path / "other"))
     monkeypatch.setattr(streaming, "PART_BYTES", 1)
-    monkeypatch.setattr(streaming, "BATCH_ROWS", 250)
+    monkeypatch.setattr(streaming, "READ_ROWS", 250)
     parts = prepare_pairs(load_rows(str(file)), chat_tokenizer, options, name="all")
     assert parts.dataset[:] == whole.dataset[:]
     assert replace(parts, dataset=whole.dataset) == whole

@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
@@ -29,6 +30,23 @@ def test_a_changed_file_is_read_again(jsonl):
     assert load_rows(str(jsonl))[0]["chosen"] == "42"
     jsonl.write_text(jsonl.read_text().replace("42", "43"))
     assert load_rows(str(jsonl))[0]["chosen"] == "43"
+
+
+def test_a_file_is_not_held_in_memory_for_its_name(tmp_path, monkeypatch):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(
+        "".join(json.dumps({"prompt": "p", "chosen": "c" * 1000, "rejected": "r"}) + "\n" for _ in range(40_000))
+    )
+    monkeypatch.setenv("ORPO_DIST_CACHE", str(tmp_path / "cache"))
+    load_rows(str(path))
+    tracemalloc.start()
+    sources.digest(sources._contents([path]))
+    name_peak = tracemalloc.get_traced_memory()[1]
+    monkeypatch.setenv("ORPO_DIST_CACHE", str(tmp_path / "other"))
+    load_rows(str(path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert max(name_peak, peak) < 34 << 20 < path.stat().st_size, (name_peak, peak)
 
 
 def test_formats_of_rows_survive(tmp_path):

@@ -89,7 +89,7 @@ def test_batches_of_large_rows_are_small(tmp_path, monkeypatch):
 
 def test_parts_have_mappings_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr(streaming, "PART_BYTES", 2000)
-    monkeypatch.setattr(streaming, "BATCH_ROWS", 100)
+    monkeypatch.setattr(streaming, "READ_ROWS", 100)
     rows = [{"a": str(number)} for number in range(3000)]
     dataset = written(rows, tmp_path)
     parts = list(in_parts(dataset))
