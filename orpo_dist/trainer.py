@@ -156,9 +156,8 @@ class ORPOTrainer(Trainer):
         self._global_batch = environment.global_batch(args)
         self._train_sums = MetricSums()
         self._evaluation: EvaluationPass | None = None
-        self._throughput = Throughput(ModelFlops.of(self.model), args.nll_scope)
         filler_id = self.preparation.tokenizer.pad_token_id or 0
-        self.loaders = PairLoaders(args, environment, self.layout, self.model.config, filler_id)
+        self.loaders = PairLoaders(args, environment, self.layout, filler_id)
         facts = PairFacts(self.train_dataset, self._lengths, self.preparation.tokenizer)
         limit = seconds_of(args.max_runtime) if args.max_runtime is not None else None
         self._stop_requests = StopRequests(run, limit, is_first_rank=environment.is_first)
@@ -190,6 +189,7 @@ class ORPOTrainer(Trainer):
         self.layout.choose(model, router_aux_loss_coef=coefficient)
         if args.torch_compile:
             compile_blocks(model, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+        self._throughput = Throughput(ModelFlops.of(model), args.nll_scope)  # model_init may return another size
         return model
 
     def create_accelerator_and_postprocess(self) -> None:
