@@ -538,3 +538,14 @@ def test_the_given_config_is_not_changed(tmp_path, chat_tokenizer, tiny_llama):
         trainer.train()
         assert vars(args) == before
     assert trainer.args is not args
+
+
+def test_max_length_is_what_was_decided_for_the_model(tmp_path, chat_tokenizer, tiny_llama):
+    """For the model card and out-of-memory errors."""
+    trainer = ORPOTrainer(
+        tiny_llama(len(chat_tokenizer)),
+        config(tmp_path),
+        train_dataset=pairs(8, len(chat_tokenizer)),
+        processing_class=chat_tokenizer,
+    )
+    assert type(trainer.args.max_length) is int and trainer.args.max_length == 1024
