@@ -265,7 +265,7 @@ class ORPOTrainer(Trainer):
     def _training_begins(self) -> None:
         """Called after the model is wrapped and the checkpoint loaded, before the first step."""
         self.layout.verify(self.model_wrapped)
-        self._step_guard.training_begins()
+        self._step_guard.training_begins(self.accelerator)
         take_over(self._resuming.loaded(self.optimizer), self, self._train_sums, self._step_guard, self.environment)
         if self._resuming.evaluation_is_due(self.state, self.eval_dataset is not None):
             self._evaluate(None, None)
