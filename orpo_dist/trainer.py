@@ -16,6 +16,7 @@ DDP, ZeRO and FSDP2 all average gradients over the ranks, but the shares of the 
 compute_loss. The host reads nothing else between two log lines: metrics are one small vector on the device.
 """
 
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -166,7 +167,7 @@ class ORPOTrainer(Trainer):
             "topology": environment.sharding.value,
             **fingerprint(args, self.model, self.train_dataset, self._lengths, self._global_batch),
         }
-        self._checkpoints = CheckpointWriter(args.save_total_limit, made_of, environment, self.accelerator)
+        self._checkpoints = CheckpointWriter(args, made_of, environment, self.accelerator)
         self._resuming = Resuming(run, args, made_of, environment, self.accelerator)
         self.add_callback(_Hooks(self))
         if args.generate_during_eval:
@@ -388,14 +389,14 @@ class ORPOTrainer(Trainer):
     # ------------------------------------------------------------------ checkpoints
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        write = super()._save_checkpoint
+        began, write = time.monotonic(), super()._save_checkpoint
         progress = progress_of(self, self._train_sums, self._step_guard)
         with self._throughput.paused():
             run = Path(super()._get_output_dir(trial))
-            published, seconds = self._checkpoints.save(run, self.state, lambda: write(model, trial), progress)
+            published = self._checkpoints.save(run, self.state, lambda: write(model, trial), progress)
             if self.args.push_to_hub:
                 super()._push_from_checkpoint(str(published))
-        self._stop_requests.saved(seconds)
+        self._stop_requests.saved(time.monotonic() - began)
 
     def _get_output_dir(self, trial: Any) -> str:
         staging = self._checkpoints.staging
