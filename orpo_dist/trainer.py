@@ -16,6 +16,7 @@ DDP, ZeRO and FSDP2 all average gradients over the ranks, but the shares of the 
 compute_loss. The host reads nothing else between two log lines: metrics are one small vector on the device.
 """
 
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -156,9 +157,8 @@ class ORPOTrainer(Trainer):
         self._global_batch = environment.global_batch(args)
         self._train_sums = MetricSums()
         self._evaluation: EvaluationPass | None = None
-        self._throughput = Throughput(ModelFlops.of(self.model), args.nll_scope)
         filler_id = self.preparation.tokenizer.pad_token_id or 0
-        self.loaders = PairLoaders(args, environment, self.layout, self.model.config, filler_id)
+        self.loaders = PairLoaders(args, environment, self.layout, filler_id)
         facts = PairFacts(self.train_dataset, self._lengths, self.preparation.tokenizer)
         limit = seconds_of(args.max_runtime) if args.max_runtime is not None else None
         self._stop_requests = StopRequests(run, limit, is_first_rank=environment.is_first)
@@ -167,7 +167,7 @@ class ORPOTrainer(Trainer):
             "topology": environment.sharding.value,
             **fingerprint(args, self.model, self.train_dataset, self._lengths, self._global_batch),
         }
-        self._checkpoints = CheckpointWriter(args.save_total_limit, made_of, environment, self.accelerator)
+        self._checkpoints = CheckpointWriter(args, made_of, environment, self.accelerator)
         self._resuming = Resuming(run, args, made_of, environment, self.accelerator)
         self.add_callback(_Hooks(self))
         if args.generate_during_eval:
@@ -190,6 +190,7 @@ class ORPOTrainer(Trainer):
         self.layout.choose(model, router_aux_loss_coef=coefficient)
         if args.torch_compile:
             compile_blocks(model, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+        self._throughput = Throughput(ModelFlops.of(model), args.nll_scope)  # model_init may return another size
         return model
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -265,7 +266,7 @@ class ORPOTrainer(Trainer):
     def _training_begins(self) -> None:
         """Called after the model is wrapped and the checkpoint loaded, before the first step."""
         self.layout.verify(self.model_wrapped)
-        self._step_guard.training_begins()
+        self._step_guard.training_begins(self.accelerator)
         take_over(self._resuming.loaded(self.optimizer), self, self._train_sums, self._step_guard, self.environment)
         if self._resuming.evaluation_is_due(self.state, self.eval_dataset is not None):
             self._evaluate(None, None)
@@ -388,14 +389,14 @@ class ORPOTrainer(Trainer):
     # ------------------------------------------------------------------ checkpoints
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        write = super()._save_checkpoint
+        began, write = time.monotonic(), super()._save_checkpoint
         progress = progress_of(self, self._train_sums, self._step_guard)
         with self._throughput.paused():
             run = Path(super()._get_output_dir(trial))
-            published, seconds = self._checkpoints.save(run, self.state, lambda: write(model, trial), progress)
+            published = self._checkpoints.save(run, self.state, lambda: write(model, trial), progress)
             if self.args.push_to_hub:
                 super()._push_from_checkpoint(str(published))
-        self._stop_requests.saved(seconds)
+        self._stop_requests.saved(time.monotonic() - began)
 
     def _get_output_dir(self, trial: Any) -> str:
         staging = self._checkpoints.staging

@@ -64,7 +64,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         hint = f"Did you mean {close[0]}?" if close else "See orpo-dist data --help."
         raise UserError(f"Unknown option {flag}. {hint}")
     if rest:
-        raise UserError(f"{rest[0]!r} belongs to no option: orpo-dist data check|stats DATA --option value.")
+        raise UserError(f"{rest[0]!r} does not belong to an option: orpo-dist data check|stats DATA --option value.")
     return arguments
 
 
@@ -81,7 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     _add(parser, "batch_size", type=int, default=4, help="stats: pairs of a padded batch (default: 4)")
     _add(parser, "dropped_rows", type=Path, help="write the bad rows to this JSON lines file")
     for name, option in _DECLARED.items():
-        _add(parser, name, **option.metadata)
+        note = " `data stats` has no bound unless this is given." if name == "max_length" else ""
+        _add(parser, name, **(option.metadata | {"help": option.metadata["help"] + note}))
     return parser
 
 

@@ -205,7 +205,7 @@ BLOCKS_COMPILED_ALREADY = Patch(
     replaces="AcceleratorState.dynamo_plugin",
     reason="accelerate would compile the whole model around blocks that compile_blocks() has compiled.",
     link=f"{_ACCELERATE}/accelerator.py",
-    undone="after train()",
+    undone="never: evaluate() and predict() prepare the model again, before and after train()",
 )
 ONE_DEVICE_PER_PROCESS = Patch(
     name="one device per process",

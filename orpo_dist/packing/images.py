@@ -79,7 +79,11 @@ def image_counts(rows: Any) -> list[int]:
         return [0] * len(rows)
     counts: list[int] = []
     for batch in rows.select_columns(["images"]).with_format("arrow").iter(10_000):
-        counts += [count or 0 for count in batch["images"].combine_chunks().value_lengths().to_pylist()]
+        images = batch["images"].combine_chunks()
+        if images.null_count == len(images):  # of type null, which has no lengths, if no row of the data has any
+            counts += [0] * len(images)
+        else:
+            counts += [count or 0 for count in images.value_lengths().to_pylist()]
     return counts
 
 

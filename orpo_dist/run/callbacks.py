@@ -52,7 +52,9 @@ class RunLog(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if state.is_world_process_zero and logs:
-            event = _finite({"step": state.global_step, "epoch": state.epoch, "time": round(time.time(), 3), **logs})
+            event = finite_or_text(
+                {"step": state.global_step, "epoch": state.epoch, "time": round(time.time(), 3), **logs}
+            )
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(event) + "\n")
 
@@ -110,12 +112,12 @@ class ShortProgress(ProgressCallback):
             self.training_bar.write(f"{what} {state.global_step}/{state.max_steps}: " + ", ".join(parts))
 
 
-def _finite(value: Any) -> Any:
+def finite_or_text(value: Any) -> Any:
     """`nan` and `inf` as strings: they are not valid JSON numbers, and most parsers other than Python's reject them."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
+        return {name: finite_or_text(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [finite_or_text(item) for item in value]
     return value

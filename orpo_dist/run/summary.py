@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import TrainerState
 
-from orpo_dist.run.callbacks import _finite
+from orpo_dist.run.callbacks import finite_or_text
 
 SUMMARY_NAME = "run_summary.json"
 # Speed metrics of an evaluation.
@@ -55,7 +55,7 @@ class RunSummary:
     versions: dict[str, str]
 
     def save(self, folder: Path) -> None:
-        text = json.dumps(_finite(asdict(self)), indent=2, ensure_ascii=False)
+        text = json.dumps(finite_or_text(asdict(self)), indent=2, ensure_ascii=False)
         temporary = folder / f".{SUMMARY_NAME}"  # the file appears only after success, and complete
         temporary.write_text(text + "\n", encoding="utf-8")
         temporary.replace(folder / SUMMARY_NAME)

@@ -6,7 +6,6 @@ seal, rename, rotate       by the first rank (run/checkpoint.py)
 """
 
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from transformers import TrainerState
 
+from orpo_dist.config import ORPOConfig
 from orpo_dist.distributed.environment import Environment
 from orpo_dist.distributed.ranks import on_first_rank
 from orpo_dist.errors import SaveError, UserError
@@ -30,7 +30,7 @@ class CheckpointWriter:
     """Writes the checkpoints of one run.
 
     Args:
-        keep: how many checkpoints to keep, None for all (run/checkpoint.py, rotate).
+        args: of the trainer; save_total_limit is read at each save.
         fingerprint: of the run (run/fingerprint.py).
 
     Attributes:
@@ -39,16 +39,16 @@ class CheckpointWriter:
 
     def __init__(
         self,
-        keep: int | None,
+        args: ORPOConfig,
         fingerprint: dict[str, Any],
         environment: Environment,
         accelerator: Accelerator,
     ):
-        self._keep, self._fingerprint = keep, fingerprint
+        self._args, self._fingerprint = args, fingerprint
         self._environment, self._accelerator = environment, accelerator
         self.staging: Path | None = None
 
-    def save(self, run: Path, state: TrainerState, write: Callable[[], None], progress: Progress) -> tuple[Path, float]:
+    def save(self, run: Path, state: TrainerState, write: Callable[[], None], progress: Progress) -> Path:
         """Write RUN/checkpoint-N for step N. A collective: every rank must call it.
 
         Args:
@@ -56,13 +56,12 @@ class CheckpointWriter:
             progress: this rank's sums since the last log line, saved in `metrics_RANK.pt`.
 
         Returns:
-            The published folder, and the duration in seconds.
+            The published folder.
 
         Raises:
             SaveError: it could not be written; earlier checkpoints are intact.
             UserError: the run's folder is not shared by all nodes.
         """
-        began = time.monotonic()
         staged = run / checkpoints.STAGING / f"checkpoint-{state.global_step}"
         on_first_rank(lambda: _try(lambda: _empty(staged), run, state))
 
@@ -81,7 +80,7 @@ class CheckpointWriter:
         best = run / f"checkpoint-{state.best_global_step}"
         if state.best_global_step and best.exists():
             state.best_model_checkpoint = str(best)  # on every rank: under ZeRO all ranks load the best one
-        return Path(published), time.monotonic() - began
+        return Path(published)
 
     @contextmanager
     def _staging_below(self, folder: Path) -> Iterator[None]:
@@ -107,7 +106,7 @@ class CheckpointWriter:
             checkpoints.flush(staged / TRAINER_STATE)
         checkpoints.seal(staged, state.global_step, world_size, self._fingerprint)
         published = checkpoints.publish(staged, run)
-        checkpoints.rotate(run, self._keep, best)
+        checkpoints.rotate(run, self._args.save_total_limit, best)
         return str(published)
 
 

@@ -17,16 +17,12 @@ class PairLoaders:
     """Builds the loaders of a run.
 
     Args:
-        layout: has the collator and the cost of an image token.
-        model_config: of the model that trains.
+        layout: has the collator, the cost of an image token and the config of the model that trains.
         filler_id: token id for the pairs of weight zero that give every rank the same number of micro-batches.
     """
 
-    def __init__(
-        self, args: ORPOConfig, environment: Environment, layout: LayoutChoice, model_config: Any, filler_id: int
-    ):
-        self._args, self._environment, self._layout = args, environment, layout
-        self._model_config, self._filler_id = model_config, filler_id
+    def __init__(self, args: ORPOConfig, environment: Environment, layout: LayoutChoice, filler_id: int):
+        self._args, self._environment, self._layout, self._filler_id = args, environment, layout, filler_id
 
     def training(
         self, rows: Any, lengths: list[PairLengths], *, global_batch: int, micro_batch: int
@@ -71,9 +67,10 @@ class PairLoaders:
         )
 
     def _costs(self, rows: Any, lengths: list[PairLengths]) -> list[float]:
-        costs = pair_costs(lengths, self._model_config.get_text_config().hidden_size)
+        config = self._layout.model_config
+        costs = pair_costs(lengths, config.get_text_config().hidden_size)
         per_token = self._layout.vision_cost_per_token
         if not per_token:
             return costs
-        images = token_counts(rows, self._model_config.image_token_id)
+        images = token_counts(rows, config.image_token_id)
         return [cost + per_token * tokens for cost, tokens in zip(costs, images, strict=True)]

@@ -11,6 +11,7 @@ from orpo_dist.distributed.environment import Environment, loading_sharding
 from orpo_dist.loss import Objective
 from orpo_dist.model.packed.choose_layout import LayoutChoice
 from orpo_dist.packing.lengths import PairLengths, is_tokenised, pair_lengths
+from orpo_dist.run.checkpoint import LEAST_KEPT
 from orpo_dist.run.prepare import Preparation, preparation_of
 from orpo_dist.training import refusals
 from orpo_dist.training.layout_options import layout_options
@@ -59,9 +60,10 @@ def set_up(
     refusals.refuse_missing_kernels(args, sharding)
     refusals.refuse_contradictions(args, model, model_init, train_dataset is not None or eval_dataset is not None)
     # With a limit of 1, transformers deletes every checkpoint but the best one at the end of training.
-    args.save_total_limit = 2 if args.save_total_limit == 1 else args.save_total_limit
+    args.save_total_limit = LEAST_KEPT if args.save_total_limit == 1 else args.save_total_limit
 
     preparation = preparation_of(args, model, processing_class)
+    args.max_length = preparation.options.max_length  # which the model card and out-of-memory errors state
     dropped_rows = Path(str(args.output_dir)) / "dropped_rows.jsonl"
     train_rows = tokenised(train_dataset, "train", preparation, dropped_rows)
     if isinstance(eval_dataset, dict):

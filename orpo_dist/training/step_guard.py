@@ -55,7 +55,9 @@ class StepGuard:
         self._guarded: Patched | None = None
         self.stops = self.refused = False
 
-    def training_begins(self) -> None:
+    def training_begins(self, accelerator: Accelerator) -> None:
+        """accelerator: of the loop that begins; each trial of a hyperparameter search has a new one."""
+        self._accelerator = accelerator
         self.stops = self.refused = False
         self._indices = []
 
@@ -117,6 +119,7 @@ class StepGuard:
         """Make step() of accelerate's optimizer skip refused steps. A gradient scaler and DeepSpeed already do."""
         if self._environment.sharding.is_zero or optimizer.scaler is not None:
             return
+        self.release()  # a second loop within one train() (auto_find_batch_size) guards the same optimizer again
         step = optimizer.step
 
         @wraps(step)  # keeps the attribute that the scheduler has set on it
@@ -131,6 +134,7 @@ class StepGuard:
         """Restore the optimizer's own step()."""
         if self._guarded is not None:
             self._guarded.undo()
+            self._guarded = None
 
     def losses(self) -> list[float]:
         """Losses of the last steps, for a checkpoint."""

@@ -148,3 +148,13 @@ def test_types_of_flags_survive_a_parsed_recipe():
     """HfArgumentParser writes simplified types into the fields that it parses."""
     Recipe.from_mapping({"dataset_name": "d", "model_name_or_path": "m"})
     assert options("check", "x", "--max_length", "none").max_length is None
+
+
+def test_a_stray_word(data, capsys):
+    assert main(["data", "check", str(data), "more.jsonl"]) == 2
+    assert "'more.jsonl' does not belong to an option" in capsys.readouterr().err
+
+
+def test_help_says_that_stats_has_no_bound(capsys):
+    assert main(["data", "--help"]) == 0
+    assert "`data stats` has no bound" in " ".join(capsys.readouterr().out.split())

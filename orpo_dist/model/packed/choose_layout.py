@@ -111,6 +111,12 @@ class LayoutChoice:
         return isinstance(self._layout_collator, PackedCollator) and self._layout_collator.prefix_sharing
 
     @property
+    def model_config(self) -> Any:
+        """Of the model that was chosen for."""
+        assert self._base is not None, "choose() comes first"
+        return self._base.config
+
+    @property
     def _layout_collator(self) -> Collator | None:
         chosen = self.collator.chosen
         return chosen.inner if isinstance(chosen, ImageCollator) else chosen
