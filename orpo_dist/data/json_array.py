@@ -9,7 +9,7 @@ LONGEST_WORD = 12  # -Infinity, or an escaped surrogate: what may be cut in two 
 
 
 class IrregularJson(Exception):
-    """The text is no array of objects, up to its end."""
+    """The text is not one array of objects up to its end."""
 
 
 def array_of_objects(file: IO[str]) -> Iterator[dict[str, Any]]:
@@ -37,7 +37,7 @@ class _Text:
         self.decode = json.JSONDecoder().raw_decode
 
     def next(self) -> str:
-        """The next character that is no white space; "" at the end."""
+        """The next character that is not white space; "" at the end."""
         while True:
             while self.place < len(self.text):
                 if self.text[self.place] not in " \t\n\r":

@@ -157,7 +157,7 @@ class PairFormat:
                 raise BadRow(
                     "no common prompt",
                     self.chosen,
-                    f"there is no prompt column, and `{self.chosen}` and `{self.rejected}` do not begin alike",
+                    f"there is no prompt column, and `{self.chosen}` and `{self.rejected}` have no common start",
                 )
             chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
         else:

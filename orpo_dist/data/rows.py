@@ -144,7 +144,7 @@ def _undecoded(feature: Any) -> Any:
 
 
 def parquet_schema(files: Sequence[Path]) -> pyarrow.Schema | None:
-    """The columns that the files have in common; None where one is no Parquet file, or they differ.
+    """The columns that the files have in common; None if one is not a Parquet file, or if they differ.
 
     Raises:
         UserError: a file that is not readable as what its name says.

@@ -60,7 +60,7 @@ def open_image(stored: StoredImage, column: str | None = None) -> "Image":
     except Image.DecompressionBombError as error:
         raise BadRow("image too large", column, f"{where}: {error}") from None
     except Image.UnidentifiedImageError:
-        raise BadRow("unreadable image", column, f"{where} is no image in a known format") from None
+        raise BadRow("unreadable image", column, f"{where} is not an image in a known format") from None
     except Exception as error:  # decoders raise whatever a broken file leads them to
         truncated = isinstance(error, EOFError) or any(word in str(error).lower() for word in _TRUNCATED)
         kind = "truncated image" if truncated else "unreadable image"

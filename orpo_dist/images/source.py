@@ -66,7 +66,7 @@ class ImageSource:
         if value is None or value == "":
             raise BadRow("missing image", column, "an image without content and without path")
         if not isinstance(value, str):
-            raise BadRow("wrong type", column, f"{_short(value)} is no image")
+            raise BadRow("wrong type", column, f"{_short(value)} is not an image")
         if value[:5].lower() == "data:":
             return {"bytes": _data_url(value, column), "path": None}
         # A drive letter is one character, and a file name may hold a colon.
@@ -177,7 +177,7 @@ def _data_url(url: str, column: str) -> bytes:
         content = unquote_to_bytes(body)
         return base64.b64decode(content, validate=False) if header.lower().endswith(";base64") else content
     except (ValueError, binascii.Error) as error:
-        raise BadRow("unreadable image", column, f"{_short(url)} is no data URL: {error}") from None
+        raise BadRow("unreadable image", column, f"{_short(url)} is not a data URL: {error}") from None
 
 
 def _list_in_text(text: str) -> Any:

@@ -24,5 +24,5 @@ def seconds_of(text: str | int | float, option: str = "max_runtime") -> float:
         hours, minutes, seconds = ([0] * 3 + [int(part) for part in clock.split(":")])[-3:]
         total = int(days or 0) * 86400 + hours * 3600 + minutes * 60 + seconds
     if not total:
-        raise UserError(f"{option}={text} is no duration. Write seconds, 1h30m or HH:MM:SS.")
+        raise UserError(f"{option}={text} is not a duration. Write seconds, 1h30m or HH:MM:SS.")
     return float(total)

@@ -126,7 +126,7 @@ INPUTS = {
     "the first image behind 200 rows, text-only model": Input([{**TEXT, "images": []}] * 200 + [{**TEXT, **PICTURE}]),
     "an image file that is not there": image(images=["gone.png"]),
     "an image without content": image(images=[None]),
-    "a file that is no image": image(images=["text.png"]),
+    "a file that is not an image": image(images=["text.png"]),
     "an image that ends too early": image(images=["half.png"]),
     "a decompression bomb": image(images=["bomb.png"]),
     "a number instead of an image": image(images=7),

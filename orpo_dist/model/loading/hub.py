@@ -106,7 +106,7 @@ def _explain(error: BaseException, name: str, revision: str | None) -> str:
         return f"{name} cannot be loaded: {_first_line(error)}"
     if name.startswith((".", "/", "~")) or os.path.isdir(name) or name.count("/") > 1:
         if not os.path.isdir(name):
-            return f"{name}: there is no such folder, and it is not the name of a model on the hub (owner/name)."
+            return f"{name} is neither an existing folder nor the name of a model on the hub (owner/name)."
         return f"The folder {name} cannot be loaded: {_first_line(error)}"
     if caused_by(GatedRepoError):
         return f"{name} is gated: accept its licence at {page}, then log in with `hf auth login` (or set HF_TOKEN)."

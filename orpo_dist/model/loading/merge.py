@@ -156,7 +156,7 @@ def _merge(
 
 def _adapter_settings(run_folder: Path) -> PeftConfig:
     if not run_folder.is_dir():
-        raise UserError(f"{run_folder}: there is no such folder.")
+        raise UserError(f"{run_folder} does not exist.")
     if (run_folder / "adapter_config.json").is_file():
         return PeftConfig.from_pretrained(str(run_folder))
     if (run_folder / "config.json").is_file():

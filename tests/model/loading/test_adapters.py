@@ -362,7 +362,7 @@ def test_adapter_of_another_model_is_refused(adapter):
 
 
 def test_missing_adapter_says_so(folder, tmp_path):
-    with pytest.raises(UserError, match="there is no such folder"):
+    with pytest.raises(UserError, match="neither an existing folder nor the name of a model"):
         add_adapter(load_model(str(folder)), adapter_name_or_path=str(tmp_path / "absent"))
 
 

@@ -162,7 +162,7 @@ def test_model_not_in_the_cache_offline():
 
 
 def test_folder_that_does_not_exist(tmp_path):
-    with pytest.raises(UserError, match="there is no such folder"):
+    with pytest.raises(UserError, match="neither an existing folder nor the name of a model"):
         load_model(str(tmp_path / "absent"))
 
 

@@ -236,7 +236,7 @@ def test_output_is_replaced_only_if_it_is_a_merge(base, tmp_path):
 
 
 def test_folders_that_cannot_be_merged(base, tmp_path):
-    with pytest.raises(UserError, match="there is no such folder"):
+    with pytest.raises(UserError, match="absent does not exist"):
         merge_run(tmp_path / "absent")
     with pytest.raises(UserError, match="holds a whole model, not an adapter"):
         merge_run(base)
@@ -250,7 +250,7 @@ def test_folders_that_cannot_be_merged(base, tmp_path):
 def test_base_that_has_gone_is_named(base, tmp_path):
     run = _train(base, tmp_path / "run")
     base.rename(tmp_path / "moved")
-    with pytest.raises(UserError, match="there is no such folder"):
+    with pytest.raises(UserError, match="neither an existing folder nor the name of a model"):
         merge_run(run)
 
 
