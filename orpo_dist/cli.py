@@ -4,6 +4,7 @@ import importlib
 import os
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 
@@ -42,6 +43,7 @@ COMMANDS = {
     "doctor": ("orpo_dist.commands.doctor", "what this machine has, what is missing and how to fix it"),
     "demo": ("orpo_dist.demo.command", "a small model, a small preference set, before and after"),
 }
+PEER_SECONDS = 1.0  # torchrun polls its processes ten times a second
 # transformers has an option of the same name, with a value.
 _DEBUG_VALUES = {"underflow_overflow", "tpu_metrics_debug"}
 
@@ -115,12 +117,18 @@ def _print_error(error: Exception) -> None:
 
 def _print_death(error: Exception, launched: LaunchedRank) -> None:
     """Print the traceback and a last line with rank, host and reason, since many ranks share one terminal. torchrun
-    repeats the error that is recorded in its error file."""
+    repeats the error that is recorded in its error file.
+
+    torchrun reports the earliest failure as the root cause, and sees a killed process only when it polls. A rank that
+    fails because it lost a peer would be earlier, so it waits: torchrun ends it meanwhile.
+    """
     traceback.print_exc()
     reason = str(error).strip().split("\n", maxsplit=1)[0]
     where = f"rank {launched.rank} of {launched.world_size} on {socket.gethostname()}"
     print(f"orpo-dist: {where} failed: {type(error).__name__}: {reason}", file=sys.stderr, flush=True)
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        if launched.world_size > 1:
+            time.sleep(PEER_SECONDS)
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
         get_error_handler().record_exception(error)
