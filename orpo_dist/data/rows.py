@@ -9,7 +9,7 @@ import base64
 import json
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,21 +32,34 @@ from datasets import (
 from datasets.arrow_writer import ArrowWriter
 
 from orpo_dist.data.cache import digest
-from orpo_dist.data.messages import JSON_KEY
+from orpo_dist.data.messages import JSON_KEY, without_nulls
 from orpo_dist.errors import UserError
 from orpo_dist.images.decode import encode_image
 
 SOURCE_COLUMN = "_source"  # the file a row came from
 ROW_COLUMN = "_row"  # its number there
 BATCH = 1000
+ARROW_LEVELS = 32  # of nesting in a column; Arrow's own bound when columns are exchanged is 64
 PARQUET_BATCH = 100  # rows with images are large
 
 
 def dataset_from_rows(rows: Sequence[dict[str, Any]]) -> Dataset:
     """The rows as a data set whose columns are the union of their keys; a missing key is None."""
     columns = dict.fromkeys(key for row in rows for key in row)
-    table = {name: _column([_encoded(row.get(name)) for row in rows]) for name in columns}
+    encoded = [_encoded_row(row, index) for index, row in enumerate(rows)]
+    for name in columns:
+        if not str(name).isascii() and "\ufffd" in str(name).encode(errors="replace").decode(errors="replace"):
+            raise UserError(f"A column's name {name!r} holds half of a character. Rename the column.")
+    table = {str(name): _column([row.get(str(name)) for row in encoded]) for name in columns}
     return Dataset(pyarrow.table(table))
+
+
+def _encoded_row(row: dict[str, Any], index: int) -> dict[str, Any]:
+    try:
+        return {str(name): _encoded(value) for name, value in row.items()}
+    except RecursionError:
+        where = f"{row[SOURCE_COLUMN]}, row {row[ROW_COLUMN]}" if SOURCE_COLUMN in row else f"row {index}"
+        raise UserError(f"{where}: a value is nested too deeply. Take the row out.") from None
 
 
 def _column(values: list[Any]) -> pyarrow.Array | pyarrow.ChunkedArray:
@@ -61,20 +74,20 @@ def _column(values: list[Any]) -> pyarrow.Array | pyarrow.ChunkedArray:
     return pyarrow.array([None if value is None else {JSON_KEY: _dumps(value)} for value in values])
 
 
-def _is_exact(array: pyarrow.Array | pyarrow.ChunkedArray) -> bool:
+def _is_exact(array: pyarrow.Array | pyarrow.ChunkedArray, levels: int = ARROW_LEVELS) -> bool:
     """Whether Arrow tells the values apart as JSON does: 1 from 1.0 (one of them makes a whole column floating), and a
     null that was written inside of a mapping from the key that other mappings have."""
     kind = array.type
-    if pyarrow.types.is_floating(kind):
+    if levels == 0 or pyarrow.types.is_floating(kind):
         return False
     chunks = array.chunks if isinstance(array, pyarrow.ChunkedArray) else [array]
     if pyarrow.types.is_struct(kind):
         if {field.name for field in kind} == {"bytes", "path"}:  # an image, one of which is always null
             return True
         fields = [field for chunk in chunks for field in chunk.flatten()]
-        return all(field.null_count == 0 and _is_exact(field) for field in fields)
+        return all(field.null_count == 0 and _is_exact(field, levels - 1) for field in fields)
     if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
-        return all(_is_exact(chunk.flatten()) for chunk in chunks)
+        return all(_is_exact(chunk.flatten(), levels - 1) for chunk in chunks)
     return True
 
 
@@ -88,10 +101,13 @@ def materialise(stream: IterableDataset, folder: Path) -> Path:
     """
     spool = folder / "rows.jsonl"
     columns: dict[str, None] = {}
+    padded = stream.features is not None  # from an Arrow table, whose mappings have all keys
     with spool.open("w", encoding="utf-8") as file:
-        for row in stream:
+        for index, row in enumerate(stream):
+            if padded:
+                row = {name: without_nulls(value) for name, value in row.items()}
             columns.update(dict.fromkeys(row))
-            file.write(_dumps(row) + "\n")
+            file.write(_dumps(_encoded_row(row, index)) + "\n")
     if not columns:
         raise UserError("The streaming data set has no rows.")
     features = Features({name: {JSON_KEY: Value("large_string")} for name in columns})
@@ -185,15 +201,21 @@ def _parts(dataset: Dataset) -> Iterable[bytes]:
 
 
 def _encoded(value: Any) -> Any:
-    """The value with its PIL images and pixel arrays encoded."""
-    if isinstance(value, dict):
-        return {key: _encoded(item) for key, item in value.items()}
+    """The value as Python's own types, with its PIL images and pixel arrays encoded."""
+    if value is None or isinstance(value, str | int | float):
+        return value.item() if isinstance(value, numpy.generic) else value
+    if isinstance(value, Mapping):
+        return {str(key): _encoded(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_encoded(item) for item in value]
     if isinstance(value, Path):
         return str(value)
     picture = _picture(value)
-    return value if picture is None else {"bytes": encode_image(picture), "path": None}
+    if picture is not None:
+        return {"bytes": encode_image(picture), "path": None}
+    if isinstance(value, numpy.ndarray | numpy.generic):  # records of a DataFrame that came from Parquet
+        return _encoded(value.tolist())
+    return value
 
 
 def _picture(value: Any) -> Any:
