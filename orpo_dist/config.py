@@ -8,12 +8,18 @@ from transformers import TrainingArguments
 
 from orpo_dist.distributed.timeouts import START_SECONDS
 from orpo_dist.errors import UserError
-from orpo_dist.options.data import MAX_LENGTH, Unasked
+from orpo_dist.options.data import (
+    ENCODER_DECODER_COMPLETION_LENGTH,
+    DataOptions,
+    ImageOptions,
+    PrepareOptions,
+    Unasked,
+    check_prompt_length,
+    choices_of,
+)
 from orpo_dist.options.durations import seconds_of
 
-TRUNCATION_SIDES = ("left", "right")
-BAD_ROW_POLICIES = ("drop", "error")
-NLL_SCOPES = ("sequence", "completion")
+NLL_SCOPES = ["sequence", "completion"]
 _TRAINING_ARGUMENT_NAMES = {f.name for f in fields(TrainingArguments)}
 
 
@@ -49,7 +55,7 @@ def _option(default: Any, help: str, **metadata: Any) -> Any:
 
 
 @dataclass
-class ORPOConfig(TrainingArguments):
+class ORPOConfig(ImageOptions, DataOptions, TrainingArguments):
     """Settings of `ORPOTrainer`.
 
     A drop-in for `trl.experimental.orpo.ORPOConfig`: the same names and the same defaults, plus the fields listed
@@ -74,13 +80,6 @@ class ORPOConfig(TrainingArguments):
     logging_nan_inf_filter: bool = _option(False, "Hide non-finite losses in the log (costs a device sync per step).")
 
     # -- TRL's ORPO fields --
-    max_length: int | None = _option(
-        MAX_LENGTH,
-        "Most tokens of prompt + completion. None: no bound, the default of vision-language models.",
-    )
-    max_completion_length: int | None = _option(
-        None, "Most tokens of a completion (cut at its end). Encoder-decoder models default to 128."
-    )
     beta: float = _option(0.1, "Weight of the odds-ratio term: lambda in the paper, alpha in its code.")
     disable_dropout: bool = _option(True, "Switch off the base model's dropout; lora_dropout stays live.")
     padding_value: int | None = _option(None, "Token id used for padding. Unset: the tokenizer's pad token.")
@@ -92,60 +91,17 @@ class ORPOConfig(TrainingArguments):
         None, "Keyword arguments of from_pretrained when the model is given by name."
     )
     trust_remote_code: bool = _option(False, "Run Python code that a model repository ships. Off unless asked for.")
-    dataset_num_proc: int | None = _option(None, "Processes that tokenise.")
-
-    # -- this project's fields: data --
-    prompt_column: str | None = _option(None, "Column of the prompt. Unset: detected.")
-    chosen_column: str | None = _option(None, "Column of the chosen completion or conversation. Unset: detected.")
-    rejected_column: str | None = _option(None, "Column of the rejected completion or conversation. Unset: detected.")
-    system_column: str | None = _option(None, "Column of a system message. Unset: `system` where it exists.")
-    tools_column: str | None = _option(None, "Column of the tools' JSON schemas. Unset: `tools` where it exists.")
-    image_column: str | None = _option(
-        None, "Column of the images, one or a list per row. Unset: `images` or `image` where one exists."
-    )
-    image_folder: str | None = _option(
-        None, "Folder that image paths start from and cannot leave. Unset: the folder of the row's file."
-    )
-    allow_image_urls: bool = _option(
-        False, "Fetch images at http(s) addresses in the rows, once, when data is prepared."
-    )
-    allow_outside_image_folder: bool = _option(False, "Read images at paths outside of the image folder too.")
-    max_prompt_length: int | None = _option(None, "Most tokens of a prompt. Unset: prompts are never cut.")
-    truncation_side: str = _option(
-        "left", "Which end of a long prompt max_prompt_length cuts off.", choices=list(TRUNCATION_SIDES)
-    )
-    on_bad_row: str = _option(
-        "drop", "A row that cannot be trained on: drop and report it, or stop.", choices=list(BAD_ROW_POLICIES)
-    )
-    max_bad_rows: float = _option(
-        0.05, "With on_bad_row=drop: stop when more than this share (below 1) or number (from 1) of rows is bad."
-    )
-    chat_template: str | None = _option(
-        None, "Chat template: chatml, zephyr, a Jinja file or the template itself. Unset: the tokenizer's own."
-    )
-    apply_chat_template: bool | None = _option(
-        None,
-        "Unset: message lists get the chat template, strings do not. True: strings become one user and one assistant "
-        "turn. False: strings only, message lists are refused.",
-    )
-    add_eos_token: bool = _option(True, "End every completion with EOS where it does not end with it already.")
 
     # -- this project's fields: vision-language models --
     train_vision_tower: bool = _option(False, "Train the vision tower too; with an adapter, by LoRA on its layers.")
     train_projector: bool = _option(
         False, "Train what brings image features to the language model too; with an adapter, by LoRA."
     )
-    min_pixels: int | None = _option(None, "Smallest area of an image after resizing (Qwen-VL).")
-    max_pixels: int | None = _option(None, "Largest area of an image after resizing (Qwen-VL): bounds its tokens.")
-    processor_kwargs: dict[str, Any] | str | None = _option(  # noqa: RUF009
-        None, "Other options of the model's image processor: size, do_image_splitting, max_patches, ..."
-    )
-
     # -- this project's fields: loss --
     nll_scope: str = _option(
         "sequence",
         "Tokens of the NLL term: prompt + chosen (paper, TRL), or the chosen completion (LLaMA-Factory, ms-swift).",
-        choices=list(NLL_SCOPES),
+        choices=NLL_SCOPES,
     )
     label_smoothing: float = _option(0.0, "Probability that a pair's preference is flipped, as in DPO; below 0.5.")
     router_aux_loss_coef: float | None = _option(
@@ -165,12 +121,12 @@ class ORPOConfig(TrainingArguments):
         True, "Compare the packed with the padded layout on a tiny batch at start-up, and fall back if they differ."
     )
 
-    # -- this project's fields: runs that survive (docs/runs.md) --
+    # -- this project's fields: stopping and resuming (docs/runs.md) --
     max_runtime: str | None = _option(
         None, "Save and stop before this much time since the process began: seconds, 1h30m or HH:MM:SS."
     )
     max_nonfinite_steps: int = _option(
-        5, "End the run after so many steps in a row whose loss or gradient norm is no number; none is applied."
+        5, "End the run after so many steps in a row whose loss or gradient norm is not finite; none is applied."
     )
     allow_changed: bool = _option(False, "Resume although model, data, loss, batch or optimizer have changed.")
     strict_versions: bool = _option(False, "Refuse to resume with other library versions (a warning otherwise).")
@@ -196,11 +152,7 @@ class ORPOConfig(TrainingArguments):
         self._check()
 
     def _check(self) -> None:
-        for name, allowed in (
-            ("truncation_side", TRUNCATION_SIDES),
-            ("on_bad_row", BAD_ROW_POLICIES),
-            ("nll_scope", NLL_SCOPES),
-        ):
+        for name, allowed in (choices_of(DataOptions) | {"nll_scope": NLL_SCOPES}).items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}.")
         if not 0 <= self.label_smoothing < 0.5:
@@ -230,12 +182,17 @@ class ORPOConfig(TrainingArguments):
 
     def check_prompt_length(self) -> None:
         """Raises UserError where max_prompt_length leaves no room within max_length."""
-        if (
-            self.max_length is not None
-            and self.max_prompt_length is not None
-            and self.max_prompt_length >= self.max_length
-        ):
-            raise UserError(
-                f"max_prompt_length={self.max_prompt_length} leaves no room for a completion within "
-                f"max_length={self.max_length}: lower the first or raise the second."
-            )
+        check_prompt_length(self.max_length, self.max_prompt_length)
+
+    def prepare_options(self, is_encoder_decoder: bool) -> PrepareOptions:
+        """The data options of a run; encoder-decoder models get TRL's bound on completions where none is set."""
+        values = {f.name: getattr(self, f.name) for f in fields(DataOptions)}
+        if is_encoder_decoder and self.max_completion_length is None:
+            values["max_completion_length"] = ENCODER_DECODER_COMPLETION_LENGTH
+        return PrepareOptions(**values, is_encoder_decoder=is_encoder_decoder)
+
+
+# The fields declared by this project, TRL's names and changed defaults included.
+OWN_OPTIONS = frozenset(
+    {f.name for kind in (DataOptions, ImageOptions) for f in fields(kind)} | ORPOConfig.__annotations__.keys()
+)

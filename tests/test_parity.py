@@ -94,7 +94,7 @@ def test_twenty_steps_on_real_pairs(tmp_path, real_pairs, plain_tokenizer, tiny_
     ours, theirs = train_both(
         tmp_path, real_pairs, plain_tokenizer, tiny_llama, optim=optimizer, padding_free=padding_free
     )
-    assert ours.forward.is_packed == padding_free
+    assert ours.layout.is_packed == padding_free
     log, oracle = ours.state.log_history, theirs.state.log_history
     assert len(log) == len(oracle) == STEPS + 1
     for row, expected in zip(log, oracle, strict=True):

@@ -1,12 +1,9 @@
 """What the data step may be asked for, apart from the rows themselves."""
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
 
 from orpo_dist.errors import UserError
-
-if TYPE_CHECKING:  # `orpo-dist data check` needs no torch, and the config imports it
-    from orpo_dist.config import ORPOConfig
 
 
 class Unasked(int):
@@ -29,61 +26,116 @@ def asked_length(max_length: int | None, reads_images: bool) -> int | None:
 ENCODER_DECODER_COMPLETION_LENGTH = 128  # TRL's default of max_completion_length for these models
 
 
-@dataclass(frozen=True)
-class PrepareOptions:
-    """The data fields of `ORPOConfig` under the same names; docs/data.md explains each.
+def _option(default: Any, help: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class DataOptions:
+    """How rows become pairs of token ids: the one declaration of each option's name, type, default, help and choices.
+
+    `ORPOConfig`, `PrepareOptions`, the flags of `orpo-dist data` and the table in docs/data.md come from it. The
+    metadata holds argparse's keywords only: HfArgumentParser passes all of it on.
+    """
+
+    # Options that decide what happens to bad rows or how fast the work goes, not what the token ids are. The chat
+    # template enters the cache's key as the text it resolves to.
+    NOT_IN_CACHE_KEY: ClassVar[frozenset[str]] = frozenset(
+        {"on_bad_row", "max_bad_rows", "dataset_num_proc", "chat_template"}
+    )
+
+    max_length: int | None = _option(
+        MAX_LENGTH,
+        "Most tokens of prompt + completion; completions are cut at their end. None: no bound, the default of "
+        "vision-language models.",
+    )
+    max_prompt_length: int | None = _option(
+        None,
+        "Most tokens of a prompt. Unset: prompts are never cut, and one that leaves no room for a completion is a bad "
+        "row.",
+    )
+    max_completion_length: int | None = _option(
+        None,
+        "Most tokens of a completion, before `max_length`. Enforced for decoder models too. Encoder-decoder models "
+        "default to 128.",
+    )
+    truncation_side: str = _option(
+        "left", "End of a long prompt that `max_prompt_length` cuts off: left or right.", choices=["left", "right"]
+    )
+    on_bad_row: str = _option(
+        "drop",
+        "`drop`: leave bad rows out and list them in `dropped_rows.jsonl`; `error`: stop at the first.",
+        choices=["drop", "error"],
+    )
+    max_bad_rows: float = _option(
+        0.05,
+        "With `drop`, stop before the model is loaded if more rows are bad: a share below 1, a number from 1; 0 allows "
+        "none.",
+    )
+    chat_template: str | None = _option(
+        None,
+        "chatml, zephyr, a Jinja file or the template itself; saved with the model. Unset: the tokenizer's own.",
+    )
+    apply_chat_template: bool | None = _option(
+        None,
+        "Unset: message lists get the template, strings do not. True: strings become a user and an assistant turn. "
+        "False: message lists are refused.",
+    )
+    add_eos_token: bool = _option(True, "End each completion with EOS if it does not end with it already.")
+    prompt_column: str | None = _option(None, "Column of the prompt. Unset: detected.")
+    chosen_column: str | None = _option(None, "Column of the chosen completion or conversation. Unset: detected.")
+    rejected_column: str | None = _option(None, "Column of the rejected completion or conversation. Unset: detected.")
+    system_column: str | None = _option(None, "Column of a system message. Unset: `system` if it exists.")
+    tools_column: str | None = _option(None, "Column of the tools' JSON schemas. Unset: `tools` if it exists.")
+    image_column: str | None = _option(
+        None,
+        "Column of the images, one or a list per row. Unset: `images` or `image` if one exists. Empty: images are "
+        "ignored.",
+    )
+    image_folder: str | None = _option(
+        None, "Folder that image paths start from and cannot leave. Unset: the folder of the row's file."
+    )
+    allow_image_urls: bool = _option(
+        False, "Fetch images at http(s) addresses in the rows, once, when data is prepared."
+    )
+    allow_outside_image_folder: bool = _option(False, "Read images at paths outside of the image folder too.")
+    dataset_num_proc: int | None = _option(None, "Processes that tokenise.")
+
+
+@dataclass
+class ImageOptions:
+    """What the run asks of the model's image processor; declared once, as `DataOptions`."""
+
+    min_pixels: int | None = _option(None, "Smallest area of an image after resizing (Qwen-VL).")
+    max_pixels: int | None = _option(None, "Largest area of an image after resizing (Qwen-VL): bounds its tokens.")
+    processor_kwargs: dict[str, Any] | str | None = _option(  # noqa: RUF009
+        None,
+        "Other options of the model's image processor (`size`, `do_image_splitting`, `max_patches`, ...); an unknown "
+        "one is an error that lists the known ones. Saved with the processor.",
+    )
+
+
+@dataclass
+class PrepareOptions(DataOptions):
+    """What the data step works with: the options, resolved for one model by `orpo_dist.run.prepare`.
 
     A column name of `""` means that there is no such column, whatever the data set holds.
     """
 
-    max_length: int | None = MAX_LENGTH
-    max_prompt_length: int | None = None
-    max_completion_length: int | None = None
-    truncation_side: str = "left"
-    on_bad_row: str = "drop"
-    max_bad_rows: float = 0.05
-    chat_template: str | None = None
-    apply_chat_template: bool | None = None
-    add_eos_token: bool = True
-    prompt_column: str | None = None
-    chosen_column: str | None = None
-    rejected_column: str | None = None
-    system_column: str | None = None
-    tools_column: str | None = None
-    image_column: str | None = None
-    image_folder: str | None = None
-    allow_image_urls: bool = False
-    allow_outside_image_folder: bool = False
     is_encoder_decoder: bool = False
-    num_proc: int | None = None
 
-    @classmethod
-    def from_config(cls, config: "ORPOConfig", is_encoder_decoder: bool) -> "PrepareOptions":
-        """The data fields of `config`; encoder-decoder models get TRL's bound on completions where none is set."""
-        max_completion_length = config.max_completion_length
-        if is_encoder_decoder and max_completion_length is None:
-            max_completion_length = ENCODER_DECODER_COMPLETION_LENGTH
-        return cls(
-            max_length=config.max_length,
-            max_prompt_length=config.max_prompt_length,
-            max_completion_length=max_completion_length,
-            truncation_side=config.truncation_side,
-            on_bad_row=config.on_bad_row,
-            max_bad_rows=config.max_bad_rows,
-            chat_template=config.chat_template,
-            apply_chat_template=config.apply_chat_template,
-            add_eos_token=config.add_eos_token,
-            prompt_column=config.prompt_column,
-            chosen_column=config.chosen_column,
-            rejected_column=config.rejected_column,
-            system_column=config.system_column,
-            tools_column=config.tools_column,
-            image_column=config.image_column,
-            image_folder=config.image_folder,
-            allow_image_urls=config.allow_image_urls,
-            allow_outside_image_folder=config.allow_outside_image_folder,
-            is_encoder_decoder=is_encoder_decoder,
-            num_proc=config.dataset_num_proc,
+
+def choices_of(options: type[Any]) -> dict[str, list[str]]:
+    """The values that each option with a fixed choice takes."""
+    return {f.name: f.metadata["choices"] for f in fields(options) if "choices" in f.metadata}
+
+
+def check_prompt_length(max_length: int | None, max_prompt_length: int | None) -> None:
+    """Raises UserError where max_prompt_length leaves no room within max_length."""
+    if max_length is not None and max_prompt_length is not None and max_prompt_length >= max_length:
+        raise UserError(
+            f"max_prompt_length={max_prompt_length} leaves no room for a completion within "
+            f"max_length={max_length}: lower the first or raise the second."
         )
 
 

@@ -1,52 +1,105 @@
 """What a run needs before training: tokenizer or processor, tokenised pairs, the model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from peft import LoraConfig, PeftModel
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from orpo_dist.config import ORPOConfig
 from orpo_dist.distributed.environment import Sharding, loading_sharding
 from orpo_dist.errors import UserError
+from orpo_dist.model.loading.load import load_config
+from orpo_dist.model.loading.processor import (
+    image_sizes,
+    is_encoder_decoder,
+    load_processing_class,
+    processing_class_of,
+    tokenizer_of,
+)
+from orpo_dist.options.data import PrepareOptions, asked_length, check_prompt_length
 from orpo_dist.options.model import ModelArguments
 from orpo_dist.recipe.recipe import Recipe
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # they import `datasets`, which training on rows that are tokenised already does without
     from orpo_dist.data.prepare import PreparedPairs
     from orpo_dist.data.splits import RunPairs
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What turns rows into pairs: the tokenizer or processor (chat template and image sizes applied) and the options,
+    with max_length and is_encoder_decoder resolved for the model."""
+
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin
+    options: PrepareOptions
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return tokenizer_of(self.processing_class)
+
+    def pairs(self, rows: Any, name: str, dropped_rows_path: Path | None = None) -> "PreparedPairs":
+        """The audited and tokenised rows, see `prepare_pairs`; `name` is what messages call them. Raises UserError."""
+        from orpo_dist.data.prepare import prepare_pairs
+
+        return prepare_pairs(rows, self.processing_class, self.options, name=name, dropped_rows_path=dropped_rows_path)
+
+
+def preparation_of(
+    args: ORPOConfig,
+    model: PreTrainedModel | nn.Module | str | None,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+    *,
+    revision: str | None = None,
+) -> Preparation:
+    """The preparation of a run of `model`; `args` is not changed.
+
+    A tokenizer or processor that is loaded here gets the run's chat template, so that the one that is trained is saved
+    with the model. One that the caller passes keeps its own; the data step renders with the run's all the same.
+
+    Args:
+        model: the model, its name or folder, or None with `model_init`.
+        revision: of a model given by name; unset, the one in `args.model_init_kwargs`.
+
+    Raises:
+        UserError: the model or its tokenizer cannot be had, an image option that the processor does not have, a prompt
+            length that leaves no room, or a chat template that cannot be read.
+    """
+    if isinstance(model, str) and revision is not None:
+        source: dict[str, Any] = {"revision": revision, "trust_remote_code": args.trust_remote_code}
+        if processing_class is None:
+            loaded = load_processing_class(model, **source, sizes=image_sizes(args))
+        else:
+            loaded = processing_class_of(model, args, processing_class)
+        encoder_decoder = load_config(model, **source).is_encoder_decoder
+    else:
+        encoder_decoder = is_encoder_decoder(model, args)
+        loaded = processing_class_of(model, args, processing_class)
+    if args.chat_template is not None and processing_class is None:
+        from orpo_dist.data.chat_template import resolve_chat_template
+
+        template = resolve_chat_template(args.chat_template, loaded)
+        loaded.chat_template = tokenizer_of(loaded).chat_template = template
+    max_length = asked_length(args.max_length, isinstance(loaded, ProcessorMixin))
+    check_prompt_length(max_length, args.max_prompt_length)
+    return Preparation(loaded, replace(args.prepare_options(encoder_decoder), max_length=max_length))
 
 
 def prepare(recipe: Recipe, folder: Path) -> "tuple[PreTrainedTokenizerBase | ProcessorMixin, RunPairs]":
     """The tokenizer or processor and the tokenised pairs of a run, from the cache where they are there. Raises
     UserError."""
-    from orpo_dist.data.chat_template import resolve_chat_template
-    from orpo_dist.data.prepare import prepare_pairs
     from orpo_dist.data.splits import RunPairs, load_splits
-    from orpo_dist.model.loading.load import load_config
-    from orpo_dist.model.loading.processor import image_sizes, load_processing_class, resolve_max_length, tokenizer_of
-    from orpo_dist.options.data import PrepareOptions
 
-    name, args = str(recipe.model.model_name_or_path), recipe.training
-    source: dict[str, Any] = {"revision": recipe.model.model_revision, "trust_remote_code": args.trust_remote_code}
-    processing_class = load_processing_class(name, **source, sizes=image_sizes(args))
-    tokenizer = tokenizer_of(processing_class)
-    if args.chat_template is not None:  # the one that is trained is saved with the model
-        processing_class.chat_template = tokenizer.chat_template = resolve_chat_template(
-            args.chat_template, processing_class
-        )
-    resolve_max_length(args, processing_class)
-    options = PrepareOptions.from_config(args, load_config(name, **source).is_encoder_decoder)
+    args = recipe.training
+    preparation = preparation_of(args, str(recipe.model.model_name_or_path), revision=recipe.model.model_revision)
+    args.max_length = preparation.options.max_length  # what recipe.yaml of the run states
     train_rows, eval_rows = load_splits(recipe.data, args.seed)
-
-    def prepared(rows: Any, split: str) -> "PreparedPairs":
-        return prepare_pairs(
-            rows, processing_class, options, name=split, dropped_rows_path=folder / "dropped_rows.jsonl"
-        )
-
-    train_pairs = prepared(train_rows, "train")
-    return processing_class, RunPairs(train_pairs, prepared(eval_rows, "eval") if eval_rows is not None else None)
+    dropped = folder / "dropped_rows.jsonl"
+    train_pairs = preparation.pairs(train_rows, "train", dropped)
+    eval_pairs = preparation.pairs(eval_rows, "eval", dropped) if eval_rows is not None else None
+    return preparation.processing_class, RunPairs(train_pairs, eval_pairs)
 
 
 def load_model_of(arguments: "ModelArguments", args: "ORPOConfig") -> "PreTrainedModel | PeftModel":
@@ -82,35 +135,3 @@ def peft_config_of(arguments: "ModelArguments", model: "PreTrainedModel | PeftMo
     from orpo_dist.model.loading.adapters import lora_config
 
     return lora_config(arguments, is_encoder_decoder=model.config.is_encoder_decoder)
-
-
-@dataclass(frozen=True)
-class Preparation:
-    processing_class: Any
-    options: Any
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        from orpo_dist.model.loading.processor import tokenizer_of
-
-        return tokenizer_of(self.processing_class)
-
-    def pairs(self, rows: Any, name: str, dropped_rows_path: Path | None = None) -> "PreparedPairs":
-        from orpo_dist.data.prepare import prepare_pairs
-
-        return prepare_pairs(rows, self.processing_class, self.options, name=name, dropped_rows_path=dropped_rows_path)
-
-
-def preparation_of(
-    args: ORPOConfig, model: Any, processing_class: Any = None, *, revision: str | None = None
-) -> Preparation:
-    import copy
-
-    from orpo_dist.model.loading.processor import is_encoder_decoder, processing_class_of, resolve_max_length
-    from orpo_dist.options.data import PrepareOptions
-
-    args = copy.copy(args)
-    kind = is_encoder_decoder(model, args)
-    processing_class = processing_class_of(model, args, processing_class)
-    resolve_max_length(args, processing_class)
-    return Preparation(processing_class, PrepareOptions.from_config(args, kind))

@@ -119,13 +119,12 @@ def test_messages_that_came_through_csv_are_messages(chat_tokenizer):
 
 def test_the_prompt_is_written_once(chat_tokenizer):
     from orpo_dist.data.prepare import prepare_pairs
-    from orpo_dist.options.data import PrepareOptions
 
     made = params(**COLUMNS)
     mapping = made.to_recipe_mapping() | {
         "apply_chat_template": choose_chat_template(made, chat_tokenizer, [ROW]).apply
     }
-    options = PrepareOptions.from_config(Recipe.from_mapping(mapping).training, is_encoder_decoder=False)
+    options = Recipe.from_mapping(mapping).training.prepare_options(is_encoder_decoder=False)
     pair = prepare_pairs([ROW], chat_tokenizer, options).dataset[0]
     chosen = chat_tokenizer.decode(pair["prompt_ids"] + pair["chosen_ids"])
     rendered = "<s><|im_start|>user\nWhat is six times seven?<|im_end|>\n<|im_start|>assistant\n42<|im_end|>\n"

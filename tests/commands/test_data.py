@@ -1,11 +1,13 @@
 import json
 
 import pytest
+from datasets import Dataset
 from transformers import LlamaConfig, T5Config
 
 from orpo_dist.cli import main
 from orpo_dist.commands.data import _options, _parser
 from orpo_dist.options.data import PrepareOptions
+from orpo_dist.recipe.recipe import Recipe
 
 GOOD = [{"prompt": f"question {i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(40)]
 
@@ -31,6 +33,8 @@ def test_check(data, tmp_path, capsys):
     assert "prompt in `prompt`, text, `chosen` over `rejected`" in out
     assert "41 rows, 40 usable, 1 bad" in out
     assert f"1 x empty completion\n    {data}, row 41, column `chosen`: no text" in out
+    read = out[out.index("Read of") :]
+    assert f"split train: 41 rows from 1 file.\n  {data}: 41 rows\n  prompt: column `prompt`, by its name" in read
     (line,) = (tmp_path / "bad.jsonl").read_text().splitlines()
     assert json.loads(line)["row"] == 41
 
@@ -46,7 +50,9 @@ def test_unusable_data_ends_with_code_2(data, capsys):
 
 def test_check_with_a_tokenizer(data, model, capsys):
     assert main(["data", "check", str(data), "--model", model]) == 0
-    assert "41 rows, 40 pairs kept, 1 dropped (1 empty completion)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "41 rows, 40 pairs kept, 1 dropped (1 empty completion)" in out
+    assert f"  {data}: 41 rows\n  prompt: column `prompt`, by its name; the first 41 rows hold text" in out
     assert main(["data", "check", str(data), "--model", model, "--max_length", "4"]) == 2
     assert "Set max_prompt_length to cut long prompts, or raise max_length" in capsys.readouterr().err
 
@@ -105,3 +111,50 @@ def test_flags_become_options():
 def test_a_flag_of_the_wrong_type(data, capsys):
     assert main(["data", "check", str(data), "--max_length", "long"]) == 2
     assert "--max_length long: expected int or None" in capsys.readouterr().err.replace("  ", " ")
+
+
+def test_dataset_num_proc_reaches_the_tokenisation(data, model, monkeypatch):
+    asked, original = [], Dataset.map
+
+    def spy(self, *args, **kwargs):
+        asked.append(kwargs.get("num_proc"))
+        return original(self, *args, **kwargs | {"num_proc": None})
+
+    monkeypatch.setattr(Dataset, "map", spy)
+    monkeypatch.setenv("ORPO_DIST_CACHE", str(data.parent / "cache"))
+    assert main(["data", "stats", str(data), "--model", model, "--dataset_num_proc", "2"]) == 0
+    assert 2 in asked
+
+
+def test_processor_kwargs_reach_the_processor(data, model, capsys):
+    assert main(["data", "stats", str(data), "--model", model, "--processor_kwargs", '{"max_patches": 9}']) == 2
+    assert "max_patches: the model has no image processor" in capsys.readouterr().err
+    assert main(["data", "stats", str(data), "--model", model, "--processor_kwargs", "{"]) == 2
+    assert "expected a JSON object" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--max_len", "--max_lenght"])
+def test_an_unknown_or_abbreviated_flag(data, flag, capsys):
+    assert main(["data", "check", str(data), flag, "5"]) == 2
+    assert f"Unknown option {flag}. Did you mean --max" in capsys.readouterr().err
+
+
+def test_a_value_outside_the_choices(data, capsys):
+    assert main(["data", "check", str(data), "--on_bad_row", "keep"]) == 2
+    assert "on_bad_row" in capsys.readouterr().err
+
+
+def test_types_of_flags_survive_a_parsed_recipe():
+    """HfArgumentParser writes simplified types into the fields that it parses."""
+    Recipe.from_mapping({"dataset_name": "d", "model_name_or_path": "m"})
+    assert options("check", "x", "--max_length", "none").max_length is None
+
+
+def test_a_stray_word(data, capsys):
+    assert main(["data", "check", str(data), "more.jsonl"]) == 2
+    assert "'more.jsonl' does not belong to an option" in capsys.readouterr().err
+
+
+def test_help_says_that_stats_has_no_bound(capsys):
+    assert main(["data", "--help"]) == 0
+    assert "`data stats` has no bound" in " ".join(capsys.readouterr().out.split())

@@ -45,6 +45,7 @@ class Input:
     name: str = "pairs.jsonl"
     split: str = "train"
     policy: str = "error"
+    card: list[dict[str, Any]] = field(default_factory=list)  # configs in the folder's README.md
 
 
 def pictures(folder: Path) -> None:
@@ -170,6 +171,23 @@ INPUTS = {
     "a file that is not UTF-8": Input(content=b'{"prompt": "\xe4"}\n'),
     "a file that does not exist": Input(name="missing.jsonl"),
     "a split that does not exist": Input([TEXT], name="folder/train.jsonl", split="test"),
+    "a split that the card does not name": Input(
+        [TEXT],
+        name="folder/a.jsonl",
+        card=[{"config_name": "default", "data_files": [{"split": "gold", "path": "a*"}]}],
+    ),
+    "a card with several configurations": Input(
+        [TEXT],
+        name="folder/a.jsonl",
+        card=[{"config_name": name, "data_files": "a.jsonl"} for name in ("easy", "hard")],
+    ),
+    "a configuration that the card does not have": Input(
+        [TEXT], name="folder/a.jsonl", split="hrd:train", card=[{"config_name": "hard", "data_files": "a.jsonl"}]
+    ),
+    "a file of the card that is not there": Input(
+        [TEXT], name="folder/a.jsonl", card=[{"config_name": "default", "data_files": "b.jsonl"}]
+    ),
+    "a split that a JSON file does not hold": Input(content=b'{"test": [{"prompt": "a"}]}', name="pairs.json"),
 }
 
 
@@ -196,6 +214,8 @@ def test_message(what, chat_tokenizer, plain_tokenizer, tmp_path, monkeypatch, c
     elif case.rows:
         pictures(path.parent)
         path.write_text("".join(json.dumps(row) + "\n" for row in case.rows))
+    if case.card:
+        (path.parent / "README.md").write_text(f"---\nconfigs: {json.dumps(case.card)}\n---\n")
     tokenizer = {"chat": chat_tokenizer, "plain": plain_tokenizer, "vlm": qwen_processor()}.get(case.tokenizer)
     if tokenizer is None:
         tokenizer = copy.deepcopy(plain_tokenizer)

@@ -217,7 +217,7 @@ def test_rows_with_and_without_images_and_several_turns():
 def test_processes(folder):
     rows = [{**TRL, "images": [drawing(32 + i, 64, i)]} for i in range(6)]
     one = prepare_pairs(rows, qwen_processor(), PrepareOptions()).dataset
-    two = prepare_pairs(rows, qwen_processor(), PrepareOptions(num_proc=2, truncation_side="right")).dataset
+    two = prepare_pairs(rows, qwen_processor(), PrepareOptions(dataset_num_proc=2, truncation_side="right")).dataset
     assert one[:] == two[:]
 
 

@@ -95,3 +95,8 @@ def test_nesting_without_end_names_the_row():
         value = value[0]
     with pytest.raises(UserError, match="row 1: a value is nested too deeply"):
         as_dataset([ROWS[0], {**ROWS[0], "extra": deep}], "train")
+
+
+def test_a_column_whose_name_is_not_text():
+    with pytest.raises(UserError, match="row 0: the column's name .* holds half of a character"):
+        as_dataset([{**ROWS[0], "\ud83d": 1}], "train")

@@ -1,11 +1,12 @@
 import json
 import random
+from dataclasses import replace
 
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 
 from orpo_dist.config import ORPOConfig
-from orpo_dist.data import prepare
+from orpo_dist.data import prepare, streaming
 from orpo_dist.data.prepare import TOKEN_COLUMNS, DroppedRow, prepare_pairs
 from orpo_dist.data.sources import load_rows
 from orpo_dist.errors import UserError
@@ -72,7 +73,7 @@ def test_every_source_gives_the_same_tokens(plain_tokenizer, tmp_path, capsys, k
         "stream of a file": lambda: load_rows(str(path), streaming=True),
         "processes": lambda: Dataset.from_list(ROWS),
     }[kind]()
-    options = PrepareOptions(num_proc=2 if kind == "processes" else None)
+    options = PrepareOptions(dataset_num_proc=2 if kind == "processes" else None)
     dataset = prepare_pairs(rows, plain_tokenizer, options).dataset
     expected = prepare_pairs(ROWS, plain_tokenizer, PrepareOptions()).dataset
     assert dataset.select_columns(TOKEN_COLUMNS)[:] == expected.select_columns(TOKEN_COLUMNS)[:]
@@ -147,7 +148,7 @@ def test_no_pair_is_longer_than_max_length(plain_tokenizer):
 
 def test_equal_content_is_not_tokenised_again(plain_tokenizer, built):
     first = prepare_pairs(ROWS, plain_tokenizer, PrepareOptions())
-    again = prepare_pairs(Dataset.from_list(ROWS), plain_tokenizer, PrepareOptions(max_bad_rows=3, num_proc=2))
+    again = prepare_pairs(Dataset.from_list(ROWS), plain_tokenizer, PrepareOptions(max_bad_rows=3, dataset_num_proc=2))
     assert len(built) == 1
     assert first.dataset[:] == again.dataset[:]
     assert prepare_pairs(stream(), plain_tokenizer, PrepareOptions()).dataset[:] == first.dataset[:]
@@ -190,7 +191,29 @@ def test_a_broken_run_leaves_no_half_written_cache(plain_tokenizer, cache, monke
     assert list(cache.iterdir()) == []
     assert len(prepare_pairs(ROWS, plain_tokenizer, PrepareOptions()).dataset) == 10
     (folder,) = cache.iterdir()
-    assert sorted(path.name for path in folder.iterdir()) == ["pairs", "report.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["dropped.jsonl", "pairs.arrow", "report.json"]
+
+
+@pytest.mark.parametrize("processes", [None, 2])
+def test_rows_in_many_parts_are_those_of_one(chat_tokenizer, tmp_path, monkeypatch, processes):
+    """Row numbers, bad rows and notes too."""
+    file = tmp_path / "pairs.jsonl"
+    rows = [
+        {"prompt": f"question {i} " * (i % 7), "chosen": "yes" * (i % 5), "rejected": f"no {i}"} for i in range(900)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = PrepareOptions(max_bad_rows=500, max_prompt_length=6, truncation_side="right", dataset_num_proc=processes)
+    whole = prepare_pairs(load_rows(str(file)), chat_tokenizer, options, name="all")
+    monkeypatch.setenv("ORPO_DIST_CACHE", str(tmp_path / "other"))
+    monkeypatch.setattr(streaming, "PART_BYTES", 1)
+    monkeypatch.setattr(streaming, "READ_ROWS", 250)
+    parts = prepare_pairs(load_rows(str(file)), chat_tokenizer, options, name="all")
+    assert parts.dataset[:] == whole.dataset[:]
+    assert replace(parts, dataset=whole.dataset) == whole
+    assert [row.row for row in parts.dropped] == list(range(1, 901, 5))
+    (note,) = parts.notes
+    # row 1 is bad
+    assert (note.kind, note.source, note.row, note.rows) == ("prompt cut", str(file), 2, parts.truncated_prompts)
 
 
 # -- what is given --
@@ -223,9 +246,9 @@ def test_options_from_a_config(tmp_path):
         dataset_num_proc=3,
         system_column="s",
     )
-    options = PrepareOptions.from_config(config, is_encoder_decoder=False)
-    assert options == PrepareOptions(max_length=77, max_prompt_length=9, num_proc=3, system_column="s")
-    assert PrepareOptions.from_config(config, is_encoder_decoder=True).max_completion_length == 128
+    options = config.prepare_options(is_encoder_decoder=False)
+    assert options == PrepareOptions(max_length=77, max_prompt_length=9, dataset_num_proc=3, system_column="s")
+    assert config.prepare_options(is_encoder_decoder=True).max_completion_length == 128
 
 
 # -- real data --
@@ -254,3 +277,21 @@ def test_real_pairs_are_kept_with_max_prompt_length(demo, smollm2_tokenizer):
             assert len(row["prompt_ids"]) + len(completion) <= 1024
             assert completion.count(eos) <= 1
         assert row["prompt_ids"][0] == smollm2_tokenizer.bos_token_id != row["prompt_ids"][1]
+
+
+def test_rewording_a_format_keeps_the_cache(plain_tokenizer, monkeypatch):
+    from orpo_dist.data import prepare
+
+    built, original = [], prepare.built_once
+
+    def spy(name, build):
+        built.append(name)
+        return original(name, build)
+
+    monkeypatch.setattr(prepare, "built_once", spy)
+    prepare_pairs(ROWS, plain_tokenizer, PrepareOptions())
+    detect = prepare.detect_format
+    monkeypatch.setattr(prepare, "detect_format", lambda *args: replace(detect(*args), description="other words"))
+    prepare_pairs(ROWS, plain_tokenizer, PrepareOptions())
+    names = [name for name in built if name.startswith("pairs-")]
+    assert len(names) == 2 and names[0] == names[1]

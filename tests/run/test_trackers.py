@@ -96,7 +96,6 @@ def test_tensorboard_folder_holds_for_the_callback_only(monkeypatch, tmp_path):
 
 def test_other_ranks_are_silent(machine, monkeypatch, caplog):
     machine()
-    monkeypatch.setitem(PartialState._shared_state, "process_index", 1)
-    monkeypatch.setitem(PartialState._shared_state, "num_processes", 2)
+    monkeypatch.setenv("RANK", "1")
     assert usable_trackers(["wandb"]) == []
     assert not caplog.records

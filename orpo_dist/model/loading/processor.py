@@ -14,7 +14,6 @@ from orpo_dist.model.loading.load import load_config
 from orpo_dist.model.loading.vision import is_vision_language
 from orpo_dist.model.patches import FIXED_IMAGE_OPTIONS, replace_attribute
 from orpo_dist.model.upstream import fixed_image_options
-from orpo_dist.options.data import asked_length
 
 logger = get_logger(__name__)
 
@@ -93,7 +92,7 @@ def set_image_sizes(processing_class: PreTrainedTokenizerBase | ProcessorMixin, 
     """Give the image processor the options of the run. They are saved with it, so that inference sees what was trained.
 
     Raises:
-        UserError: the processor has no such option, or refuses its value.
+        UserError: the processor has no such option, or rejects its value.
     """
     options = sizes.options()
     if not options:
@@ -120,7 +119,7 @@ def model_init_kwargs(args: ORPOConfig) -> dict[str, Any]:
     """The keyword arguments for from_pretrained.
 
     Raises:
-        UserError: they are a string that is not a JSON object.
+        UserError: model_init_kwargs is a string that is not a JSON object.
     """
     kwargs = args.model_init_kwargs
     if isinstance(kwargs, str):
@@ -129,7 +128,7 @@ def model_init_kwargs(args: ORPOConfig) -> dict[str, Any]:
 
 
 def is_encoder_decoder(model: Any, args: ORPOConfig) -> bool:
-    """Which kind of model it is, from the model, its config by name, or `args` with model_init.
+    """Whether it is an encoder-decoder model, from the model, its config by name, or `args` with model_init.
 
     Raises:
         UserError: model_init without is_encoder_decoder, or a model that does not exist.
@@ -148,7 +147,7 @@ def processing_class_of(model: Any, args: ORPOConfig, given: Any) -> PreTrainedT
     """The tokenizer or processor that was given, or the one that belongs to the model, with the run's image sizes.
 
     Raises:
-        UserError: the model does not say where it came from, there is no tokenizer, or it lacks an image option.
+        UserError: the source of the model is unknown, it has no tokenizer, or its processor lacks an image option.
     """
     sizes = image_sizes(args)
     if given is not None:
@@ -161,13 +160,6 @@ def processing_class_of(model: Any, args: ORPOConfig, given: Any) -> PreTrainedT
         raise UserError("The model does not say where it came from: pass its tokenizer as processing_class.")
     revision = model_init_kwargs(args).get("revision")
     return load_processing_class(name, revision=revision, trust_remote_code=args.trust_remote_code, sizes=sizes)
-
-
-def resolve_max_length(args: ORPOConfig, processing_class: Any) -> None:
-    """Writes into `args` what max_length means for this model, see `asked_length`. Raises UserError where
-    max_prompt_length leaves no room within it."""
-    args.max_length = asked_length(args.max_length, isinstance(processing_class, ProcessorMixin))
-    args.check_prompt_length()
 
 
 def image_sizes(args: ORPOConfig) -> ImageSizes:

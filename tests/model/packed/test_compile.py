@@ -7,6 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from orpo_dist import ORPOTrainer
 from orpo_dist.config import ORPOConfig
+from orpo_dist.distributed.environment import Sharding
 from orpo_dist.errors import UserError
 from orpo_dist.loss import Objective, orpo_loss
 from orpo_dist.model.packed.compile import compile_blocks
@@ -135,12 +136,12 @@ def test_torch_compile_of_the_trainer(tmp_path, chat_tokenizer, tiny_llama, padd
 
 
 def test_zero3_with_compiled_blocks_is_refused(tmp_path):
-    from orpo_dist.training import refusals as checks
+    from orpo_dist.training import refusals
 
     args = ORPOConfig(str(tmp_path), use_cpu=True, torch_compile=True)
-    checks.refuse_missing_kernels(args, zero3=False)
+    refusals.refuse_missing_kernels(args, Sharding.REPLICATED)
     with pytest.raises(UserError, match="torch_compile does not work with ZeRO-3"):
-        checks.refuse_missing_kernels(args, zero3=True)
+        refusals.refuse_missing_kernels(args, Sharding.ZERO3)
 
 
 def test_liger_keeps_away_from_the_loss(tmp_path):
@@ -155,15 +156,15 @@ def test_liger_keeps_away_from_the_loss(tmp_path):
 
 
 def test_liger_that_cannot_run_is_refused(tmp_path, monkeypatch):
-    from orpo_dist.training import refusals as checks
+    from orpo_dist.training import refusals
 
     args = ORPOConfig(str(tmp_path), use_cpu=True, use_liger_kernel=True)
-    monkeypatch.setattr(checks, "is_liger_kernel_available", lambda: False)
+    monkeypatch.setattr(refusals, "is_liger_kernel_available", lambda: False)
     with pytest.raises(UserError, match=r"needs liger-kernel, .* pip install 'orpo-dist\[liger\]'"):
-        checks.refuse_missing_kernels(args, zero3=False)
-    monkeypatch.setattr(checks, "is_liger_kernel_available", lambda: True)
+        refusals.refuse_missing_kernels(args, Sharding.REPLICATED)
+    monkeypatch.setattr(refusals, "is_liger_kernel_available", lambda: True)
     with pytest.raises(UserError, match="needs a GPU"):
-        checks.refuse_missing_kernels(args, zero3=False)
+        refusals.refuse_missing_kernels(args, Sharding.REPLICATED)
 
 
 def test_liger_leaves_the_head_in_place(tmp_path):
@@ -172,7 +173,7 @@ def test_liger_leaves_the_head_in_place(tmp_path):
     from transformers.integrations.liger import apply_liger_kernel
 
     from orpo_dist.model.head.install import install_head
-    from orpo_dist.training import refusals as checks
+    from orpo_dist.training import refusals
 
     model = tiny_model("qwen3")
     install_head(model, Objective(beta=0.1))
@@ -180,4 +181,4 @@ def test_liger_leaves_the_head_in_place(tmp_path):
     args = ORPOConfig(str(tmp_path), use_cpu=True, use_liger_kernel=True, liger_kernel_config={"rope": False})
     apply_liger_kernel(model, args.liger_kernel_config)
     assert model.forward == forward and "Liger" in type(model.model.norm).__name__ + repr(model.model.norm)
-    assert checks.liger_knows(model) and not checks.liger_knows(tiny_model("gpt2"))
+    assert refusals.liger_knows(model) and not refusals.liger_knows(tiny_model("gpt2"))
