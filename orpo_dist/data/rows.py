@@ -110,7 +110,7 @@ def _is_exact(array: pyarrow.Array | pyarrow.ChunkedArray, levels: int = ARROW_L
     """Whether Arrow tells the values apart as JSON does: 1 from 1.0 (one of them makes a whole column floating), and a
     null that was written inside of a mapping from the key that other mappings have."""
     kind = array.type
-    if levels == 0 or pyarrow.types.is_floating(kind):
+    if levels == 0 or pyarrow.types.is_floating(kind) or isinstance(kind, pyarrow.BaseExtensionType):
         return False
     chunks = array.chunks if isinstance(array, pyarrow.ChunkedArray) else [array]
     if pyarrow.types.is_struct(kind):
@@ -171,7 +171,8 @@ def _undecoded(feature: Any) -> Any:
 
 
 def parquet_schema(files: Sequence[Path]) -> pyarrow.Schema | None:
-    """The columns that the files have in common; None where one is no Parquet file, or they differ.
+    """The columns that the files have in common; None where one is no Parquet file, they differ, or `datasets` has no
+    type for one (maps, UUIDs), so that the files are read row by row.
 
     Raises:
         UserError: a file that is not readable as what its name says.
@@ -182,6 +183,10 @@ def parquet_schema(files: Sequence[Path]) -> pyarrow.Schema | None:
         schemas = [pyarrow.parquet.read_schema(file).remove_metadata() for file in files]
     except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
         raise UserError(f"{', '.join(map(str, files))}: not a readable Parquet file: {error}") from None
+    try:
+        Features.from_arrow_schema(schemas[0])
+    except ValueError:
+        return None
     return schemas[0] if all(schema.equals(schemas[0]) for schema in schemas) else None
 
 

@@ -98,5 +98,5 @@ def test_nesting_without_end_names_the_row():
 
 
 def test_a_column_whose_name_is_not_text():
-    with pytest.raises(UserError, match="row 0: the column's name .* holds half of a character"):
+    with pytest.raises(UserError, match=r"row 0: the column's name .* holds half of a character"):
         as_dataset([{**ROWS[0], "\ud83d": 1}], "train")
