@@ -129,5 +129,8 @@ def _with_parameters(tool: Any) -> Any:
 
 def short(value: Any) -> str:
     """The value for a message, in at most 80 characters."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"a {type(value).__name__} that is nested too deeply"
     return text if len(text) <= 80 else text[:77] + "..."

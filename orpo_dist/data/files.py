@@ -6,6 +6,7 @@ Every reader yields `(number, row)`: the line of a JSONL file, the number of the
 import csv
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -13,6 +14,8 @@ from typing import IO, Any
 import pyarrow.parquet
 
 from orpo_dist.data.json_array import IrregularJson, array_of_objects
+from orpo_dist.data.messages import without_nulls
+from orpo_dist.data.pandas_json import pandas_rows
 from orpo_dist.data.split_names import names_a_split, split_called
 from orpo_dist.errors import UserError
 
@@ -51,7 +54,7 @@ def read_file(path: Path, split: str) -> Numbered:
         raise UserError(
             f"{path}: not UTF-8 text ({error.reason} at byte {error.start}). Convert it to UTF-8."
         ) from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:  # the last two: compressed files that are cut or damaged
         raise UserError(f"{path}: cannot be read: {error}") from None
 
 
@@ -74,6 +77,8 @@ def _read_jsonl(path: Path) -> Numbered:
                     f"{path}, line {number}: not valid JSON: {error.msg} at column {error.colno}. Each line must hold "
                     "one JSON object."
                 ) from None
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}, line {number}: {_beyond_python(error)}") from None
             yield number, _object(row, path, f"line {number}")
 
 
@@ -95,10 +100,17 @@ def _read_json(path: Path, split: str) -> Numbered:
             yield from _read_jsonl(path)
             return
         raise UserError(f"{path}, line {error.lineno}: not valid JSON: {error.msg} at column {error.colno}.") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: {_beyond_python(error)}") from None
     if isinstance(content, dict):
         content = _records(content, path, split)
     if not isinstance(content, list):
         raise UserError(f"{path}: holds one {type(content).__name__}, not a list of rows.")
+    if content and isinstance(content[0], list):
+        raise UserError(
+            f"{path}: a list of lists, without the names of the columns (pandas' to_json(orient='values')). Write it "
+            "with orient='records', lines=True."
+        )
     for number, row in enumerate(content[read:], read + 1):
         yield number, _object(row, path, f"row {number}")
 
@@ -108,6 +120,8 @@ def _records(content: dict[str, Any], path: Path, split: str) -> Any:
     called = split_called(split, {key: () for key in content})
     if called is not None and isinstance(content[called], list):
         return content[called]
+    if (rows := pandas_rows(content)) is not None:
+        return rows
     lists = {key: value for key, value in content.items() if isinstance(value, list)}
     if lists and all(names_a_split(key) for key in content):
         raise UserError(f"{path}: no split `{split}` in it. Splits found: {', '.join(content)}.")
@@ -151,7 +165,7 @@ def _read_parquet(path: Path) -> Numbered:
             for batch in file.iter_batches(batch_size=1000):
                 for row in batch.to_pylist():
                     number += 1
-                    yield number, row
+                    yield number, {name: without_nulls(value) for name, value in row.items()}
     except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
         raise UserError(f"{path}: not a readable Parquet file: {error}") from None
 
@@ -162,8 +176,14 @@ def _object(row: Any, path: Path, where: str) -> dict[str, Any]:
     return row
 
 
+def _beyond_python(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "JSON that is nested too deeply. Take the row out."
+    return f"a number that cannot be read: {str(error).split(';')[0]}. Store it as text, or take the row out."
+
+
 def _is_object(line: str) -> bool:
     try:
         return isinstance(json.loads(line), dict)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return False

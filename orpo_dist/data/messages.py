@@ -56,7 +56,7 @@ def decode(value: Any) -> Any:
     mapping has the keys of all others, and those that are None are taken out."""
     if isinstance(value, dict) and value.keys() == {JSON_KEY}:
         return None if value[JSON_KEY] is None else json.loads(value[JSON_KEY])
-    return _without_none(value) if isinstance(value, dict | list) else value
+    return without_nulls(value) if isinstance(value, dict | list) else value
 
 
 def read_content(value: Any, column: str, strings: Strings = "messages") -> str | list[Message]:
@@ -209,9 +209,10 @@ def _whole(text: str, column: str) -> str:
     return text
 
 
-def _without_none(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
+    """The value without the keys that are None in its mappings: Arrow gives each mapping the keys of all others."""
     if isinstance(value, dict):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
-        return [_without_none(item) for item in value]
+        return [without_nulls(item) for item in value]
     return value

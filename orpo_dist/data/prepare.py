@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from datasets import Dataset, DatasetDict, Features, IterableDataset, Value
+from datasets import Dataset, Features, IterableDataset, Value
 from datasets import List as ListOf
 from transformers import ProcessorMixin
 
@@ -24,6 +24,7 @@ from orpo_dist.data.cache import built_once, cache_root, digest
 from orpo_dist.data.chat_template import ProcessingClass, resolve_chat_template
 from orpo_dist.data.detect import SAMPLE, detect_format
 from orpo_dist.data.messages import decode
+from orpo_dist.data.objects import rows_of
 from orpo_dist.data.pairs import Pair, PairFormat
 from orpo_dist.data.prepared_file import Note, PreparedWriter, read_prepared
 from orpo_dist.data.rows import (
@@ -127,8 +128,7 @@ def prepare_pairs(
     Raises:
         UserError: unusable data or contradicting options, on every rank, with the same message.
     """
-    if isinstance(dataset, DatasetDict):
-        raise UserError(f"{name}: a DatasetDict with the splits {', '.join(dataset)}: choose one of them.")
+    dataset = rows_of(dataset, name)
     options = replace(options, max_length=asked_length(options.max_length, isinstance(tokenizer, ProcessorMixin)))
     if isinstance(dataset, Dataset) and set(TOKEN_COLUMNS) <= set(dataset.column_names):
         return PreparedPairs(dataset, [], "token ids", len(dataset), 0, 0)
@@ -147,7 +147,7 @@ def as_dataset(rows: Rows, name: str) -> Dataset:
     if isinstance(rows, Dataset):
         return undecoded(rows)
     if not isinstance(rows, IterableDataset):
-        return dataset_from_rows(list(rows))
+        return dataset_from_rows(rows_of(rows, name))
     if rows.features is not None:
         rows = rows.decode(False)
     print(f"{name}: a streaming data set. ORPO's batches need all rows, so it is read once into {cache_root()}.")

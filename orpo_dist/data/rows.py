@@ -8,7 +8,7 @@ the keys of all other calls) the column holds {"__json__": text}; messages.decod
 import base64
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,21 +27,45 @@ from datasets import (
 )
 from datasets.arrow_writer import ArrowWriter
 
-from orpo_dist.data.messages import JSON_KEY
+from orpo_dist.data.messages import JSON_KEY, without_nulls
 from orpo_dist.errors import UserError
 from orpo_dist.images.decode import encode_image
 
 SOURCE_COLUMN = "_source"  # the file a row came from
 ROW_COLUMN = "_row"  # its number there
 BATCH = 1000
+ARROW_LEVELS = 32  # of nesting in a column; Arrow's own bound when columns are exchanged is 64
 PARQUET_BATCH, PARQUET_BYTES = 100, 4 << 20  # rows with images are large
 
 
 def dataset_from_rows(rows: Sequence[dict[str, Any]]) -> Dataset:
-    """The rows as a data set whose columns are the union of their keys; a missing key is None."""
-    columns = dict.fromkeys(key for row in rows for key in row)
-    table = {name: _column([_encoded(row.get(name)) for row in rows]) for name in columns}
-    return Dataset(pyarrow.table(table))
+    """The rows as a data set whose columns are the union of their keys; a missing key is None.
+
+    Raises:
+        UserError: a value that is nested too deeply, or a column's name that is not text.
+    """
+    encoded = [encoded_row(row, index) for index, row in enumerate(rows)]
+    columns = dict.fromkeys(key for row in encoded for key in row)
+    return Dataset(pyarrow.table({name: _column([row.get(name) for row in encoded]) for name in columns}))
+
+
+def encoded_row(row: dict[str, Any], index: int) -> dict[str, Any]:
+    """The row as Python's own types, with its images encoded. `index` names a row that is from no file.
+
+    Raises:
+        UserError: a value that is nested too deeply, or a column's name that is not text.
+    """
+    where = f"{row[SOURCE_COLUMN]}, row {row[ROW_COLUMN]}" if SOURCE_COLUMN in row else f"row {index}"
+    try:
+        encoded = {str(name): _encoded(value) for name, value in row.items()}
+    except RecursionError:
+        raise UserError(f"{where}: a value is nested too deeply. Take the row out.") from None
+    for name in encoded:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{where}: the column's name {name!r} holds half of a character. Rename it.") from None
+    return encoded
 
 
 def _column(values: list[Any]) -> pyarrow.Array | pyarrow.ChunkedArray:
@@ -82,11 +106,11 @@ def _in_order(value: Any, kind: pyarrow.DataType) -> bool:
     return all(_in_order(value[field.name], field.type) for field in fields if pyarrow.types.is_nested(field.type))
 
 
-def _is_exact(array: pyarrow.Array | pyarrow.ChunkedArray) -> bool:
+def _is_exact(array: pyarrow.Array | pyarrow.ChunkedArray, levels: int = ARROW_LEVELS) -> bool:
     """Whether Arrow tells the values apart as JSON does: 1 from 1.0 (one of them makes a whole column floating), and a
     null that was written inside of a mapping from the key that other mappings have."""
     kind = array.type
-    if pyarrow.types.is_floating(kind):
+    if levels == 0 or pyarrow.types.is_floating(kind) or isinstance(kind, pyarrow.BaseExtensionType):
         return False
     chunks = array.chunks if isinstance(array, pyarrow.ChunkedArray) else [array]
     if pyarrow.types.is_struct(kind):
@@ -94,9 +118,9 @@ def _is_exact(array: pyarrow.Array | pyarrow.ChunkedArray) -> bool:
             return True
         # Without the rows that have no value at all: their nulls are in every field.
         fields = [field for chunk in chunks for field in chunk.drop_null().flatten()]
-        return all(field.null_count == 0 and _is_exact(field) for field in fields)
+        return all(field.null_count == 0 and _is_exact(field, levels - 1) for field in fields)
     if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
-        return all(_is_exact(chunk.flatten()) for chunk in chunks)
+        return all(_is_exact(chunk.flatten(), levels - 1) for chunk in chunks)
     return True
 
 
@@ -110,10 +134,13 @@ def materialise(stream: IterableDataset, folder: Path) -> Path:
     """
     spool = folder / "rows.jsonl"
     columns: dict[str, None] = {}
+    padded = stream.features is not None  # from an Arrow table, whose mappings have all keys
     with spool.open("w", encoding="utf-8") as file:
-        for row in stream:
+        for index, row in enumerate(stream):
+            if padded:
+                row = {name: without_nulls(value) for name, value in row.items()}
             columns.update(dict.fromkeys(row))
-            file.write(_dumps(row) + "\n")
+            file.write(_dumps(encoded_row(row, index)) + "\n")
     if not columns:
         raise UserError("The streaming data set has no rows.")
     features = Features({name: {JSON_KEY: Value("large_string")} for name in columns})
@@ -144,7 +171,8 @@ def _undecoded(feature: Any) -> Any:
 
 
 def parquet_schema(files: Sequence[Path]) -> pyarrow.Schema | None:
-    """The columns that the files have in common; None if one is not a Parquet file, or if they differ.
+    """The columns that the files have in common; None if one is not a Parquet file, if they differ, or if `datasets`
+    has no type for one (maps, UUIDs), so that the files are read row by row.
 
     Raises:
         UserError: a file that is not readable as what its name says.
@@ -155,6 +183,10 @@ def parquet_schema(files: Sequence[Path]) -> pyarrow.Schema | None:
         schemas = [pyarrow.parquet.read_schema(file).remove_metadata() for file in files]
     except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
         raise UserError(f"{', '.join(map(str, files))}: not a readable Parquet file: {error}") from None
+    try:
+        Features.from_arrow_schema(schemas[0])
+    except ValueError:
+        return None
     return schemas[0] if all(schema.equals(schemas[0]) for schema in schemas) else None
 
 
@@ -201,15 +233,21 @@ def arrow_bytes(dataset: Dataset) -> Iterator[bytes]:
 
 
 def _encoded(value: Any) -> Any:
-    """The value with its PIL images and pixel arrays encoded."""
-    if isinstance(value, dict):
-        return {key: _encoded(item) for key, item in value.items()}
+    """The value as Python's own types, with its PIL images and pixel arrays encoded."""
+    if value is None or isinstance(value, str | int | float):
+        return value.item() if isinstance(value, numpy.generic) else value
+    if isinstance(value, Mapping):
+        return {str(key): _encoded(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_encoded(item) for item in value]
     if isinstance(value, Path):
         return str(value)
     picture = _picture(value)
-    return value if picture is None else {"bytes": encode_image(picture), "path": None}
+    if picture is not None:
+        return {"bytes": encode_image(picture), "path": None}
+    if isinstance(value, numpy.ndarray | numpy.generic):  # records of a DataFrame that came from Parquet
+        return _encoded(value.tolist())
+    return value
 
 
 def _picture(value: Any) -> Any:

@@ -15,7 +15,7 @@ import pyarrow
 from datasets import Dataset
 
 from orpo_dist.data.cache import digest
-from orpo_dist.data.rows import arrow_bytes, json_column, plain_column
+from orpo_dist.data.rows import arrow_bytes, encoded_row, json_column, plain_column
 
 JSON_TYPE = json_column([None]).type
 # Of an Arrow batch. Opening a file maps 64 KiB of each of its batches, so they are not small.
@@ -54,7 +54,12 @@ def write_rows(rows: Iterable[dict[str, Any]], target: Path) -> int:
     count, size, source = 0, FIRST_ROWS, iter(rows)
     try:
         while batch := list(itertools.islice(source, size)):
-            table = _batch(batch, types)
+            try:
+                table = _batch(batch, types)
+            except (RecursionError, UnicodeEncodeError):
+                for index, row in enumerate(batch, count):
+                    encoded_row(row, index)  # says which row it is
+                raise
             if not segments or segments[-1].schema != table.schema:
                 if segments:
                     segments[-1].close()

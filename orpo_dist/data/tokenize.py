@@ -181,7 +181,7 @@ class PairTokenizer:
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
             )
-        except (TemplateError, TypeError, KeyError, ValueError) as error:
+        except (TemplateError, TypeError, KeyError, ValueError, RecursionError) as error:
             raise BadRow("chat template", self.format.prompt, f"the chat template refuses it: {error}") from None
         assert isinstance(text, str)
         return text

@@ -1,6 +1,7 @@
 """The table of docs/data.md: each bad input and the message it gets."""
 
 import copy
+import gzip
 import json
 import re
 from dataclasses import dataclass, field
@@ -159,6 +160,12 @@ INPUTS = {
     "no row left": Input([{**TEXT, "chosen": "5"}] * 2, policy="drop"),
     "more bad rows than allowed": Input([TEXT, TEXT, TEXT, {**TEXT, "chosen": ""}], policy="drop"),
     "a broken JSON line": Input(content=b'{"prompt": "a"}\n{"prompt": "b", \n'),
+    "a number with thousands of digits": Input(content=b'{"prompt": "a"}\n{"prompt": ' + b"9" * 5000 + b"}\n"),
+    "JSON that is nested too deeply": Input(content=b'{"prompt": "a"}\n' + b'{"prompt": ' * 200_000 + b"\n"),
+    "a compressed file that is damaged": Input(
+        content=gzip.compress(b'{"prompt": "a"}\n' * 99)[:-12], name="pairs.jsonl.gz"
+    ),
+    "a table without the names of its columns": Input(content=b'[["a", "b", "c"]]', name="pairs.json"),
     "a JSON line that is no object": Input(content=b'{"prompt": "a"}\n["b"]\n'),
     "a CSV line with a cell too many": Input(content=b"prompt,chosen,rejected\na,b,c\na,b,c,d\n", name="pairs.csv"),
     "a file that is not UTF-8": Input(content=b'{"prompt": "\xe4"}\n'),

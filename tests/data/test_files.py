@@ -74,6 +74,12 @@ def test_parquet(tmp_path):
         ("a.jsonl", b'{"a": "\xff"}', "not UTF-8 text"),
         ("a.parquet", b"nonsense", "not a readable Parquet file"),
         ("a.jsonl.gz", b"nonsense", "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99)[:-12], "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b"")[:10] + b"\xff" * 99, "a.jsonl.gz: cannot be read"),
+        ("a.jsonl", b'{"a": 1}\n{"a": ' + b"9" * 5000 + b"}\n", "a.jsonl, line 2: a number that cannot be read"),
+        ("a.jsonl", b'{"a": 1}\n{"a": ' + b"[" * 200_000 + b"\n", "a.jsonl, line 2: "),
+        ("a.json", b'[{"a": ' + b"9" * 5000 + b"}]", "a.json: a number that cannot be read"),
+        ("a.json", b"[" * 200_000, "a.json: JSON that is nested too deeply"),
         ("a.txt", b"text", "not one of the file types"),
     ],
 )

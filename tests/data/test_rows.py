@@ -1,10 +1,13 @@
 import math
 
+import pyarrow
 import pyarrow.parquet
+import pytest
 from datasets import Dataset, IterableDataset
 
 from orpo_dist.data.messages import decode
 from orpo_dist.data.rows import dataset_from_rows, materialise, parquet_schema, save_parquet
+from orpo_dist.data.sources import load_rows
 
 MIXED = [
     {"a": "42", "tools": [{"arguments": {"x": 1}}]},
@@ -77,3 +80,18 @@ def test_parquet_files_of_one_schema_are_not_read_into_memory(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"prompt": [1]}), files[1])
     assert parquet_schema(files) is None and parquet_schema([tmp_path / "c.jsonl"]) is None
     assert list(tmp_path.glob(".*")) == []
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pyarrow.array([[("a", 1)], []], pyarrow.map_(pyarrow.string(), pyarrow.int64())),
+        pyarrow.array([[1], [2]], pyarrow.list_view(pyarrow.int64())),
+        pyarrow.array([b"a" * 16] * 2, pyarrow.uuid()),
+    ],
+    ids=["map", "view", "uuid"],
+)
+def test_a_column_that_datasets_has_no_type_for(tmp_path, column):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["p", "q"], "x": column}), path)
+    assert load_rows(str(path))["prompt"][:] == ["p", "q"]
