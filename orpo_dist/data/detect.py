@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from orpo_dist.data.chat_template import TEMPLATE_KWARGS_COLUMN
 from orpo_dist.data.messages import decode, read_content
 from orpo_dist.data.pairs import SWIFT_CHOSEN, SWIFT_REJECTED, PairFormat
 from orpo_dist.data.place_images import has_images
@@ -70,6 +71,8 @@ def detect_format(columns: Sequence[str], sample: Sequence[dict[str, Any]], opti
         parts.append("the completions repeat the prompt, it is taken off")
     others = (("system message", system), ("tools", tools), ("images", image if illustrated else None))
     parts += [f"{role} in `{name}`" for role, name in others if name]
+    if TEMPLATE_KWARGS_COLUMN in columns:
+        parts.append(f"template variables in `{TEMPLATE_KWARGS_COLUMN}`")
     if illustrated and image is None:
         parts.append("images in the messages")
     if style == "text":
@@ -86,6 +89,7 @@ def detect_format(columns: Sequence[str], sample: Sequence[dict[str, Any]], opti
         image=image,
         image_source=ImageSource(options.image_folder, options.allow_image_urls, options.allow_outside_image_folder),
         has_images=illustrated,
+        template_kwargs=TEMPLATE_KWARGS_COLUMN if TEMPLATE_KWARGS_COLUMN in columns else None,
     )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from orpo_dist.data.chat_template import read_template_kwargs
 from orpo_dist.data.messages import Message, decode, read_content, read_tools, text_of
 from orpo_dist.data.place_images import Columns, has_images, place_images, without_images
 from orpo_dist.data.rows import SOURCE_COLUMN
@@ -29,6 +30,7 @@ class Pair:
     chosen: str | list[Message]
     rejected: str | list[Message]
     tools: list[Any] | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)  # variables of the chat template, of this row
     images: list[StoredImage] = field(default_factory=list)  # in the order of their places, see place_images
 
 
@@ -40,6 +42,7 @@ class PairFormat:
         repeats_prompt: completions as text start with the prompt, which is taken off.
         image: column of the images; "" takes them out of the messages too.
         has_images: one of the first rows has an image.
+        template_kwargs: column of variables for the chat template, as in TRL.
     """
 
     description: str
@@ -53,11 +56,12 @@ class PairFormat:
     image: str | None = None
     image_source: ImageSource = field(default_factory=ImageSource)
     has_images: bool = False
+    template_kwargs: str | None = None
 
     @property
     def columns(self) -> list[str]:
         """The columns that are read."""
-        names = (self.prompt, self.chosen, self.rejected, self.system, self.tools, self.image)
+        names = (self.prompt, self.chosen, self.rejected, self.system, self.tools, self.image, self.template_kwargs)
         return list(dict.fromkeys(name for name in names if name))
 
     def pair(self, row: dict[str, Any]) -> Pair:
@@ -67,9 +71,11 @@ class PairFormat:
             BadRow: anything about the row that makes it unfit for training and needs no tokenizer to see.
         """
         pair = self._pair(row)
+        if self.template_kwargs is not None:
+            pair = self._with_template_kwargs(pair, decode(row[self.template_kwargs]))
         if self.image == "":
             prompt, chosen, rejected = map(without_images, (pair.prompt, pair.chosen, pair.rejected))
-            return Pair(prompt, chosen, rejected, pair.tools)
+            return replace(pair, prompt=prompt, chosen=chosen, rejected=rejected)
         for column, side in ((self.chosen, pair.chosen), (self.rejected, pair.rejected)):
             if has_images(side):
                 raise BadRow("image in a completion", column, "an image after the prompt")
@@ -102,6 +108,14 @@ class PairFormat:
             return self._message_pair(prompt, _assistant(chosen), _assistant(rejected), system, tools)
         assert isinstance(chosen, list) and isinstance(rejected, list)
         return self._message_pair(prompt, chosen, rejected, system, tools)
+
+    def _with_template_kwargs(self, pair: Pair, value: Any) -> Pair:
+        given = read_template_kwargs(value, self.template_kwargs)
+        if given and isinstance(pair.prompt, str):
+            raise BadRow(
+                "needs a template", self.template_kwargs, "only a chat template reads it, and text is used as it is"
+            )
+        return replace(pair, template_kwargs=given)
 
     def _system(self, row: dict[str, Any]) -> str | None:
         if self.system is None:

@@ -85,7 +85,10 @@ class DataOptions:
         "Unset: message lists get the chat template, strings do not. True: strings become one user and one assistant "
         "turn. False: strings only, message lists are refused.",
     )
-    add_eos_token: bool = _option(True, "End every completion with EOS where it does not end with it already.")
+    allow_template_drops: bool = _option(
+        False, "Train on rows of which the chat template leaves something out, as it renders them."
+    )
+    add_eos_token: bool = _option(True, "End completions of plain text with EOS where they do not end with it already.")
 
 
 @dataclass

@@ -7,7 +7,7 @@ from datasets import Dataset, DatasetDict, IterableDataset
 
 from orpo_dist.config import ORPOConfig
 from orpo_dist.data import prepare
-from orpo_dist.data.prepare import TOKEN_COLUMNS, DroppedRow, prepare_pairs
+from orpo_dist.data.prepare import CONTEXT_COLUMNS, TOKEN_COLUMNS, DroppedRow, prepare_pairs
 from orpo_dist.data.sources import load_rows
 from orpo_dist.errors import UserError
 from orpo_dist.options.data import PrepareOptions
@@ -52,7 +52,7 @@ def stream(rows=ROWS) -> IterableDataset:
 
 def test_the_data_set_a_trainer_gets(plain_tokenizer):
     prepared = prepare_pairs(ROWS, plain_tokenizer, PrepareOptions())
-    assert prepared.dataset.column_names == [*TOKEN_COLUMNS, "row"]
+    assert prepared.dataset.column_names == [*TOKEN_COLUMNS, *CONTEXT_COLUMNS, "row"]
     assert (prepared.rows, prepared.dropped, len(prepared.dataset)) == (10, [], 10)
     assert prepared.format == "prompt in `prompt`, text, `chosen` over `rejected`, no chat template"
     row = prepared.dataset[3]
@@ -85,7 +85,7 @@ def test_messages(chat_tokenizer):
     prepared = prepare_pairs(CHAT, chat_tokenizer, PrepareOptions())
     assert prepared.format.startswith("implicit prompt (the common beginning), messages")
     row = prepared.dataset[0]
-    assert chat_tokenizer.decode(row["prompt_ids"]) == "<s><|im_start|>user\nQ0<|im_end|>\n<|im_start|>assistant\n"
+    assert chat_tokenizer.decode(row["prompt_ids"]) == "<|im_start|>user\nQ0<|im_end|>\n<|im_start|>assistant\n"
     assert chat_tokenizer.decode(row["chosen_ids"]) == "yes<|im_end|>\n"
 
 

@@ -1,0 +1,199 @@
+"""Canonical pair -> text of prompt, chosen and rejected, through the chat template where it is made of messages."""
+
+from dataclasses import dataclass, field, replace
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from orpo_dist.data.chat_template import resolve_chat_template
+from orpo_dist.data.messages import Message, text_of
+from orpo_dist.data.pairs import Pair, PairFormat, common_length
+from orpo_dist.data.rendering import REASONING, Piece, missing_pieces
+from orpo_dist.data.turns import TurnFinder
+from orpo_dist.errors import BadRow, UserError
+from orpo_dist.images.decode import StoredImage
+from orpo_dist.options.data import PrepareOptions
+
+HISTORY_NOTE = "the chat template leaves out the reasoning of earlier answers"
+
+
+@dataclass(frozen=True)
+class RenderedPair:
+    """A pair as text. `generation_prompt` is the header of the assistant's turn at the end of `prompt`. `images` stand
+    in the prompt, in this order.
+
+    Attributes:
+        templated: a chat template has written all of it, its beginning and end included.
+        chosen_context, rejected_context: stretches of a completion that the model did not write.
+        notes: as in `TokenizedPair`.
+    """
+
+    prompt: str
+    chosen: str
+    rejected: str
+    generation_prompt: str = ""
+    images: list[StoredImage] = field(default_factory=list)
+    templated: bool = False
+    chosen_context: list[tuple[int, int]] = field(default_factory=list)
+    rejected_context: list[tuple[int, int]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+class PairRenderer:
+    """Renders pairs of one format with the chat template of one tokenizer.
+
+    Raises:
+        UserError: a chat template that does not exist.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        pair_format: PairFormat,
+        options: PrepareOptions,
+        chat_template: str | None = None,
+    ):
+        self.tokenizer = tokenizer
+        self.format = pair_format
+        self.options = options
+        self.chat_template = chat_template or resolve_chat_template(options.chat_template, tokenizer)
+        self.tools_template = chat_template or resolve_chat_template(options.chat_template, tokenizer, tools=True)
+        template = self.chat_template or ""
+        self.marks = tokenizer.all_special_tokens
+        self.turn_tokens = [token for token in self.marks if token in template]
+
+    def render(self, pair: Pair) -> RenderedPair:
+        """The pair as text, through the chat template where it is made of messages.
+
+        Raises:
+            BadRow: the template refuses the row, or renders its prompt differently once an answer follows; an image.
+            UserError: messages, and no chat template.
+        """
+        if pair.images:
+            raise BadRow("images without a processor", self._image_column, "the row has an image, the model reads text")
+        return self._render(pair)
+
+    @property
+    def _image_column(self) -> str:
+        return self.format.image or self.format.prompt or self.format.chosen
+
+    def _render(self, pair: Pair) -> RenderedPair:
+        if isinstance(pair.prompt, str):
+            assert isinstance(pair.chosen, str) and isinstance(pair.rejected, str)
+            return RenderedPair(pair.prompt, pair.chosen, pair.rejected)
+        assert isinstance(pair.chosen, list) and isinstance(pair.rejected, list)
+        if self.chat_template is None:
+            raise UserError(
+                "The rows are lists of messages, and the tokenizer has no chat template. Set chat_template=chatml (or "
+                "zephyr, or a Jinja file)."
+            )
+        if self.options.apply_chat_template:
+            self._refuse_rendered_text(pair.prompt)
+        text = self._cut(pair, pair.prompt, [pair.prompt + pair.chosen, pair.prompt + pair.rejected])
+        return replace(text, notes=self._check_rendering(pair, text))
+
+    def _cut(self, pair: Pair, messages: list[Message], wholes: list[list[Message]]) -> RenderedPair:
+        prompt = self._apply(messages, pair, add_generation_prompt=True)
+        texts = [self._apply(whole, pair) for whole in wholes]
+        # Some templates write more after the generation prompt than an answer has there (DeepSeek-R1's <think>), so
+        # the prompt is what all three share: TRL's apply_chat_template does the same.
+        shared = common_length(prompt, *texts)
+        # Common with the prompt, not equal to its start: Phi's templates end a conversation without header with EOS.
+        header = common_length(prompt, self._apply(messages, pair))
+        answers_at = [shared, shared]
+        turns = TurnFinder(lambda other, generation: self._apply(other, pair, generation), self.marks)
+        if shared < header:
+            cut = turns.cut(messages, list(zip(wholes, texts, strict=True)))
+            if cut is None:
+                raise BadRow(
+                    "template without a boundary",
+                    self.format.prompt,
+                    "the chat template renders the prompt differently once an answer follows, and its end is not found",
+                )
+            prompt, answers_at = cut.prompt, cut.answers_at
+            shared, header = len(prompt), min(header, len(prompt))
+        contexts = [
+            self._context(turns, whole, len(messages), text, at, column)
+            for whole, text, at, column in zip(wholes, texts, answers_at, self._sides, strict=True)
+        ]
+        chosen, rejected = (text[at:] for text, at in zip(texts, answers_at, strict=True))
+        return RenderedPair(
+            prompt[:shared],
+            chosen,
+            rejected,
+            prompt[header:shared],
+            templated=True,
+            chosen_context=contexts[0],
+            rejected_context=contexts[1],
+        )
+
+    @property
+    def _sides(self) -> tuple[str, str]:
+        return self.format.chosen, self.format.rejected
+
+    def _context(
+        self, turns: TurnFinder, messages: list[Message], first: int, text: str, at: int, column: str
+    ) -> list[tuple[int, int]]:
+        if all(message["role"] == "assistant" for message in messages[first:]):
+            return []
+        stretches = turns.context(messages, first, text)
+        if stretches is None or any(start < at for start, _ in stretches):
+            raise BadRow(
+                "template without a boundary",
+                column,
+                "the completion has turns that the model did not write, and the chat template renders them so that "
+                "they cannot be told from the answers",
+            )
+        return [(start - at, stop - at) for start, stop in stretches]
+
+    def _check_rendering(self, pair: Pair, text: RenderedPair) -> list[str]:
+        """Notes on what the template leaves out of a pair that is kept.
+
+        Raises:
+            BadRow: the template leaves out something that the row says, and allow_template_drops is off.
+        """
+        assert not isinstance(pair.prompt, str) and not isinstance(pair.chosen, str)
+        assert not isinstance(pair.rejected, str)
+        column = self.format.prompt or self.format.chosen
+        lost: list[tuple[str, Piece]] = [
+            (column, piece) for piece in missing_pieces(pair.prompt, pair.tools, text.prompt)
+        ]
+        # Of earlier answers, reasoning is left out on purpose: the model does not see it in its own history either.
+        history = [piece for _, piece in lost if piece.field == REASONING]
+        lost = [item for item in lost if item[1].field != REASONING]
+        header = text.generation_prompt  # an answer may begin with what the header ends with: <think>
+        for column, messages, completion in (
+            (self.format.chosen, pair.chosen, text.chosen),
+            (self.format.rejected, pair.rejected, text.rejected),
+        ):
+            lost += [(column, piece) for piece in missing_pieces(messages, None, header + completion)]
+        notes = [HISTORY_NOTE] if history else []
+        if lost and not self.options.allow_template_drops:
+            column, piece = lost[0]
+            raise BadRow("dropped by the template", column, f"the chat template drops {piece}")
+        return notes + [f"the chat template drops {what}" for what in dict.fromkeys(p.what for _, p in lost)]
+
+    def _apply(self, messages: list[Message], pair: Pair, add_generation_prompt: bool = False) -> str:
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages,
+                tools=pair.tools,
+                chat_template=self.tools_template if pair.tools else self.chat_template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **pair.template_kwargs,
+            )
+        except (TemplateError, TypeError, KeyError, ValueError) as error:
+            raise BadRow("chat template", self.format.prompt, f"the chat template refuses it: {error}") from None
+        assert isinstance(text, str)
+        return text
+
+    def _refuse_rendered_text(self, prompt: list[Message]) -> None:
+        for message in prompt:
+            for token in self.turn_tokens:
+                if token in text_of(message["content"]):
+                    raise BadRow(
+                        "rendered already",
+                        self.format.prompt,
+                        f"the text contains `{token}`, so a chat template has been applied to it before",
+                    )
