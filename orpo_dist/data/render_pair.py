@@ -1,6 +1,8 @@
 """Canonical pair -> text of prompt, chosen and rejected, through the chat template where it is made of messages."""
 
+import json
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -59,8 +61,8 @@ class PairRenderer:
         self.chat_template = chat_template or resolve_chat_template(options.chat_template, tokenizer)
         self.tools_template = chat_template or resolve_chat_template(options.chat_template, tokenizer, tools=True)
         template = self.chat_template or ""
-        self.marks = tokenizer.all_special_tokens
-        self.turn_tokens = [token for token in self.marks if token in template]
+        self.marks = [token.content for token in tokenizer.added_tokens_decoder.values()]
+        self.turn_tokens = [token for token in tokenizer.all_special_tokens if token in template]
 
     def render(self, pair: Pair) -> RenderedPair:
         """The pair as text, through the chat template where it is made of messages.
@@ -89,10 +91,16 @@ class PairRenderer:
             )
         if self.options.apply_chat_template:
             self._refuse_rendered_text(pair.prompt)
-        text = self._cut(pair, pair.prompt, [pair.prompt + pair.chosen, pair.prompt + pair.rejected])
-        return replace(text, notes=self._check_rendering(pair, text))
+        turns = TurnFinder(lambda messages, generation: self._apply(messages, pair, generation), self.marks)
+        text = self._cut(pair, pair.prompt, [pair.prompt + pair.chosen, pair.prompt + pair.rejected], turns)
+        return replace(
+            text,
+            notes=self._check_rendering(pair, text),
+            chosen_context=self._context(turns, pair.prompt, pair.chosen, text.chosen, self.format.chosen),
+            rejected_context=self._context(turns, pair.prompt, pair.rejected, text.rejected, self.format.rejected),
+        )
 
-    def _cut(self, pair: Pair, messages: list[Message], wholes: list[list[Message]]) -> RenderedPair:
+    def _cut(self, pair: Pair, messages: list[Message], wholes: list[list[Message]], turns: TurnFinder) -> RenderedPair:
         prompt = self._apply(messages, pair, add_generation_prompt=True)
         texts = [self._apply(whole, pair) for whole in wholes]
         # Some templates write more after the generation prompt than an answer has there (DeepSeek-R1's <think>), so
@@ -101,7 +109,6 @@ class PairRenderer:
         # Common with the prompt, not equal to its start: Phi's templates end a conversation without header with EOS.
         header = common_length(prompt, self._apply(messages, pair))
         answers_at = [shared, shared]
-        turns = TurnFinder(lambda other, generation: self._apply(other, pair, generation), self.marks)
         if shared < header:
             cut = turns.cut(messages, list(zip(wholes, texts, strict=True)))
             if cut is None:
@@ -112,39 +119,25 @@ class PairRenderer:
                 )
             prompt, answers_at = cut.prompt, cut.answers_at
             shared, header = len(prompt), min(header, len(prompt))
-        contexts = [
-            self._context(turns, whole, len(messages), text, at, column)
-            for whole, text, at, column in zip(wholes, texts, answers_at, self._sides, strict=True)
-        ]
         chosen, rejected = (text[at:] for text, at in zip(texts, answers_at, strict=True))
-        return RenderedPair(
-            prompt[:shared],
-            chosen,
-            rejected,
-            prompt[header:shared],
-            templated=True,
-            chosen_context=contexts[0],
-            rejected_context=contexts[1],
-        )
-
-    @property
-    def _sides(self) -> tuple[str, str]:
-        return self.format.chosen, self.format.rejected
+        return RenderedPair(prompt[:shared], chosen, rejected, prompt[header:shared], templated=True)
 
     def _context(
-        self, turns: TurnFinder, messages: list[Message], first: int, text: str, at: int, column: str
+        self, turns: TurnFinder, prompt: list[Message], completion: list[Message], text: str, column: str
     ) -> list[tuple[int, int]]:
-        if all(message["role"] == "assistant" for message in messages[first:]):
+        """The stretches of `text`, the completion as it is rendered, that the model did not write."""
+        if all(message["role"] == "assistant" for message in completion):
             return []
-        stretches = turns.context(messages, first, text)
-        if stretches is None or any(start < at for start, _ in stretches):
+        whole = turns.render(prompt + completion, False)
+        stretches, begins = turns.context(prompt + completion, len(prompt), whole), len(whole) - len(text)
+        if stretches is None or any(start <= begins for start, _ in stretches):
             raise BadRow(
                 "template without a boundary",
                 column,
                 "the completion has turns that the model did not write, and the chat template renders them so that "
                 "they cannot be told from the answers",
             )
-        return [(start - at, stop - at) for start, stop in stretches]
+        return [(start - begins, stop - begins) for start, stop in stretches]
 
     def _check_rendering(self, pair: Pair, text: RenderedPair) -> list[str]:
         """Notes on what the template leaves out of a pair that is kept.
@@ -175,16 +168,27 @@ class PairRenderer:
 
     def _apply(self, messages: list[Message], pair: Pair, add_generation_prompt: bool = False) -> str:
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages,
-                tools=pair.tools,
-                chat_template=self.tools_template if pair.tools else self.chat_template,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **pair.template_kwargs,
-            )
+            try:
+                return self._template(messages, pair, add_generation_prompt)
+            except TypeError:
+                # DeepSeek-V3's template adds the arguments of a call to text: it wants them as JSON.
+                spelled = with_text_arguments(messages)
+                if spelled == messages:
+                    raise
+                return self._template(spelled, pair, add_generation_prompt)
         except (TemplateError, TypeError, KeyError, ValueError) as error:
-            raise BadRow("chat template", self.format.prompt, f"the chat template refuses it: {error}") from None
+            column = self.format.prompt or self.format.chosen
+            raise BadRow("chat template", column, f"the chat template refuses it: {error}") from None
+
+    def _template(self, messages: list[Message], pair: Pair, add_generation_prompt: bool) -> str:
+        text = self.tokenizer.apply_chat_template(
+            messages,
+            tools=pair.tools,
+            chat_template=self.tools_template if pair.tools else self.chat_template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **pair.template_kwargs,
+        )
         assert isinstance(text, str)
         return text
 
@@ -197,3 +201,21 @@ class PairRenderer:
                         self.format.prompt,
                         f"the text contains `{token}`, so a chat template has been applied to it before",
                     )
+
+
+def with_text_arguments(messages: list[Message]) -> list[Message]:
+    """The messages with the arguments of their calls as JSON text."""
+
+    def spelled(call: Any) -> Any:
+        if isinstance(function := call.get("function"), dict):
+            return {**call, "function": spelled(function)}
+        if isinstance(arguments := call.get("arguments"), dict):
+            return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
+        return call
+
+    return [
+        {**message, "tool_calls": [spelled(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in messages
+    ]

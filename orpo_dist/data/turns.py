@@ -31,11 +31,11 @@ class TurnFinder:
 
     Args:
         render: raises BadRow where the template refuses the messages.
-        marks: the tokenizer's special tokens, of which none is cut in two.
+        marks: the tokenizer's added tokens, of which none is cut in two.
     """
 
     def __init__(self, render: Render, marks: Sequence[str]):
-        self._render, self._marks = render, marks
+        self.render, self._marks = render, marks
 
     def cut(self, prompt: list[Message], wholes: Sequence[tuple[list[Message], str]]) -> CutCompletions | None:
         """The prompt as rendered with the generation prompt, and the completions as they are rendered after it; None
@@ -44,7 +44,7 @@ class TurnFinder:
         wholes: per completion the messages of prompt and completion, and their rendering.
         """
         last = len(prompt) - 1
-        text = self._render(prompt, True)
+        text = self.render(prompt, True)
         place = self._behind(prompt, last, text, True)
         ends = [self._behind(messages, last, whole, False) for messages, whole in wholes]
         if place is None or any(end is None for end in ends):
@@ -86,20 +86,24 @@ class TurnFinder:
             return None
         head = messages[: index + 1]
         try:
-            until = self._render(head, generation)
+            until = self.render(head, generation)
         except BadRow:
             return None
         end = self._behind(head, index, until, generation)
         if end is None:
             return None
-        return max(place, self._outside_marks(text, place + common_length(text[place:], until[end:])))
+        found = max(place, self._outside_marks(text, place + common_length(text[place:], until[end:])))
+        if found == place and not generation:
+            # gpt-oss ends an earlier answer with another token than the last one.
+            found += max((len(mark) for mark in self._marks if mark and text.startswith(mark, place)), default=0)
+        return found
 
     def _behind(self, messages: list[Message], index: int, text: str, generation: bool) -> int | None:
         """Where what stands behind message number `index` begins in `text`, the rendering of `messages`; None where
         the message leaves no trace in it."""
         changed = [*messages[:index], _changed(messages[index]), *messages[index + 1 :]]
         try:
-            other = self._render(changed, generation)
+            other = self.render(changed, generation)
         except BadRow:
             return None
         return None if other == text else len(text) - common_length(text[::-1], other[::-1])
@@ -107,11 +111,11 @@ class TurnFinder:
     def _ends_turn(self, prompt: list[Message], last: int, header: str) -> bool:
         """Whether `header` holds all that ends the last turn of the prompt: that a reply follows changed none of it."""
         try:
-            closed = self._render(prompt, False)
+            closed = self.render(prompt, False)
         except BadRow:
             return True
         end = self._behind(prompt, last, closed, False)
-        with_reply = self._render(prompt, True)
+        with_reply = self.render(prompt, True)
         place = self._behind(prompt, last, with_reply, True)
         if end is None or place is None:
             return False
@@ -149,6 +153,14 @@ def _changed(message: Message) -> Message:
 def _changed_call(call: dict[str, Any]) -> dict[str, Any]:
     if isinstance(function := call.get("function"), dict):
         return {**call, "function": _changed_call(function)}
+    arguments = call.get("arguments")
+    if isinstance(arguments, str) and arguments.rstrip().endswith("}"):
+        arguments = arguments.rstrip()
+        return {**call, "arguments": f'{arguments[:-1]}{", " if arguments.count(":") else ""}"x": 1}}'}
+    if isinstance(arguments, dict) and arguments:
+        last = list(arguments)[-1]
+        return {**call, "arguments": {**arguments, last: _other(str(arguments[last]))}}
+    # Templates write the name again at the tool's result (Gemma 4, gpt-oss), so only where there is nothing else.
     return {**call, "name": _other(str(call.get("name", "")))}
 
 
