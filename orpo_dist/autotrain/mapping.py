@@ -23,6 +23,7 @@ RENAMED = {
     "image_folder": "image_folder",
     "allow_image_urls": "allow_image_urls",
     "allow_outside_image_folder": "allow_outside_image_folder",
+    "allow_template_drops": "allow_template_drops",
     "add_eos_token": "add_eos_token",
     "on_bad_row": "on_bad_row",
     "max_bad_rows": "max_bad_rows",

@@ -84,7 +84,8 @@ class LLMTrainingParams:
     apply_chat_template: bool | None = _option(
         None, "Put string prompts and answers into turns. Unset: where the tokenizer has a chat template."
     )
-    add_eos_token: bool = _option(True, "End every answer with EOS.")
+    allow_template_drops: bool = _option(False, "Train on rows of which the chat template leaves something out.")
+    add_eos_token: bool = _option(True, "End answers of plain text with EOS; a chat template writes its own end.")
     padding: str = _option("right", "Side of the padding; ORPO's loss does not depend on it.")
     block_size: int | tuple[int, ...] = _option(
         1024, "Most tokens of prompt + answer; -1: model_max_length; or a list."
