@@ -72,7 +72,7 @@ def our_trainer(settings: dict, model, folder: str, clock: StepTimes):
 
     class SameBatches(ORPOTrainer):
         def get_train_dataloader(self):
-            return self._loader(self.train_dataset, settings["batches"])
+            return self.loaders.of(self.train_dataset, settings["batches"])
 
     layout = {"padded": dict(padding_free=False), "unshared": dict(prefix_sharing=False), "packed": {}}
     return SameBatches(

@@ -1,9 +1,9 @@
-"""ORPO for text and vision-language models, on one process and on many.
+"""ORPO for text and vision-language models, in one process or many.
 
     from orpo_dist import ORPOConfig, ORPOTrainer
 
-`__all__` is the public interface. Everything in it is imported on first use (PEP 562): `orpo-dist --help` and
-`orpo-dist data check` should not wait for torch.
+`__all__` is the public interface. Its names are imported on first use (PEP 562), so that `orpo-dist --help` and
+`orpo-dist data check` do not wait for torch.
 """
 
 import importlib
@@ -51,7 +51,7 @@ _MODULES = {
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
-# Without the optional `kernels` package bitsandbytes warns at every start on a CPU, used or not: peft imports it.
+# peft imports bitsandbytes, which warns on every start on a CPU without the optional `kernels` package, used or not.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 

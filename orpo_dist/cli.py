@@ -24,15 +24,15 @@ from orpo_dist.errors import (
 )
 from orpo_dist.version import __version__
 
-# Command: module, line of help. Imported when it is called: `--help` should not wait for torch.
+# Command: module, line of help. A module is imported when its command runs: `--help` should not wait for torch.
 COMMANDS = {
     "train": ("orpo_dist.train", "train from a recipe: RECIPE.yaml [--field value ...]"),
     "llm": ("orpo_dist.autotrain.project", "train with AutoTrain's flags"),
     "data": ("orpo_dist.commands.data", "check DATA or count it: check|stats DATA"),
     "launch": ("orpo_dist.cluster.launch", "start the processes of a run on this node: RECIPE.yaml"),
     "prefetch": ("orpo_dist.cluster.prefetch", "fetch a run's model and data and tokenise them: RECIPE.yaml"),
-    "submit": ("orpo_dist.cluster.submit", "a run as a job of SLURM: RECIPE.yaml --nodes N --gpus-per-node G --time T"),
-    "status": ("orpo_dist.cluster.status", "where jobs and their runs stand: [RUN|JOB ...]"),
+    "submit": ("orpo_dist.cluster.submit", "run as a SLURM job: RECIPE.yaml --nodes N --gpus-per-node G --time T"),
+    "status": ("orpo_dist.cluster.status", "the state of jobs and their runs: [RUN|JOB ...]"),
     "cancel": ("orpo_dist.cluster.cancel", "end jobs, with a checkpoint: RUN|JOB ..."),
     "merge": ("orpo_dist.commands.merge", "merge a run's adapter into its base model: RUN"),
     "convert-checkpoint": (
@@ -48,9 +48,9 @@ _DEBUG_VALUES = {"underflow_overflow", "tpu_metrics_debug"}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Exit codes: 0 finished, 2 bad input (one readable message), 3 too many non-finite steps, 75
-    stopped and resumable, 1 anything else that failed.
+    stopped and resumable, 1 any other failure.
 
-    `--debug` anywhere shows the traceback of bad input too.
+    `--debug`, anywhere on the command line, also shows the traceback of bad input.
     """
     arguments, debug = _without_debug_flag(list(sys.argv[1:] if argv is None else argv))
     command = arguments[0] if arguments else "--help"
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (launched is None or launched.is_first) and not stop.printed:
             print(f"orpo-dist: {stop}", file=sys.stderr)
         return STOPPED
-    except SystemExit as stop:  # argparse, after --help or a wrong flag
+    except SystemExit as stop:  # raised by argparse after --help or a wrong flag
         return stop.code if isinstance(stop.code, int) else FINISHED if stop.code is None else FAILED
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
@@ -106,7 +106,7 @@ def _without_debug_flag(arguments: list[str]) -> tuple[list[str], bool]:
 
 
 def _print_error(error: Exception) -> None:
-    """Once per node where every rank fails in the same way: what is missing on one node may be present on another."""
+    """Print once per node if every rank fails in the same way: a file may be missing on one node only."""
     launched = launched_rank()
     if launched is None or launched.speaks_for_node or isinstance(error, RankError | SaveError):
         where = "" if launched is None or launched.is_first else f" (rank {launched.rank})"
@@ -114,8 +114,8 @@ def _print_error(error: Exception) -> None:
 
 
 def _print_death(error: Exception, launched: LaunchedRank) -> None:
-    """Traceback, and as the last line which rank died where and why: many ranks write to one terminal. torchrun repeats
-    what is recorded in the file that it names."""
+    """Print the traceback and a last line with rank, host and reason, since many ranks share one terminal. torchrun
+    repeats the error that is recorded in its error file."""
     traceback.print_exc()
     reason = str(error).strip().split("\n", maxsplit=1)[0]
     where = f"rank {launched.rank} of {launched.world_size} on {socket.gethostname()}"

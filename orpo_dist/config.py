@@ -121,7 +121,7 @@ class ORPOConfig(ImageOptions, DataOptions, TrainingArguments):
         True, "Compare the packed with the padded layout on a tiny batch at start-up, and fall back if they differ."
     )
 
-    # -- this project's fields: runs that survive (docs/runs.md) --
+    # -- this project's fields: stopping and resuming (docs/runs.md) --
     max_runtime: str | None = _option(
         None, "Save and stop before this much time since the process began: seconds, 1h30m or HH:MM:SS."
     )

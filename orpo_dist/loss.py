@@ -1,4 +1,4 @@
-"""The ORPO objective: pure functions of log-probabilities. Nothing here knows of models, devices or ranks.
+"""The ORPO objective as pure functions of log-probabilities, independent of models, devices and ranks.
 
 For a global batch G (every rank, every micro-batch of one optimizer step), with m the mean log-probability of a
 completion's tokens:
@@ -7,7 +7,7 @@ completion's tokens:
     log_odds = (m_chosen - m_rejected) - (log1mexp(m_chosen) - log1mexp(m_rejected))
 
 Hong, Lee, Thorne 2024 (https://arxiv.org/abs/2403.07691), equations 4, 6 and 7. A micro-batch contributes its share of
-both sums, so the shares of all micro-batches and ranks add up to L however G is cut.
+both sums, so the shares of all micro-batches and ranks sum to L for any split of G.
 
 Shape legend: B pairs.
 """
@@ -22,7 +22,7 @@ LN_2 = 0.6931471805599453
 
 @dataclass(frozen=True)
 class PairScores:
-    """What a forward says of B pairs.
+    """The scores of B pairs from one forward pass.
 
     chosen_logps, rejected_logps: (B,) mean log-probability of the completion's tokens, in nats.
     nll_sum: (B,) minus the sum of log-probabilities over the tokens of the NLL term.
@@ -42,7 +42,7 @@ class PairScores:
 
 @dataclass(frozen=True)
 class Objective:
-    """The options of the loss that are not data."""
+    """The options of the loss."""
 
     beta: float = 0.1
     label_smoothing: float = 0.0
@@ -52,8 +52,8 @@ def log1mexp(x: torch.Tensor) -> torch.Tensor:
     """log(1 - exp(x)) for x <= 0, with finite values and gradients everywhere.
 
     `torch.where` alone is not enough: the gradient of the branch that was not selected is multiplied by zero, and
-    0 * inf is NaN. Each branch therefore sees a harmless constant where the other one is selected. The last step
-    before 0 is clamped to one unit of rounding. Branch point ln 2: Maechler 2012,
+    0 * inf is NaN. Each branch therefore gets a safe constant where the other one is selected. Near 0, x is clamped to
+    -eps. Branch point ln 2: Maechler 2012,
     https://cran.r-project.org/web/packages/Rmpfr/vignettes/log1mexp-note.pdf
     """
     near_zero = x > -LN_2
@@ -63,7 +63,7 @@ def log1mexp(x: torch.Tensor) -> torch.Tensor:
 
 
 def log_odds(chosen_logps: torch.Tensor, rejected_logps: torch.Tensor) -> torch.Tensor:
-    """(B,) log of the odds ratio of the chosen over the rejected completion, in float32 at least."""
+    """(B,) log of the odds ratio of the chosen over the rejected completion, in at least float32."""
     dtype = torch.promote_types(chosen_logps.dtype, torch.float32)
     chosen, rejected = chosen_logps.to(dtype), rejected_logps.to(dtype)
     return (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))
@@ -81,7 +81,7 @@ def orpo_loss(
 ) -> torch.Tensor:
     """() share of these B pairs in the loss of their global batch.
 
-    tokens, pairs: the NLL tokens and the pairs of the whole global batch, over all ranks and micro-batches.
+    tokens, pairs: number of NLL tokens and pairs in the whole global batch, over all ranks and micro-batches.
     """
     likelihood = preference(log_odds(scores.chosen_logps, scores.rejected_logps), objective.label_smoothing)
     nll = (scores.weight * scores.nll_sum).sum() / tokens

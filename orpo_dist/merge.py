@@ -1,4 +1,4 @@
-"""The documented import path of `merge_run`; the code is in model/loading/merge.py."""
+"""Documented import path of `merge_run`, which is implemented in model/loading/merge.py."""
 
 from orpo_dist.model.loading.merge import merge_run
 

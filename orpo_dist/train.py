@@ -1,8 +1,8 @@
-"""One run, from a recipe to a folder: rows, audit, model, training with an evaluation before and after, reports.
+"""One run, from a recipe to its folder: rows, audit, model, training with an evaluation before and after, reports.
 
     orpo-dist train RECIPE.yaml [--field value ...]
 
-in one process, or in each of the processes that torchrun, accelerate launch or srun starts.
+Runs in one process, or in each process started by torchrun, accelerate launch or srun.
 """
 
 import gc
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from orpo_dist.errors import NonFiniteRun, RunStopped, UserError
 from orpo_dist.recipe.recipe import Recipe
 
-# The libraries read variables such as HF_HOME when they are imported, and the recipe may set them (recipe/recipe.py).
+# Imported late: the libraries read variables such as HF_HOME on import, and the recipe may set them (recipe/recipe.py).
 if TYPE_CHECKING:
     from orpo_dist.data.splits import RunPairs
     from orpo_dist.run.callbacks import RunLog
@@ -35,13 +35,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def train(recipe: Recipe) -> "RunSummary":
-    """Train as the recipe says and write the run's folder. Every rank calls it and gets the same summary.
+    """Train a recipe and write the run's folder. Every rank calls it and gets the same summary.
 
     Credentials in the recipe are moved to the environment, where the libraries look for them.
 
     Raises:
-        UserError: data that cannot be trained on, a model that cannot be loaded, options that contradict each other,
-            a folder with the checkpoints of another run.
+        UserError: data that cannot be trained on, a model that cannot be loaded, contradicting options, or a folder
+            with the checkpoints of another run.
         RunStopped, NonFiniteRun, SaveError: see docs/runs.md.
     """
     from accelerate import PartialState
@@ -56,7 +56,7 @@ def train(recipe: Recipe) -> "RunSummary":
     processing_class, pairs = prepare(recipe, folder)
     if state.is_main_process:
         recipe.save(folder / "recipe.yaml")  # with what the processor decided
-    # The first evaluation is the trainer's own: inside the loop the model is wrapped, as ZeRO-1 and ZeRO-2 need.
+    # The trainer runs the first evaluation inside its loop, where the model is wrapped, as ZeRO-1 and ZeRO-2 need.
     # A resumed run has it in its history.
     args.eval_on_start = args.eval_on_start or (pairs.evaluation is not None and checkpoint is None)
     log = RunLog(folder)
@@ -151,18 +151,18 @@ def _check_evaluation(recipe: Recipe) -> None:
 
 
 def _save_model(trainer: "ORPOTrainer", folder: Path) -> None:
-    """Model or adapter with tokenizer and generation config, in the standard layout. Every rank takes part."""
+    """Save model or adapter with tokenizer and generation config, in the standard layout. Every rank must call it."""
     push, trainer.args.push_to_hub = trainer.args.push_to_hub, False  # save_model would push before the report exists
     trainer.save_model(str(folder))
     trainer.args.push_to_hub = push
     model: Any = trainer.model
     if trainer.is_world_process_zero() and model.generation_config is not None:
-        # peft saves none. Not save_pretrained: it refuses configs that the base itself came with.
+        # peft does not save it. save_pretrained rejects some configs that base models ship, hence to_json_file.
         model.generation_config.to_json_file(folder / "generation_config.json")
 
 
 def _merge(recipe: Recipe, folder: Path) -> str:
-    """Merge the adapter into its base, checked, and return the folder of the result."""
+    """Merge the adapter into its base, check the result and return its folder."""
     from accelerate import PartialState
 
     from orpo_dist.model.loading.merge import merge_run
@@ -179,7 +179,7 @@ def _merge(recipe: Recipe, folder: Path) -> str:
 def _summarise(
     recipe: Recipe, trainer: "ORPOTrainer", pairs: "RunPairs", log: "RunLog", merged: str | None
 ) -> "RunSummary":
-    """What run_summary.json says. Every rank takes part."""
+    """The content of run_summary.json. Every rank must call it."""
     from transformers.trainer_pt_utils import get_model_param_count
 
     from orpo_dist.run.machine import device_name, peak_memory_of_ranks, versions

@@ -1,21 +1,22 @@
-"""ORPOTrainer: a transformers.Trainer whose gradients do not depend on how the global batch is cut.
+"""ORPOTrainer: a transformers.Trainer whose gradients do not depend on how the global batch is split.
 
 A run, from top to bottom:
 
-    __init__               refusals; rows to pairs; the model, adapted and switched to its layout; the parts of a run
-    train                  which checkpoint to go on from; then the Trainer's loop, which calls what follows
-    _training_begins       start-up check of the layout, sums of the checkpoint, the optimizer guarded
-    get_batch_samples      all micro-batches of a step: one all-reduce of (tokens, pairs, stop, last loss)
+    __init__               checks arguments, prepares pairs, adapts the model and sets its layout, creates the parts
+    train                  finds the checkpoint to resume, then runs the Trainer's loop, which calls the methods below
+    _training_begins       checks the layout, restores the sums of the checkpoint, guards the optimizer
+    get_batch_samples      fetches the micro-batches of a step: one all-reduce of (tokens, pairs, stop, last loss)
     compute_loss           a micro-batch's share of the global loss, times the number of ranks
-    _get_grad_norm         the one host read of a step: may it be applied, do the ranks stop after it
-    _step_ends             asks for the last checkpoint when the ranks have agreed to stop
-    evaluation_loop        the metrics of a whole set, each pair once
-    _save_checkpoint       into RUN/_saving, sealed and renamed
+    _get_grad_norm         the one host read of a step: whether to apply it, and whether to stop after it
+    _step_ends             requests the last checkpoint when the ranks have agreed to stop
+    evaluation_loop        the metrics of a whole set, each pair with the same weight
+    _save_checkpoint       writes to RUN/_saving, seals and renames
 
-DDP, ZeRO and FSDP2 all average gradients over the ranks while the shares of the loss add up: hence the factor in
-compute_loss. Between two log lines nothing else is read on the host: metrics are one small vector on the device.
+DDP, ZeRO and FSDP2 all average gradients over the ranks, but the shares of the loss must be summed: hence the factor in
+compute_loss. The host reads nothing else between two log lines: metrics are one small vector on the device.
 """
 
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -73,20 +74,20 @@ class ORPOTrainer(Trainer):
     """Trainer for odds-ratio preference optimisation; a drop-in for `trl.experimental.orpo.ORPOTrainer`.
 
     Args:
-        model: a model, or the name or path of one (loaded after the data was audited).
-        args: an `ORPOConfig`. The trainer works on a copy of its own, `trainer.args`.
-        data_collator: a collator written for TRL's trainer; unset, the built-in one.
-        train_dataset, eval_dataset: rows of preference pairs in any format of docs/data.md, or rows that are tokenised
-            already (`prompt_ids`, `chosen_ids`, `rejected_ids`). `eval_dataset` may be a dict or a DatasetDict.
-        processing_class: the tokenizer, or the processor of a vision-language model; unset, the one of the model.
+        model: a model, or the name or path of one (loaded after the data audit).
+        args: an `ORPOConfig`. The trainer works on a copy, `trainer.args`.
+        data_collator: a collator written for TRL's trainer; default: the built-in one.
+        train_dataset, eval_dataset: rows of preference pairs in any format of docs/data.md, or tokenised rows
+            (`prompt_ids`, `chosen_ids`, `rejected_ids`). `eval_dataset` may be a dict or a DatasetDict.
+        processing_class: the tokenizer, or the processor of a vision-language model; default: loaded with the model.
         model_init: a function that returns the model, instead of `model`.
         compute_metrics: receives an `EvalPrediction` whose predictions are two (n,) arrays, the mean log-probabilities
             of the chosen and of the rejected completions, in the order of the evaluation set.
-        preprocess_logits_for_metrics: refused: logits are never gathered.
+        preprocess_logits_for_metrics: not supported, since logits are never gathered.
         peft_config: adapter to add.
 
     Raises:
-        UserError: options that contradict each other, data that cannot be trained on, a model that cannot be loaded.
+        UserError: contradicting options, data that cannot be trained on, or a model that cannot be loaded.
     """
 
     _tag_names: ClassVar = ["orpo", "orpo_dist"]
@@ -140,24 +141,24 @@ class ORPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        # With this and the token count of get_batch_samples, training_step knows that compute_loss has divided by the
-        # totals of the global batch and does not divide by the accumulation steps (transformers 5.17 has no other way).
+        # compute_loss divides by the totals of the global batch. With this flag and the token count returned by
+        # get_batch_samples, training_step does not also divide by the accumulation steps (there is no other way in
+        # transformers 5.17).
         self.model_accepts_loss_kwargs = True
         replace_attribute(self.args, "_n_gpu", min(self.args.n_gpu, 1), ONE_DEVICE_PER_PROCESS)
         self.model.add_model_tags(self._tag_names)
         self._make_parts()
 
     def _make_parts(self) -> None:
-        """What a run consists of besides the model, each with one job and handed what it needs."""
+        """Create the parts of a run besides the model. Each has one job and receives what it needs."""
         args = self.args
         self._run_folder = run = Path(str(args.output_dir))
         self.environment = environment = Environment.of(args, sharding_of(self.accelerator))
         self._global_batch = environment.global_batch(args)
         self._train_sums = MetricSums()
         self._evaluation: EvaluationPass | None = None
-        self._throughput = Throughput(ModelFlops.of(self.model), args.nll_scope)
         filler_id = self.preparation.tokenizer.pad_token_id or 0
-        self.loaders = PairLoaders(args, environment, self.layout, self.model.config, filler_id)
+        self.loaders = PairLoaders(args, environment, self.layout, filler_id)
         facts = PairFacts(self.train_dataset, self._lengths, self.preparation.tokenizer)
         limit = seconds_of(args.max_runtime) if args.max_runtime is not None else None
         self._stop_requests = StopRequests(run, limit, is_first_rank=environment.is_first)
@@ -166,9 +167,9 @@ class ORPOTrainer(Trainer):
             "topology": environment.sharding.value,
             **fingerprint(args, self.model, self.train_dataset, self._lengths, self._global_batch),
         }
-        self._checkpoints = CheckpointWriter(args.save_total_limit, made_of, environment, self.accelerator)
+        self._checkpoints = CheckpointWriter(args, made_of, environment, self.accelerator)
         self._resuming = Resuming(run, args, made_of, environment, self.accelerator)
-        self.add_callback(_Moments(self))
+        self.add_callback(_Hooks(self))
         if args.generate_during_eval:
             from orpo_dist.training.samples import SampleReplies
 
@@ -189,6 +190,7 @@ class ORPOTrainer(Trainer):
         self.layout.choose(model, router_aux_loss_coef=coefficient)
         if args.torch_compile:
             compile_blocks(model, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+        self._throughput = Throughput(ModelFlops.of(model), args.nll_scope)  # model_init may return another size
         return model
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -214,7 +216,7 @@ class ORPOTrainer(Trainer):
         return self.get_test_dataloader(rows)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        if not self.environment.sharding.partitions_weights:  # else the model is not wrapped as it will run yet
+        if not self.environment.sharding.partitions_weights:  # else the model is not yet wrapped as it will run
             self.layout.verify(self.model)
         return self.loaders.evaluation(
             tokenised(test_dataset, "test", self.preparation, self._run_folder / "dropped_rows.jsonl")
@@ -226,10 +228,10 @@ class ORPOTrainer(Trainer):
         """Train, from the beginning or from a checkpoint: a path, `auto` or True.
 
         Raises:
-            RunStopped: somebody asked for it; a checkpoint was saved.
-            NonFiniteRun: too many steps in a row could not be applied.
+            RunStopped: a stop was requested; a checkpoint was saved.
+            NonFiniteRun: too many consecutive steps could not be applied.
             SaveError: a checkpoint could not be written.
-            UserError: no such checkpoint, or one of another run.
+            UserError: there is no such checkpoint, or it belongs to another run.
         """
         folder = self._resuming.resolve(resume_from_checkpoint)
         pickles = safe_pickles() if self.environment.sharding.is_zero else nullcontext()
@@ -246,7 +248,7 @@ class ORPOTrainer(Trainer):
             return super()._inner_training_loop(batch_size, **kwargs)
 
     def _update_auto_batch_size(self, batch_size: int) -> None:
-        """A smaller micro-batch means more of them: the global batch, and so the run, stays what was asked for."""
+        """Accumulate over more, smaller micro-batches, so that the global batch does not change."""
         super()._update_auto_batch_size(batch_size)
         micro_batches = -(-self._global_batch // (batch_size * self.environment.data_ranks))
         self.args.gradient_accumulation_steps = micro_batches
@@ -262,9 +264,9 @@ class ORPOTrainer(Trainer):
             self._resuming.restore_rng(self.state.global_step, lambda: load(checkpoint))
 
     def _training_begins(self) -> None:
-        """The model is wrapped and the checkpoint loaded; the first step comes next."""
+        """Called after the model is wrapped and the checkpoint loaded, before the first step."""
         self.layout.verify(self.model_wrapped)
-        self._step_guard.training_begins()
+        self._step_guard.training_begins(self.accelerator)
         take_over(self._resuming.loaded(self.optimizer), self, self._train_sums, self._step_guard, self.environment)
         if self._resuming.evaluation_is_due(self.state, self.eval_dataset is not None):
             self._evaluate(None, None)
@@ -276,9 +278,10 @@ class ORPOTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor | None]:
-        """All micro-batches of one optimizer step are here at once: the place to learn the totals of the global batch.
-        One all-reduce per step, which also agrees on stopping; the totals travel inside the layouts, where nobody
-        casts them to bf16."""
+        """Fetches all micro-batches of one optimizer step and computes the totals of the global batch.
+
+        One all-reduce per step, which also agrees on stopping. The totals are stored in the layouts, where they are not
+        cast to bf16."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
@@ -308,7 +311,7 @@ class ORPOTrainer(Trainer):
         result = self._forward(model, inputs, self.args.device)
         self._train_sums.add(pair_sums(result.scores, self._objective))
         assert result.loss is not None, "get_batch_samples has written the totals"
-        loss = self._step_guard.count(result.loss) * self.environment.world_size  # over which gradients are averaged
+        loss = self._step_guard.count(result.loss) * self.environment.world_size  # gradients are averaged over ranks
         return (loss, result.scores) if return_outputs else loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -323,16 +326,16 @@ class ORPOTrainer(Trainer):
             control.should_save, control.should_evaluate = True, False
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:  # a training event: the Trainer's own loss is exact, the metrics join it
+        if "loss" in logs:  # a training event: add the metrics; the Trainer's loss is already exact
             metrics = self._train_sums.drain(self.accelerator, self._objective)
             logs |= {name: value for name, value in metrics.items() if name != "loss"}
             logs |= self._throughput.drain(self.accelerator)
-        if "train_loss" in logs:  # the sum is of the whole run, and the Trainer divides by the steps of this call
+        if "train_loss" in logs:  # the Trainer divides the sum of the whole run by the steps of this call only
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 0.001)
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Model FLOPs of a micro-batch, by the formula of model/flops.py."""
+        """Model FLOPs of a micro-batch (model/flops.py)."""
         return int(self._throughput.flops_of(self._lengths_of(inputs["orpo_layout"])))
 
     def _lengths_of(self, layout: Any) -> list[PairLengths]:
@@ -374,7 +377,7 @@ class ORPOTrainer(Trainer):
         return None, None, None
 
     def _reply(self, inputs: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
-        """generate() with the model's own attention, in the precision of training."""
+        """generate() with the model's original attention, in the precision of training."""
         inputs = {name: tensor.to(self.args.device) for name, tensor in inputs.items()}
         was_training = self.model.training
         self.model.eval()
@@ -386,29 +389,25 @@ class ORPOTrainer(Trainer):
     # ------------------------------------------------------------------ checkpoints
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        write = super()._save_checkpoint
+        began, write = time.monotonic(), super()._save_checkpoint
         progress = progress_of(self, self._train_sums, self._step_guard)
         with self._throughput.paused():
             run = Path(super()._get_output_dir(trial))
-            published, seconds = self._checkpoints.save(run, self.state, lambda: write(model, trial), progress)
+            published = self._checkpoints.save(run, self.state, lambda: write(model, trial), progress)
             if self.args.push_to_hub:
                 super()._push_from_checkpoint(str(published))
-        self._stop_requests.saved(seconds)
+        self._stop_requests.saved(time.monotonic() - began)
 
     def _get_output_dir(self, trial: Any) -> str:
         staging = self._checkpoints.staging
         return str(staging) if staging is not None else super()._get_output_dir(trial)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._checkpoints.staging is None:  # else it is not under its own name yet
+        if self._checkpoints.staging is None:  # else it does not have its final name yet
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _checkpoint_saved(self) -> None:
-        """Leave, if the ranks have agreed to stop.
-
-        Raises:
-            RunStopped: they have.
-        """
+        """Raises RunStopped if the ranks have agreed to stop."""
         step = self.state.global_step
         if self._step_guard.stops and step < self.state.max_steps:
             ignore_signals()
@@ -418,15 +417,15 @@ class ORPOTrainer(Trainer):
     def create_model_card(  # type: ignore[override]
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
-        """README.md in the output folder; TRL's arguments, which `push_to_hub` passes on."""
+        """Write README.md into the output folder. The arguments are those of TRL, passed by `push_to_hub`."""
         if self.is_world_process_zero():
             from orpo_dist.run.model_card import CardFacts, write_model_card
 
             write_model_card(CardFacts.of(self.model, self.args, model_name, dataset_name, tags), self.args, self.state)
 
 
-class _Moments(TrainerCallback):
-    """The moments of the Trainer's loop that it has no method for."""
+class _Hooks(TrainerCallback):
+    """Calls the trainer at points of the loop for which Trainer has no method to override."""
 
     def __init__(self, trainer: ORPOTrainer):
         self._trainer = trainer

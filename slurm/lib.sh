@@ -78,7 +78,7 @@ on_head() { # run a command in the environment of the run, on one node
 
 open_run() { # open_run RECIPE [--field value ...]: RUN, STATE, LOGS and the number of this attempt
     [ $# -gt 0 ] || fail "$BAD_INPUT" "usage: sbatch TEMPLATE recipe.yaml [--field value ...]"
-    [ -f "$1" ] || fail "$BAD_INPUT" "$1: there is no such recipe (folder: $PWD)."
+    [ -f "$1" ] || fail "$BAD_INPUT" "the recipe $1 does not exist (current folder: $PWD)."
     RUN=$(on_head "$PYTHON" -m orpo_dist.recipe.preview "$@") || fail "$BAD_INPUT" "the recipe $1 cannot be read."
     refuse_local_folder
     STATE=$RUN/slurm LOGS=$RUN/slurm/logs

@@ -134,7 +134,7 @@ def test_exit_code_of_the_program():
     )
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert "no-such-recipe.yaml: there is no such recipe file" in done.stderr
+    assert "no-such-recipe.yaml does not exist" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,6 @@ MIRRORED_ELSEWHERE: dict[str, tuple[list[str], str]] = {
     "model/packed/switch.py": (["model/test_families.py"], "switching is tested on each family"),
     "model/packed/verify.py": (["model/test_families.py"], "the check runs on each family"),
     "model/packed/verify_images.py": (["model/test_vision_families.py"], "the check runs on each vision family"),
-    "options/data.py": (["commands/test_data.py", "data/test_prepare.py"], "each option changes what is prepared"),
     "run/prepare.py": (["test_train.py", "test_trainer.py"], "preparation is the first half of a run"),
     "training/progress.py": (
         ["training/test_checkpoint_writer.py", "training/test_resuming.py"],

@@ -283,7 +283,7 @@ def test_which_checkpoint_is_meant(tmp_path, capsys):
     assert checkpoint_to_resume("true", folder) == str(folder / "checkpoint-10")
     assert checkpoint_to_resume(str(folder / "checkpoint-9"), folder) == str(folder / "checkpoint-9")
     for other in (tmp_path, folder / "checkpoint-11"):
-        with pytest.raises(UserError, match="is no checkpoint"):
+        with pytest.raises(UserError, match="is not a usable checkpoint"):
             checkpoint_to_resume(str(other), folder)
     with pytest.raises(UserError, match="holds checkpoint-11 of an earlier run"):
         checkpoint_to_resume(None, folder)
@@ -302,7 +302,7 @@ def test_which_checkpoint_is_meant(tmp_path, capsys):
         ({"dataset_name": "no-such-file.jsonl"}, "no-such-file.jsonl"),
         ({"dataset_train_split": "nope"}, "nope"),
         ({"push_to_hub": True}, "push_to_hub"),
-        ({"resume_from_checkpoint": "no/such/folder"}, "is no checkpoint"),
+        ({"resume_from_checkpoint": "no/such/folder"}, "is not a usable checkpoint"),
         ({"model_init_kwargs": "text"}, "model_init_kwargs"),
     ],
 )

@@ -221,6 +221,30 @@ def test_model_init_gives_a_fresh_model_at_each_train(tmp_path, chat_tokenizer, 
     assert_same_weights(weights(trainer), first, tolerance=0)
 
 
+def test_model_init_may_return_another_size_at_each_train(tmp_path, chat_tokenizer, tiny_llama):
+    """As in a hyperparameter search: figures and costs are those of the model that trains."""
+    layers = iter([1, 1, 2])  # the constructor also calls model_init
+
+    def model_init():
+        model = tiny_llama(len(chat_tokenizer))
+        del model.model.layers[next(layers) :]
+        return model
+
+    rows = pairs(8, len(chat_tokenizer))
+    trainer = ORPOTrainer(
+        model_init=model_init,
+        args=config(tmp_path, is_encoder_decoder=False),
+        train_dataset=rows,
+        processing_class=chat_tokenizer,
+    )
+    totals = []
+    for _ in range(2):
+        trainer.train()
+        totals.append(trainer.state.total_flos)
+        assert trainer.layout.model_config is trainer.model.config
+    assert totals[1] > totals[0]
+
+
 def test_a_collator_written_for_trl_trains_to_the_same_weights(tmp_path, trained, chat_tokenizer, tiny_llama):
     rows = pairs(8, len(chat_tokenizer))
     ours = weights(trained(rows))
@@ -514,3 +538,14 @@ def test_the_given_config_is_not_changed(tmp_path, chat_tokenizer, tiny_llama):
         trainer.train()
         assert vars(args) == before
     assert trainer.args is not args
+
+
+def test_max_length_is_what_was_decided_for_the_model(tmp_path, chat_tokenizer, tiny_llama):
+    """For the model card and out-of-memory errors."""
+    trainer = ORPOTrainer(
+        tiny_llama(len(chat_tokenizer)),
+        config(tmp_path),
+        train_dataset=pairs(8, len(chat_tokenizer)),
+        processing_class=chat_tokenizer,
+    )
+    assert type(trainer.args.max_length) is int and trainer.args.max_length == 1024

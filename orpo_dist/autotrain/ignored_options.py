@@ -1,6 +1,6 @@
-"""Options of AutoTrain that belong to its other trainers: accepted, named in a warning, and without effect on ORPO.
+"""AutoTrain options of its other trainers: accepted with a warning, and without effect on ORPO.
 
-Read off monostate/aitraining, src/autotrain/trainers/clm/params.py and src/autotrain/cli/run_llm.py.
+Taken from monostate/aitraining, src/autotrain/trainers/clm/params.py and src/autotrain/cli/run_llm.py.
 https://github.com/monostate/aitraining/blob/main/src/autotrain/trainers/clm/params.py
 """
 
@@ -42,13 +42,13 @@ _GROUPS: dict[str, str] = {
     "AutoTrain's W&B terminal view": "wandb_visualizer",
 }
 
-FOREIGN: dict[str, str] = {name: owner for owner, names in _GROUPS.items() for name in names.split()}
+IGNORED: dict[str, str] = {name: owner for owner, names in _GROUPS.items() for name in names.split()}
 
 
 def warn_of(ignored: list[str]) -> str:
-    """One line that names the ignored options and whom they belong to."""
+    """One line that names the ignored options and the trainers they belong to."""
     owners: dict[str, list[str]] = {}
     for name in ignored:
-        owners.setdefault(FOREIGN[name], []).append(name)
+        owners.setdefault(IGNORED[name], []).append(name)
     parts = "; ".join(f"{', '.join(names)} ({owner})" for owner, names in owners.items())
     return f"these options do not belong to ORPO and are ignored: {parts}."

@@ -1,9 +1,8 @@
 """Start the training processes of `backend="local"`: as many as there are GPUs, one on a CPU.
 
-One process trains in this one; several are started by the launcher that `orpo-dist launch` uses, with an accelerate
-config of this project. With auto_find_batch_size, several processes that run out of memory are started again with
-smaller micro-batches and the same global batch: inside the processes that cannot be done, since the rank that fails
-leaves the others waiting.
+A single process trains in this one. Several are started with the launcher of `orpo-dist launch` and an accelerate
+config of this project. With auto_find_batch_size, processes that run out of memory are restarted with smaller
+micro-batches and the same global batch. They cannot do that themselves: a failing rank leaves the others waiting.
 """
 
 import os
@@ -35,7 +34,7 @@ class Attempt:
     """How one start of the training processes ended.
 
     Attributes:
-        stopped: the stop that the processes were asked for, when exit_code is that of a stop.
+        stopped: the stop of the processes, if exit_code is STOPPED.
     """
 
     exit_code: int
@@ -44,12 +43,12 @@ class Attempt:
 
 
 def gpu_count() -> int:
-    """GPUs that this process may use; asked through NVML, so that no CUDA context is made here."""
+    """Number of GPUs visible to this process. Does not create a CUDA context."""
     return torch.cuda.device_count()
 
 
 def join_processes(recipe: dict[str, Any]) -> None:
-    """Inside a launcher: start the process group as the recipe says (backend, timeout), before any rank reads rows."""
+    """Under a launcher: start the process group with the recipe's backend and timeout, before any rank reads rows."""
     from orpo_dist.recipe.recipe import Recipe
 
     if is_launched_with_others():
@@ -57,12 +56,12 @@ def join_processes(recipe: dict[str, Any]) -> None:
 
 
 def run(setup: Setup, distributed_backend: str | None) -> None:
-    """Train, in this process or in several.
+    """Train in this process, or in several.
 
     Raises:
-        UserError: bad input; in several processes one that they have printed raises TrainingFailed.
-        TrainingFailed: the processes failed.
-        RunStopped: the run was asked to stop and can be resumed.
+        UserError: bad input, when training in this process.
+        TrainingFailed: the processes failed, also for bad input; they have printed the error.
+        RunStopped: the run stopped on request and can be resumed.
     """
     processes = 1 if is_launched_with_others() else max(gpu_count(), 1)
     if processes > 1:
@@ -81,7 +80,7 @@ def run(setup: Setup, distributed_backend: str | None) -> None:
 
 
 def config_of(distributed_backend: str | None, recipe: dict[str, Any]) -> str:
-    """The name of the accelerate config of a backend; sharding quantised weights needs one of its own."""
+    """The name of the accelerate config of a backend. Sharding quantised weights needs a separate one."""
     name = _CONFIGS[distributed_backend]
     quantised = bool(recipe.get("load_in_4bit") or recipe.get("load_in_8bit"))
     return _QUANTISED_CONFIGS.get(name, name) if quantised else name
@@ -91,7 +90,7 @@ def smaller_batches(recipe: dict[str, Any]) -> dict[str, Any]:
     """The recipe with the next smaller micro-batch and the same number of pairs per device and optimizer step.
 
     Raises:
-        UserError: one pair per device does not fit.
+        UserError: even one pair per device does not fit.
     """
     batch = recipe["per_device_train_batch_size"]
     pairs = batch * recipe["gradient_accumulation_steps"]
@@ -128,9 +127,9 @@ def _run_processes(setup: Setup, config: str, processes: int) -> None:
             raise TrainingFailed(attempt.exit_code)
         recipe = smaller_batches(recipe)
         if any(Path(recipe["output_dir"]).glob("checkpoint-*")):
-            recipe["resume_from_checkpoint"] = "auto"  # optimizer steps are the same, so none needs repeating
+            recipe["resume_from_checkpoint"] = "auto"  # the optimizer steps are the same, so none is repeated
         print_note(
-            f"out of memory: starting again with batch_size={recipe['per_device_train_batch_size']}, "
+            f"out of memory: restarting with batch_size={recipe['per_device_train_batch_size']}, "
             f"gradient_accumulation={recipe['gradient_accumulation_steps']} (the same global batch)."
         )
 
@@ -150,10 +149,10 @@ def _start(recipe: dict[str, Any], environment: dict[str, str], config: str, pro
 
 
 def attempt_of(code: int, ends: list[End]) -> Attempt:
-    """The launcher's exit code with what its processes wrote about their ends."""
+    """Combines the launcher's exit code with the ends recorded by its processes."""
     stopped = None
     if code == STOPPED:
-        # All ranks stop at one step; a rank that was still starting knows of none.
+        # All ranks stop at the same step. A rank that was still starting has no step.
         last = max(
             (end for end in ends if end.reason is not None), key=lambda end: end.step, default=End(reason="a signal")
         )

@@ -1,52 +1,12 @@
 """The translation of AutoTrain's parameters into a recipe of `orpo-dist train`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import Any
 
 from orpo_dist.errors import UserError
-
-if TYPE_CHECKING:
-    from orpo_dist.autotrain.params import LLMTrainingParams
-
-MODEL_MAX_LENGTH = 2048  # left at this default it does not cap an explicit block_size
-# AutoTrain's name -> the recipe's (TRL's and transformers' names), where the value passes unchanged.
-RENAMED = {
-    "model": "model_name_or_path",
-    "project_name": "output_dir",
-    "data_path": "dataset_name",
-    "train_split": "dataset_train_split",
-    "valid_split": "dataset_test_split",
-    "max_samples": "max_samples",
-    "prompt_text_column": "prompt_column",
-    "image_column": "image_column",
-    "image_folder": "image_folder",
-    "allow_image_urls": "allow_image_urls",
-    "allow_outside_image_folder": "allow_outside_image_folder",
-    "allow_template_drops": "allow_template_drops",
-    "add_eos_token": "add_eos_token",
-    "on_bad_row": "on_bad_row",
-    "max_bad_rows": "max_bad_rows",
-    "truncation_side": "truncation_side",
-    "dpo_beta": "beta",
-    "lr": "learning_rate",
-    "epochs": "num_train_epochs",
-    "batch_size": "per_device_train_batch_size",
-    "gradient_accumulation": "gradient_accumulation_steps",
-    "warmup_ratio": "warmup_steps",
-    "optimizer": "optim",
-    "scheduler": "lr_scheduler_type",
-    "weight_decay": "weight_decay",
-    "max_grad_norm": "max_grad_norm",
-    "seed": "seed",
-    "ddp_timeout": "ddp_timeout",
-    "auto_find_batch_size": "auto_find_batch_size",
-    "resume_from_checkpoint": "resume_from_checkpoint",
-    "log": "report_to",
-    "save_strategy": "save_strategy",
-    "save_total_limit": "save_total_limit",
-    "trust_remote_code": "trust_remote_code",
-}
 
 
 @dataclass(frozen=True)
@@ -58,13 +18,23 @@ class Lengths:
     max_completion_length: int | None
 
 
-def recipe_mapping(params: "LLMTrainingParams") -> dict[str, Any]:
-    """The flat mapping for `Recipe.from_mapping`, under TRL's names; without secrets, and without what is unset."""
-    lengths = token_lengths(params)
-    recipe = {theirs: getattr(params, ours) for ours, theirs in RENAMED.items()}
+def recipe_mapping(
+    values: Mapping[str, Any], given: frozenset[str], renamed: Mapping[str, str], model_max_length: int
+) -> dict[str, Any]:
+    """The flat mapping for `Recipe.from_mapping`, under TRL's names; without secrets, and without what is unset.
+
+    Args:
+        values: every option of AutoTrain under its name.
+        given: the options that the user set; the default limit on tokens does not hold for vision-language models.
+        renamed: AutoTrain's name -> the recipe's, where the value passes unchanged.
+        model_max_length: the default of that option: left there, it does not cap an explicit block_size.
+    """
+    params = SimpleNamespace(**values)
+    lengths = token_lengths(params, model_max_length)
+    recipe = {theirs: values[ours] for ours, theirs in renamed.items()}
     recipe |= {
         # The recipe's own default is the same number, and knows that it holds for text alone.
-        "max_length": lengths.block_size if params.asks_block_size else None,
+        "max_length": lengths.block_size if given & {"block_size", "model_max_length"} else None,
         "max_prompt_length": lengths.max_prompt_length,
         "max_completion_length": lengths.max_completion_length,
         "logging_steps": 0.01 if params.logging_steps == -1 else params.logging_steps,
@@ -83,7 +53,7 @@ def recipe_mapping(params: "LLMTrainingParams") -> dict[str, Any]:
     return {name: value for name, value in recipe.items() if value is not None}
 
 
-def token_lengths(params: "LLMTrainingParams") -> Lengths:
+def token_lengths(params: SimpleNamespace, default_model_max_length: int) -> Lengths:
     """Token limits out of block_size, model_max_length, max_prompt_length and max_completion_length.
 
     A list is [block_size, max_prompt_length, max_completion_length], as in the DPO and ORPO trainers of Hugging Face's
@@ -106,12 +76,12 @@ def token_lengths(params: "LLMTrainingParams") -> Lengths:
     block_size = sizes[0]
     if block_size == -1:
         block_size = params.model_max_length
-    elif params.model_max_length != MODEL_MAX_LENGTH:
+    elif params.model_max_length != default_model_max_length:
         block_size = min(block_size, params.model_max_length)
     return Lengths(block_size, limits["max_prompt_length"], limits["max_completion_length"])
 
 
-def _evaluation_and_saving(params: "LLMTrainingParams") -> dict[str, Any]:
+def _evaluation_and_saving(params: SimpleNamespace) -> dict[str, Any]:
     recipe: dict[str, Any] = {"eval_strategy": params.eval_strategy if params.valid_split else "no"}
     if params.save_strategy == "steps":
         recipe["save_steps"] = params.save_steps
@@ -122,7 +92,7 @@ def _evaluation_and_saving(params: "LLMTrainingParams") -> dict[str, Any]:
     return recipe
 
 
-def _adapter(params: "LLMTrainingParams") -> dict[str, Any]:
+def _adapter(params: SimpleNamespace) -> dict[str, Any]:
     if not params.peft:
         return {}
     modules = [name.strip() for name in (params.target_modules or "").split(",") if name.strip()]
@@ -143,7 +113,7 @@ def _adapter(params: "LLMTrainingParams") -> dict[str, Any]:
     }
 
 
-def _hub(params: "LLMTrainingParams") -> dict[str, Any]:
+def _hub(params: SimpleNamespace) -> dict[str, Any]:
     if not params.push_to_hub:
         return {}
     name = Path(params.project_name).name

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field, fields
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-from orpo_dist.autotrain.ignored_options import FOREIGN
-from orpo_dist.autotrain.mapping import MODEL_MAX_LENGTH, RENAMED, recipe_mapping
+from orpo_dist.autotrain.ignored_options import IGNORED
+from orpo_dist.autotrain.mapping import recipe_mapping
 from orpo_dist.errors import UserError
+from orpo_dist.options.data import DataOptions, Unasked
 
 CHOICES = {
     "trainer": ("orpo",),
@@ -27,23 +28,20 @@ CHOICES = {
 }
 NONE_WORDS = ("none", "null", "no", "")
 
-# Names that people know from TRL or older AutoTrain, for the hint in an error.
-KNOWN_ELSEWHERE = {theirs: ours for ours, theirs in RENAMED.items() if ours != theirs} | {
-    "max_length": "block_size",
-    "num_epochs": "epochs",
-    "chosen_column": "text_column",
-    "rejected_column": "rejected_text_column",
-    "use_peft": "peft",
-    "load_in_4bit": "quantization",
-    "load_in_8bit": "quantization",
-    "evaluation_strategy": "eval_strategy",
-    "max_target_length": "max_completion_length",
-}
+_DATA_OPTIONS = {option.name: option for option in fields(DataOptions)}
+MODEL_MAX_LENGTH = Unasked(2048)  # left at this default it does not cap an explicit block_size
 _AT_LEAST_ONE = ("batch_size", "gradient_accumulation", "lora_r", "save_steps", "save_total_limit", "ddp_timeout")
 
 
-def _option(default: Any, help: str, **options: Any) -> Any:
-    return field(default=default, metadata={"help": help}, **options)
+def _option(default: Any, help: str, *, recipe: str | None = None, **options: Any) -> Any:
+    """`recipe`: the recipe's name of an option whose value passes unchanged."""
+    return field(default=default, metadata={"help": help, "recipe": recipe}, **options)
+
+
+def _data_option(name: str) -> Any:
+    """An option that AutoTrain's users set under the recipe's own name."""
+    declared = _DATA_OPTIONS[name]
+    return _option(declared.default, declared.metadata["help"], recipe=name)
 
 
 @dataclass(init=False)
@@ -51,64 +49,74 @@ class LLMTrainingParams:
     """What AutoTrain's `LLMTrainingParams` says about an ORPO run.
 
     Takes keyword arguments under AutoTrain's names. Options of AutoTrain's other trainers are kept out and remembered
-    in `ignored`: `AutoTrainProject.create` warns of them by name. `asks_block_size`: a limit on tokens was given; the
-    default one does not hold for vision-language models.
+    in `ignored`: `AutoTrainProject.create` warns of them by name. The default limit on tokens does not
+    hold for vision-language models. Assignments are checked as the arguments are.
 
     Raises:
         UserError: an unknown name, a value of the wrong type, options that contradict each other.
     """
 
-    model: str = _option("google/gemma-3-270m", "Model on the hub, or a folder.")
-    project_name: str = _option("project-name", "Folder of the run, and the model's name on the hub.")
+    model: str = _option("google/gemma-3-270m", "Model on the hub, or a folder.", recipe="model_name_or_path")
+    project_name: str = _option(
+        "project-name", "Folder of the run, and the model's name on the hub.", recipe="output_dir"
+    )
     trainer: str = _option("orpo", "Only orpo.")
-    trust_remote_code: bool = _option(False, "Run Python code that the model's repository ships.")
+    trust_remote_code: bool = _option(
+        False, "Run Python code that the model's repository ships.", recipe="trust_remote_code"
+    )
 
-    data_path: str = _option("data", "A file (JSONL, JSON, CSV, Parquet), a folder of them, or a dataset on the hub.")
-    train_split: str = _option("train", "Split to train on; `config:split` on the hub, `<split>.jsonl` in a folder.")
-    valid_split: str | None = _option(None, "Split to evaluate on. Unset: no evaluation.")
-    max_samples: int | None = _option(None, "Use only this many rows.")
-    prompt_text_column: str | None = _option(None, "Column of the prompt. Unset: detected, or part of the messages.")
+    data_path: str = _option(
+        "data", "A file (JSONL, JSON, CSV, Parquet), a folder of them, or a dataset on the hub.", recipe="dataset_name"
+    )
+    train_split: str = _option(
+        "train",
+        "Split to train on; `config:split` on the hub, `<split>.jsonl` in a folder.",
+        recipe="dataset_train_split",
+    )
+    valid_split: str | None = _option(None, "Split to evaluate on. Unset: no evaluation.", recipe="dataset_test_split")
+    max_samples: int | None = _option(None, "Use only this many rows.", recipe="max_samples")
+    prompt_text_column: str | None = _option(
+        None, "Column of the prompt. Unset: detected, or part of the messages.", recipe="prompt_column"
+    )
     text_column: str = _option("text", "Column of the chosen answer.")
     rejected_text_column: str | None = _option(None, "Column of the rejected answer.")
-    image_column: str | None = _option(
-        None, "Column of images, one or a list per row, for a vision-language model. Unset: images or image."
-    )
-    image_folder: str | None = _option(
-        None, "Folder that image paths start from and cannot leave. Unset: the folder of the row's file."
-    )
-    allow_image_urls: bool = _option(False, "Fetch images at http(s) addresses in the rows.")
-    allow_outside_image_folder: bool = _option(False, "Read images at paths outside of the image folder too.")
+    image_column: str | None = _data_option("image_column")
+    image_folder: str | None = _data_option("image_folder")
+    allow_image_urls: bool = _data_option("allow_image_urls")
+    allow_outside_image_folder: bool = _data_option("allow_outside_image_folder")
     chat_template: str | None = _option(
         None, "tokenizer (the model's own), chatml, zephyr, a Jinja file or template, or none."
     )
     apply_chat_template: bool | None = _option(
         None, "Put string prompts and answers into turns. Unset: where the tokenizer has a chat template."
     )
-    allow_template_drops: bool = _option(False, "Train on rows of which the chat template leaves something out.")
-    add_eos_token: bool = _option(True, "End answers of plain text with EOS; a chat template writes its own end.")
+    allow_template_drops: bool = _data_option("allow_template_drops")
+    add_eos_token: bool = _data_option("add_eos_token")
     padding: str = _option("right", "Side of the padding; ORPO's loss does not depend on it.")
     block_size: int | tuple[int, ...] = _option(
-        1024, "Most tokens of prompt + answer; -1: model_max_length; or a list."
+        Unasked(1024), "Most tokens of prompt + answer; -1: model_max_length; or a list."
     )
     model_max_length: int = _option(MODEL_MAX_LENGTH, "Longest input of the model: caps block_size.")
     max_prompt_length: int | None = _option(None, "Most tokens of the prompt. Unset: prompts are never cut.")
     max_completion_length: int | None = _option(None, "Most tokens of an answer.")
-    truncation_side: str = _option("left", "Which end of a long prompt max_prompt_length cuts off: left or right.")
-    on_bad_row: str = _option("drop", "A row that cannot be trained on: drop (and report it) or error.")
-    max_bad_rows: float = _option(0.05, "With on_bad_row=drop: stop beyond this share (below 1) or number of rows.")
+    truncation_side: str = _data_option("truncation_side")
+    on_bad_row: str = _data_option("on_bad_row")
+    max_bad_rows: float = _data_option("max_bad_rows")
 
-    dpo_beta: float = _option(0.1, "Weight of the odds-ratio term.")
-    lr: float = _option(3e-5, "Learning rate.")
-    epochs: float = _option(1, "Passes over the training rows.")
-    batch_size: int = _option(2, "Pairs per device and micro-batch.")
-    gradient_accumulation: int = _option(4, "Micro-batches per optimizer step.")
-    warmup_ratio: float = _option(0.1, "Share of the steps in which the learning rate rises.")
-    optimizer: str = _option("adamw_torch", "Optimizer, as in transformers.")
-    scheduler: str = _option("linear", "Learning rate schedule, as in transformers.")
-    weight_decay: float = _option(0.0, "Weight decay.")
-    max_grad_norm: float = _option(1.0, "Gradient clipping.")
-    seed: int = _option(42, "Random seed.")
-    auto_find_batch_size: bool = _option(False, "Halve batch_size after running out of memory; same global batch.")
+    dpo_beta: float = _option(0.1, "Weight of the odds-ratio term.", recipe="beta")
+    lr: float = _option(3e-5, "Learning rate.", recipe="learning_rate")
+    epochs: float = _option(1, "Passes over the training rows.", recipe="num_train_epochs")
+    batch_size: int = _option(2, "Pairs per device and micro-batch.", recipe="per_device_train_batch_size")
+    gradient_accumulation: int = _option(4, "Micro-batches per optimizer step.", recipe="gradient_accumulation_steps")
+    warmup_ratio: float = _option(0.1, "Share of the steps in which the learning rate rises.", recipe="warmup_steps")
+    optimizer: str = _option("adamw_torch", "Optimizer, as in transformers.", recipe="optim")
+    scheduler: str = _option("linear", "Learning rate schedule, as in transformers.", recipe="lr_scheduler_type")
+    weight_decay: float = _option(0.0, "Weight decay.", recipe="weight_decay")
+    max_grad_norm: float = _option(1.0, "Gradient clipping.", recipe="max_grad_norm")
+    seed: int = _option(42, "Random seed.", recipe="seed")
+    auto_find_batch_size: bool = _option(
+        False, "Halve batch_size after running out of memory; same global batch.", recipe="auto_find_batch_size"
+    )
 
     peft: bool = _option(False, "Train a LoRA adapter instead of all weights.")
     quantization: str | None = _option(None, "int4 or int8 base weights; needs peft.")
@@ -120,19 +128,21 @@ class LLMTrainingParams:
 
     mixed_precision: str | None = _option(None, "bf16 or fp16. Unset: float32.")
     distributed_backend: str | None = _option(None, "With several GPUs: ddp, deepspeed (ZeRO-2) or zero3.")
-    ddp_timeout: int = _option(7200, "Seconds a process waits for the others.")
+    ddp_timeout: int = _option(7200, "Seconds a process waits for the others.", recipe="ddp_timeout")
     use_flash_attention_2: bool = _option(False, "Short for attn_implementation=flash_attention_2.")
     attn_implementation: str | None = _option(None, "Attention implementation, as in transformers.")
     disable_gradient_checkpointing: bool = _option(False, "Keep activations: faster, more memory.")
-    resume_from_checkpoint: str | None = _option(None, "auto: the newest checkpoint of project_name; or a path.")
+    resume_from_checkpoint: str | None = _option(
+        None, "auto: the newest checkpoint of project_name; or a path.", recipe="resume_from_checkpoint"
+    )
 
-    log: str = _option("wandb", "Experiment tracker: wandb, tensorboard, trackio or none.")
+    log: str = _option("wandb", "Experiment tracker: wandb, tensorboard, trackio or none.", recipe="report_to")
     logging_steps: int = _option(-1, "Log every so many optimizer steps; -1: about a hundred times a run.")
     eval_strategy: str = _option("epoch", "When to evaluate: epoch, steps (every save_steps) or no.")
     eval_batch_size: int | None = _option(None, "Pairs per device in evaluation. Unset: batch_size.")
-    save_strategy: str = _option("epoch", "When to save: epoch, steps or no.")
+    save_strategy: str = _option("epoch", "When to save: epoch, steps or no.", recipe="save_strategy")
     save_steps: int = _option(500, "Optimizer steps between checkpoints with save_strategy=steps.")
-    save_total_limit: int = _option(1, "Checkpoints to keep.")
+    save_total_limit: int = _option(1, "Checkpoints to keep.", recipe="save_total_limit")
     wandb_token: str | None = _option(None, "W&B key; passed on in the environment, never stored.", repr=False)
     wandb_run_id: str | None = _option(None, "W&B run to continue.")
 
@@ -143,17 +153,36 @@ class LLMTrainingParams:
     hub_private: bool = _option(True, "Create the hub repository as a private one.")
 
     def __init__(self, **values: Any) -> None:
-        self.ignored = [name for name in values if name in FOREIGN]
-        self.asks_block_size = {"block_size", "model_max_length"} & values.keys() != set()
-        unknown = [name for name in values if name not in FOREIGN and name not in FIELD_TYPES]
+        self.ignored: list[str] = [name for name in values if name in IGNORED]
+        unknown = [name for name in values if name not in IGNORED and name not in FIELD_TYPES]
         if unknown:
             raise UserError("\n".join(explain_unknown(name) for name in unknown))
         for option in fields(self):
-            value = values.get(option.name, option.default)
-            setattr(self, option.name, convert(option.name, value))
-        self._check()
+            vars(self)[option.name] = convert(option.name, values.get(option.name, option.default))
+        self._check_values()
+        self._check_combinations()
 
-    def _check(self) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "ignored":  # not an option
+            super().__setattr__(name, value)
+            return
+        if name not in FIELD_TYPES:
+            raise UserError(explain_unknown(name))
+        before = dict(vars(self))
+        vars(self).update({name: convert(name, value)})
+        try:
+            self._check_values()  # combinations are checked by to_recipe_mapping(): one of two may be assigned first
+        except UserError:
+            vars(self).update(before)
+            raise
+
+    @property
+    def given(self) -> frozenset[str]:
+        """The options whose value is not a default that nobody asked for (`Unasked`). The value itself carries this, so
+        it survives `dataclasses.replace`, which passes every field, and copies and pickles."""
+        return frozenset(name for name in FIELD_TYPES if not isinstance(getattr(self, name), Unasked))
+
+    def _check_values(self) -> None:
         for name, allowed in CHOICES.items():
             value = getattr(self, name)
             if name == "trainer" and value not in allowed:
@@ -169,6 +198,8 @@ class LLMTrainingParams:
             raise UserError(f"logging_steps={self.logging_steps} must be at least 1, or -1.")
         if not self.project_name:
             raise UserError("project_name is empty: it is the folder of the run.")
+
+    def _check_combinations(self) -> None:
         if self.quantization and not self.peft:
             raise UserError(
                 f"quantization={self.quantization} needs peft: quantised weights are rounded to a few levels and "
@@ -196,12 +227,28 @@ class LLMTrainingParams:
         """The flat mapping for `Recipe.from_mapping`, under TRL's names; without secrets, and without what is unset.
 
         Raises:
-            UserError: token limits that contradict each other.
+            UserError: options that contradict each other.
         """
-        return recipe_mapping(self)
+        self._check_combinations()
+        values = {name: getattr(self, name) for name in FIELD_TYPES}
+        return recipe_mapping(values, self.given, RENAMED, MODEL_MAX_LENGTH)
 
 
 FIELD_TYPES = get_type_hints(LLMTrainingParams)
+RENAMED: dict[str, str] = {f.name: f.metadata["recipe"] for f in fields(LLMTrainingParams) if f.metadata["recipe"]}
+
+# Names that people know from TRL or older AutoTrain, for the hint in an error.
+KNOWN_ELSEWHERE = {theirs: ours for ours, theirs in RENAMED.items() if ours != theirs} | {
+    "max_length": "block_size",
+    "num_epochs": "epochs",
+    "chosen_column": "text_column",
+    "rejected_column": "rejected_text_column",
+    "use_peft": "peft",
+    "load_in_4bit": "quantization",
+    "load_in_8bit": "quantization",
+    "evaluation_strategy": "eval_strategy",
+    "max_target_length": "max_completion_length",
+}
 
 
 def is_flag(name: str) -> bool:
@@ -215,6 +262,8 @@ def convert(name: str, value: Any) -> Any:
     Raises:
         UserError: it cannot be read as that type.
     """
+    if isinstance(value, Unasked):
+        return value
     kinds = _kinds(name)
     if isinstance(value, str) and value.lower() in NONE_WORDS and NoneType in kinds and name in CHOICES:
         value = None
@@ -242,7 +291,7 @@ def explain_unknown(name: str) -> str:
     """One line about an option that does not exist, with the one that was probably meant."""
     if name in KNOWN_ELSEWHERE:
         return f"{name} is not an AutoTrain option: it is called {KNOWN_ELSEWHERE[name]} here."
-    close = difflib.get_close_matches(name, [*FIELD_TYPES, *FOREIGN], n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name, [*FIELD_TYPES, *IGNORED], n=1, cutoff=0.6)
     hint = f"did you mean {close[0]}?" if close else "see docs/autotrain.md for the options there are."
     return f"{name} is not an option: {hint}"
 

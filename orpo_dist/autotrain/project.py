@@ -1,7 +1,7 @@
 """AutoTrain's project class and command line: `AutoTrainProject`, and `orpo-dist llm --train ...` with its flags.
 
-A run started here is a run of `orpo-dist train`: the parameters become a recipe, and everything else is shared.
-docs/autotrain.md lists every flag and where it differs from AutoTrain.
+The parameters are translated to a recipe of `orpo-dist train`; everything else is shared with it. docs/autotrain.md
+lists every flag and its differences from AutoTrain.
 """
 
 import argparse
@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from orpo_dist.autotrain.ignored_options import FOREIGN
+from orpo_dist.autotrain.ignored_options import IGNORED
 from orpo_dist.autotrain.params import LLMTrainingParams, explain_unknown, is_flag
 from orpo_dist.errors import BAD_INPUT, FAILED, TrainingFailed, UserError
 
@@ -27,15 +27,14 @@ class AutoTrainProject:
 
     Args:
         params: the parameters.
-        backend: `local`: this machine, as many processes as it has GPUs. `slurm`: a job of SLURM, which is submitted
-            and not waited for.
+        backend: `local`: this machine, with one process per GPU. `slurm`: submit a SLURM job and do not wait for it.
         process: AutoTrain's switch for converting the data first. Data is always read, checked and tokenised here, so
-            False only brings a note.
-        slurm: flags of `orpo-dist submit` for backend slurm, such as `--nodes 2 --time 04:00:00`; they follow, and win
-            over, those in the site profile (SITE_SUBMIT).
+            False only prints a note.
+        slurm: flags of `orpo-dist submit` for backend slurm, such as `--nodes 2 --time 04:00:00`. They override those
+            of the site profile (SITE_SUBMIT).
 
     Raises:
-        UserError: an unknown backend, or slurm for another one.
+        UserError: an unknown backend, or `slurm` flags for another backend.
     """
 
     params: LLMTrainingParams
@@ -47,17 +46,17 @@ class AutoTrainProject:
         if self.backend not in BACKENDS:
             raise UserError(f"backend={self.backend!r} is not in this version of orpo_dist: local or slurm.")
         if self.slurm and self.backend != "slurm":
-            raise UserError(f"slurm={self.slurm!r} is for backend='slurm', and this is backend={self.backend!r}.")
+            raise UserError(f"slurm={self.slurm!r} needs backend='slurm', but backend is {self.backend!r}.")
 
     def create(self) -> Path:
-        """Train, and return the run's folder when it is done; with backend slurm, when the job is submitted.
+        """Train, and return the run's folder at the end; with backend slurm, after submitting the job.
 
         Raises:
             UserError: bad parameters, data or model.
-            TrainingFailed: one of several training processes failed, and has printed why.
-            RunStopped: the run was asked to stop and can be resumed (a SystemExit with code 75).
+            TrainingFailed: one of several training processes failed and has printed the reason.
+            RunStopped: the run stopped on request and can be resumed (a SystemExit with code 75).
         """
-        # torch and transformers take seconds to import, which `orpo-dist llm --help` should not have to wait for.
+        # torch and transformers take seconds to import, and `orpo-dist llm --help` should not wait for them.
         from orpo_dist.autotrain.local import join_processes, print_note, run
         from orpo_dist.autotrain.setup import set_up, with_chat_template
 
@@ -88,7 +87,7 @@ def main(argv: list[str]) -> int:
     train, backend, slurm = given.pop("train", False), given.pop("backend", "local"), given.pop("slurm", "")
     asked = [name for name in _NOT_HERE if given.pop(name, False)]
     if asked:
-        raise UserError(f"--{asked[0]} is not part of orpo-dist, which trains: orpo-dist llm --train ...")
+        raise UserError(f"--{asked[0]} is not supported: orpo-dist only trains (orpo-dist llm --train ...).")
     if not train:
         raise UserError("Say what to do: orpo-dist llm --train --model ... --data-path ... --project-name ...")
     missing = [_spellings(name)[0] for name in _REQUIRED if name not in given]
@@ -99,7 +98,7 @@ def main(argv: list[str]) -> int:
     try:
         project.create()
     except TrainingFailed as failure:
-        if failure.exit_code != BAD_INPUT:  # the processes have printed a readable line about that
+        if failure.exit_code != BAD_INPUT:  # for bad input the processes have printed a readable message
             print(f"orpo-dist: {failure}", file=sys.stderr)
         return failure.exit_code if failure.exit_code > 0 else FAILED
     return 0
@@ -145,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
             )
         else:
             parser.add_argument(*_spellings(option.name), metavar="X", help=help)
-    for name in FOREIGN:
+    for name in IGNORED:
         parser.add_argument(*_spellings(name), *_spellings(f"no_{name}"), dest=name, nargs="?", help=argparse.SUPPRESS)
     return parser
 

@@ -3,6 +3,7 @@
 Secrets travel in environment variables only, so that no file of the run holds them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -11,7 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from orpo_dist.autotrain.ignored_options import warn_of
 from orpo_dist.autotrain.params import LLMTrainingParams
-from orpo_dist.data.place_images import PLACEHOLDER
+from orpo_dist.data.chat_template import CHAT_TEMPLATES
+from orpo_dist.data.detect import column_strings
+from orpo_dist.data.messages import decode
+from orpo_dist.data.rendered import RenderedMarkers
 from orpo_dist.errors import UserError
 
 # Option -> what must be on for it to matter.
@@ -73,7 +77,7 @@ def set_up(params: LLMTrainingParams, *, trains_here: bool = True) -> Setup:
 
 
 def with_chat_template(setup: Setup, params: LLMTrainingParams) -> Setup:
-    """Decide about the chat template where the user did not, by the tokenizer and the first row.
+    """Decide about the chat template where the user did not, by the tokenizer and the first rows.
 
     Raises:
         UserError: the data or the tokenizer cannot be loaded.
@@ -81,15 +85,15 @@ def with_chat_template(setup: Setup, params: LLMTrainingParams) -> Setup:
     if params.chat_template == "none" or params.apply_chat_template is not None:
         return setup
     from orpo_dist.data.chat_template import resolve_chat_template
+    from orpo_dist.data.detect import SAMPLE
     from orpo_dist.data.sources import load_rows
     from orpo_dist.model.loading.processor import load_processing_class, tokenizer_of
 
-    rows = load_rows(params.data_path, split=params.train_split, max_samples=1, token=params.token)
-    row: dict[str, Any] = next(iter(rows), {})
+    rows = load_rows(params.data_path, split=params.train_split, max_samples=SAMPLE, token=params.token)
     loaded = load_processing_class(params.model, trust_remote_code=params.trust_remote_code, token=params.token)
     tokenizer = tokenizer_of(loaded)
     tokenizer.chat_template = resolve_chat_template(None, loaded)  # a processor may be the one that has it
-    choice = choose_chat_template(params, tokenizer, row)
+    choice = choose_chat_template(params, tokenizer, list(rows))
     if choice is None:
         return setup
     recipe = setup.recipe | {"apply_chat_template": choice.apply}
@@ -105,21 +109,30 @@ class TemplateChoice:
 
 
 def choose_chat_template(
-    params: LLMTrainingParams, tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]
+    params: LLMTrainingParams, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]]
 ) -> TemplateChoice | None:
     """AutoTrain's default, once instead of twice: string prompts and answers become a user and an assistant turn if
-    the tokenizer has a chat template and they are not rendered already. None: message lists, the data step knows."""
+    the tokenizer has a chat template and they are not rendered already. What most of the rows are decides. None:
+    message lists, the data step knows."""
     prompt_column = params.prompt_text_column or "prompt"
     answer_column = params.text_column if params.rejected_text_column else "chosen"
-    prompt, answer = row.get(prompt_column), row.get(answer_column)
-    if not (isinstance(prompt, str) and isinstance(answer, str)):
+    rejected_column = params.rejected_text_column or "rejected"
+    columns = (prompt_column, answer_column, rejected_column)
+    if not any(prompt_column in row for row in rows):
         return None
-    # An image's place is no sign of a template.
-    special = [token for token in tokenizer.all_special_tokens if token != PLACEHOLDER]
-    marker = next((token for token in special if token in prompt), None)
-    if marker is not None:
+    if any(kind != "text" for kind in column_strings(rows, *columns).values()):
+        return None
+    texts = [[_text(row.get(name)) for name in columns] for row in rows]
+    template = CHAT_TEMPLATES.get(params.chat_template or "", tokenizer.chat_template)
+    markers = RenderedMarkers(tokenizer, template if isinstance(template, str) else None)
+    found = [_rendered(markers, dict(zip(columns, values, strict=True))) for values in texts]
+    rendered = [sign for sign in found if sign is not None]
+    if len(rendered) * 2 > len(rows):
+        column, marker = rendered[0]
         return TemplateChoice(
-            False, f"column {prompt_column!r} holds {marker}: it is rendered already, and no chat template is applied."
+            False,
+            f"column {column!r} holds {marker} in {len(rendered)} of the first {len(rows)} rows: they are rendered "
+            "already, and no chat template is applied.",
         )
     if params.chat_template in (None, "tokenizer") and tokenizer.chat_template is None:
         return TemplateChoice(
@@ -130,6 +143,21 @@ def choose_chat_template(
     return TemplateChoice(
         True, "string prompts and answers become a user and an assistant turn (--chat-template none keeps them as is)."
     )
+
+
+def _text(value: Any) -> str:
+    value = decode(value)  # stored as JSON where one value of the column is not text
+    return value if isinstance(value, str) else ""
+
+
+def _rendered(markers: RenderedMarkers, texts: dict[str, str]) -> tuple[str, str] | None:
+    """Column and marker of the first sign of a chat template in a row."""
+    prompt, *answers = texts.values()
+    for column, text in texts.items():
+        if marker := markers.find(text):
+            return column, marker
+    marker = next((found for answer in answers if (found := markers.find(f"{prompt}\n{answer}"))), None)
+    return None if marker is None else (next(iter(texts)), marker)
 
 
 def _without_effect(params: LLMTrainingParams) -> list[str]:

@@ -1,4 +1,4 @@
-"""`AutoTrainProject(backend="slurm")`: an AutoTrain run as a job, submitted as by `orpo-dist submit`."""
+"""`AutoTrainProject(backend="slurm")`: an AutoTrain run as a SLURM job, through `orpo-dist submit`."""
 
 import os
 import shlex
@@ -14,12 +14,12 @@ from orpo_dist.cluster.submit import parse, prepare, submit, what_now
 
 
 def submit_project(setup: Setup, distributed_backend: str | None, flags: str) -> list[str]:
-    """Submit a run with the flags of the site profile (SITE_SUBMIT) and then `flags`. Returns the jobs' ids.
+    """Submit a run with the flags of the site profile (SITE_SUBMIT), followed by `flags`. Returns the job ids.
 
-    Credentials stay in the environment, which sbatch hands on to the job.
+    Credentials stay in the environment, which sbatch passes to the job.
 
     Raises:
-        UserError: flags, folders or resources cannot work, or SLURM refuses.
+        UserError: flags, folders or resources cannot work, or SLURM rejects the job.
     """
     recipe = dict(setup.recipe)
     if recipe.pop("auto_find_batch_size", False):

@@ -1,4 +1,4 @@
-"""`orpo-dist cancel RUN|JOB ...`: end a run's jobs, by default with a checkpoint and without a restart."""
+"""`orpo-dist cancel RUN|JOB ...`: ends a run's jobs, by default with a checkpoint and without a restart."""
 
 import argparse
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ def main(argv: Sequence[str]) -> int:
     """`orpo-dist cancel`. Returns 0.
 
     Raises:
-        UserError: no such job, or SLURM refuses.
+        UserError: there is no such job, or SLURM rejects the request.
     """
     parser = argparse.ArgumentParser(
         prog="orpo-dist cancel",
@@ -31,7 +31,7 @@ def cancel(word: str, *, now: bool = False) -> list[str]:
     """Cancel the jobs of a run, or one job. Returns a line for each.
 
     Raises:
-        UserError: nothing of that name waits or runs.
+        UserError: no waiting or running job has that name.
     """
     queued = [job for job in slurm.jobs() if job.run_folder is not None and job.is_active]
     ids = word.replace("_", "").isdigit()
@@ -41,8 +41,8 @@ def cancel(word: str, *, now: bool = False) -> list[str]:
         folder = folder_of(word, queued)
         found = [job for job in queued if job.run_folder is not None and job.run_folder.is_relative_to(folder)]
     if not found:
-        raise UserError(f"{word}: no job of orpo-dist waits or runs under that name (orpo-dist status lists them).")
-    # Those that wait first, so that none of them starts when another ends.
+        raise UserError(f"{word} is not a waiting or running job of orpo-dist (orpo-dist status lists them).")
+    # Waiting jobs first, so that none of them starts when another ends.
     return [_cancel_one(job, now=now) for job in sorted(found, key=lambda job: job.state == "RUNNING")]
 
 
@@ -58,7 +58,7 @@ def _cancel_one(job: slurm.QueuedJob, *, now: bool) -> str:
 
 
 def _own_id(job_id: str) -> str:
-    """SLURM_JOB_ID of a task of an array, which squeue calls 12_3."""
+    """SLURM_JOB_ID of an array task, which squeue lists as 12_3."""
     if "_" not in job_id:
         return job_id
     return slurm.call("squeue", "--noheader", "--format=%A", f"--jobs={job_id}").strip()

@@ -1,7 +1,7 @@
-"""How training processes ended, told to the process that started them.
+"""How training processes ended, reported to the process that started them.
 
-An exit code says less than the starter wants to know: running out of memory has none of its own, and 75 does not say
-which checkpoint was saved. The starter names a folder in a variable, and each process writes one file there.
+An exit code is not enough: running out of memory has no code, and 75 does not name the saved checkpoint. The starter
+sets a folder in an environment variable, and each process that fails writes one file there.
 """
 
 import json
@@ -22,7 +22,7 @@ class End:
 
     Attributes:
         out_of_memory: whether it ran out of memory, anywhere in the chain of its error.
-        reason, step, checkpoint: those of RunStopped; reason is None for any other end.
+        reason, step, checkpoint: of RunStopped; reason is None for any other end.
     """
 
     out_of_memory: bool = False
@@ -33,7 +33,7 @@ class End:
 
 @contextmanager
 def recorded_end() -> Iterator[None]:
-    """Write the error that leaves the block to the starter's folder, where there is one."""
+    """Write the error that leaves the block to the starter's folder, if there is one."""
     try:
         yield
     except BaseException as error:
@@ -41,12 +41,12 @@ def recorded_end() -> Iterator[None]:
             path = Path(os.environ[VARIABLE], f"{os.getpid()}.json")
             with suppress(OSError):  # a full disk must not hide the error itself
                 path.with_suffix(".part").write_text(json.dumps(asdict(_end_of(error))), encoding="utf-8")
-                path.with_suffix(".part").replace(path)  # a signal may end this process in the middle of it
+                path.with_suffix(".part").replace(path)  # a signal may end this process during the write
         raise
 
 
 def read_ends(folder: Path) -> list[End]:
-    """What the processes wrote, in no particular order. A process that was killed wrote nothing."""
+    """The recorded ends, in no particular order. A killed process records nothing."""
     return [End(**json.loads(path.read_text(encoding="utf-8"))) for path in folder.glob("*.json")]
 
 

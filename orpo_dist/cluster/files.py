@@ -1,4 +1,4 @@
-"""The files that travel with the package: beside it in a checkout, inside it in an installed wheel."""
+"""Files shipped with the package: beside it in a checkout, inside it in an installed wheel."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from orpo_dist.errors import UserError
 
 
 def shipped(*path: str) -> Path:
-    """The file with this path from the top of a checkout, such as `"slurm", "lib.sh"` or `"constraints.txt"`.
+    """The file with this path relative to the root of a checkout, such as `"slurm", "lib.sh"` or `"constraints.txt"`.
 
     Raises:
         UserError: it is in neither place.
@@ -20,18 +20,16 @@ def shipped(*path: str) -> Path:
 
 
 def accelerate_config(name: str) -> Path:
-    """An accelerate config by the name of a shipped one (`zero2`) or by its path.
+    """An accelerate config, by the name of a shipped one (`zero2`) or by path.
 
     Raises:
-        UserError: there is none.
+        UserError: it does not exist.
     """
     if name.endswith((".yaml", ".yml", ".json")):
         if not Path(name).is_file():
-            raise UserError(f"accelerate config {name}: there is no such file.")
+            raise UserError(f"accelerate config {name} does not exist.")
         return Path(name)
     known = sorted(path.stem for path in shipped("accelerate_configs", "ddp.yaml").parent.glob("*.yaml"))
     if name not in known:
-        raise UserError(
-            f"There is no accelerate config {name!r}: give the path of a file, or one of {', '.join(known)}."
-        )
+        raise UserError(f"Unknown accelerate config {name!r}: give a file path or one of {', '.join(known)}.")
     return shipped("accelerate_configs", f"{name}.yaml")

@@ -1,4 +1,4 @@
-"""The path by which job scripts of earlier versions ask for a run's folder; see recipe/preview.py."""
+"""Alias of recipe/preview.py for job scripts rendered by earlier versions."""
 
 import sys
 

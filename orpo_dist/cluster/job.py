@@ -1,4 +1,4 @@
-"""What a job asks SLURM for, and what is refused before it is submitted."""
+"""The resources that a job requests from SLURM, and their checks before submission."""
 
 import re
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from orpo_dist.cluster.site import SiteProfile, gpu_option, sbatch_options
 from orpo_dist.errors import UserError
 
-# SLURM may send its warning this much early.
+# SLURM may send its signal this much early.
 SIGNAL_EARLY_SECONDS = 60
 LEAST_TRAINING_SECONDS = 30
 TEMPLATES = (
@@ -31,11 +31,11 @@ class JobRequest:
         gpus: per node; 0 trains on the CPU.
         processes: per node; None is one per GPU.
         time: as SLURM writes it.
-        chain: name of the chain of jobs this one belongs to; its jobs follow each other instead of being requeued.
+        chain: name of its chain of jobs, which run one after the other instead of being requeued.
         python: the interpreter on the nodes, outside of containers.
         stop_before: seconds before the time limit at which the run stops with a checkpoint.
-        share_nodes: other jobs may use what this one leaves of its nodes.
-        options: further options of sbatch, without their dashes.
+        share_nodes: other jobs may use free resources on its nodes.
+        options: further options of sbatch, without dashes.
     """
 
     name: str
@@ -73,14 +73,14 @@ class JobRequest:
 
 
 def check_request(job: JobRequest) -> None:
-    """Raises UserError for numbers that cannot work on any cluster."""
+    """Raises UserError for values that cannot work on any cluster."""
     for name, value, least in (
         ("--nodes", job.nodes, 1),
         ("--gpus-per-node", job.gpus, 0),
         ("--processes-per-node", job.processes_per_node, 1),
     ):
         if value < least:
-            raise UserError(f"{name} {value}: at least {least}.")
+            raise UserError(f"{name} {value}: must be at least {least}.")
     if job.gpus and job.processes_per_node > job.gpus:
         raise UserError(
             f"--processes-per-node {job.processes_per_node} with --gpus-per-node {job.gpus}: one GPU per process."
@@ -90,19 +90,19 @@ def check_request(job: JobRequest) -> None:
     if limit < least:
         raise UserError(
             f"--time {job.time} is too short: the run stops {stop} s before its end to save a checkpoint "
-            f"(--stop-before), SLURM may send that signal {SIGNAL_EARLY_SECONDS} s early, and some training should "
-            f"happen: at least {-(-least // 60)} minutes."
+            f"(--stop-before), SLURM may send that signal {SIGNAL_EARLY_SECONDS} s early, and training needs some "
+            f"time too. Use at least {-(-least // 60)} minutes."
         )
     if job.template is not None and job.template not in TEMPLATES:
         raise UserError(f"--template {job.template}: the templates are {', '.join(TEMPLATES)}.")
     if job.template == "single_node" and job.nodes > 1:
-        raise UserError(f"--template single_node with --nodes {job.nodes}: take multi_node.")
+        raise UserError(f"--template single_node with --nodes {job.nodes}: use multi_node.")
     if job.container_runtime is not None and job.container_runtime not in _RUNTIMES:
         raise UserError(f"--container-runtime {job.container_runtime}: pyxis or apptainer.")
 
 
 def choose_template(job: JobRequest, site: SiteProfile, *, images: bool) -> str:
-    """The template of a job that names none."""
+    """The template of a job, chosen by its options unless it names one."""
     if job.template:
         return job.template
     if job.array:
@@ -118,7 +118,7 @@ def choose_template(job: JobRequest, site: SiteProfile, *, images: bool) -> str:
 
 
 def container_runtime(job: JobRequest, site: SiteProfile) -> str | None:
-    """pyxis or apptainer, by what is asked for, the image's name, or the site; None without a container."""
+    """pyxis or apptainer, from the request, the image's name or the site profile; None without a container."""
     if job.container_runtime:
         return job.container_runtime
     if job.container is None:
@@ -129,7 +129,7 @@ def container_runtime(job: JobRequest, site: SiteProfile) -> str | None:
 
 
 def directives(job: JobRequest, site: SiteProfile, of_template: dict[str, str | None]) -> dict[str, str | None]:
-    """The `#SBATCH` options of a job: the template's, then the site's, then what was asked for.
+    """The `#SBATCH` options of a job: those of the template, overridden by the site's, then by the request.
 
     Raises:
         UserError: malformed options of the site profile.
@@ -168,7 +168,7 @@ def seconds_of(time: str) -> int:
     """A time limit of SLURM in seconds: minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S.
 
     Raises:
-        UserError: another spelling, or nothing above zero.
+        UserError: another format, or not above zero.
     """
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time.strip())
     if match is None:

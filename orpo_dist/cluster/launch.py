@@ -1,4 +1,4 @@
-"""`orpo-dist launch`: one command per node that checks what can be checked, prints the launcher's command and runs it.
+"""`orpo-dist launch`: one command per node that checks the set-up, prints the launcher's command and runs it.
 
     orpo-dist launch RECIPE.yaml [--field value ...]                                      all GPUs of this machine
     orpo-dist launch --nodes 2 --node-rank 0 --head-address n1 --port 29500 RECIPE.yaml   on each node, with its rank
@@ -30,15 +30,15 @@ from orpo_dist.errors import FAILED, UserError
 from orpo_dist.recipe.preview import RecipePreview, preview
 from orpo_dist.version import __version__
 
-# Other versions of these on another node give other numbers, or a hang.
+# Different versions of these on another node cause different results, or a hang.
 SAME_EVERYWHERE = ("torch", "transformers", "accelerate", "peft", "trl", "deepspeed", "bitsandbytes")
 
 
 def main(argv: Sequence[str]) -> int:
-    """`orpo-dist launch`. Returns the exit code that says most about the end (see processes.run_launcher).
+    """`orpo-dist launch`. Returns the most informative exit code (see processes.run_launcher).
 
     Raises:
-        UserError: GPUs, port, head node, run folder or versions are not as the run needs them.
+        UserError: GPUs, port, head node, run folder or versions do not meet the needs of the run.
     """
     options = _parser().parse_args(argv)
     view = preview(options.recipe, options.flags)
@@ -59,15 +59,15 @@ def main(argv: Sequence[str]) -> int:
             report = _report(placement, options.recipe, options.flags)
             try:
                 meet(report, placement.head, placement.port, view.run_folder, options.wait)
-            except UserError as error:  # not the recipe's fault: another start, another port or node may do
+            except UserError as error:  # not the recipe's fault: a restart, another port or another node may help
                 print(f"orpo-dist: error (node rank {placement.node_rank}): {error}", file=sys.stderr, flush=True)
                 return FAILED
         return run_launcher(command)
 
 
 def choose_config(view: RecipePreview, world_size: int) -> str:
-    """The accelerate config of a recipe that asks for none (docs/scaling.md): adapters fit on every GPU and need only
-    DDP; full fine-tuning shards gradients and optimizer, which is most of what it holds."""
+    """The accelerate config of a recipe that names none (docs/scaling.md). Adapters fit on every GPU and need only DDP.
+    Full fine-tuning shards gradients and optimizer states, which take most of its memory."""
     if world_size == 1:
         return "single"
     if view.trains_adapter or view.quantised:
@@ -88,7 +88,7 @@ def _placement(options: argparse.Namespace) -> Placement:
 
 
 def _processes(options: argparse.Namespace) -> int:
-    """Processes of this node: as asked, else one per GPU, or one on a CPU."""
+    """Processes of this node: as requested, else one per GPU, or one on a CPU."""
     if options.cpu:
         return options.processes_per_node or 1
     import torch
@@ -96,14 +96,14 @@ def _processes(options: argparse.Namespace) -> int:
     seen, asked = torch.cuda.device_count(), options.processes_per_node
     if asked is None:
         if seen == 0 and options.nodes > 1:
-            raise UserError(f"{socket.gethostname()} sees no GPU. To train on the CPU, say so: --cpu.")
+            raise UserError(f"{socket.gethostname()} has no visible GPU. To train on the CPU, pass --cpu.")
         return max(seen, 1)
     if asked > max(seen, 1):
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         said = f" (CUDA_VISIBLE_DEVICES={visible})" if visible is not None else ""
         raise UserError(
-            f"{socket.gethostname()} sees {seen} GPUs{said}, and {asked} processes are asked for: lower "
-            "--processes-per-node, give the node its GPUs, or train on the CPU with --cpu."
+            f"{socket.gethostname()} has {seen} visible GPUs{said}, but {asked} processes are requested: lower "
+            "--processes-per-node, make more GPUs visible, or train on the CPU with --cpu."
         )
     return asked
 
@@ -119,8 +119,10 @@ def _one_process(recipe: str, flags: list[str], dry_run: bool) -> int:
 
 
 def fitted_config(config: Path, placement: Placement, folder: Path, *, cpu: bool = False) -> Path:
-    """The accelerate config as this run needs it, in `folder` where it differs: on the CPU, which no flag of accelerate
-    says without starting one process only; weights sharded within a node (HSDP, ZeRO++ hpZ), whose group is a node."""
+    """The accelerate config adapted to this run; written to `folder` if it differs.
+
+    It sets the CPU, since accelerate's flag for that starts only one process, and the size of a node for weights that
+    are sharded within a node (HSDP, ZeRO++ hpZ)."""
     settings = yaml.safe_load(config.read_text(encoding="utf-8"))
     before = json.dumps(settings)
     if cpu:
@@ -132,7 +134,7 @@ def fitted_config(config: Path, placement: Placement, folder: Path, *, cpu: bool
         }
     deepspeed = settings.get("deepspeed_config", {}).get("deepspeed_config_file")
     if deepspeed is not None:
-        # Beside the config: its own path is relative to a checkout.
+        # Look beside the config first: the path in it is relative to a checkout.
         file = config.parent / Path(deepspeed).name
         options = json.loads((file if file.is_file() else Path(deepspeed)).read_text(encoding="utf-8"))
         if "zero_hpz_partition_size" in options.get("zero_optimization", {}):

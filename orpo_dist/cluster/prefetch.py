@@ -1,6 +1,7 @@
-"""`orpo-dist prefetch RECIPE.yaml`: model and rows into the shared cache, the pairs tokenised, on a node with network.
+"""`orpo-dist prefetch RECIPE.yaml`: fetches model and rows into the shared cache and tokenises the pairs.
 
-Training jobs then run offline: compute nodes often have no network, and a thousand ranks should not ask the hub.
+It runs on a node with network. Training jobs then run offline: compute nodes often have no network, and a thousand
+ranks should not query the hub.
 """
 
 from collections.abc import Sequence
@@ -9,12 +10,12 @@ from pathlib import Path
 from orpo_dist.errors import UserError
 from orpo_dist.recipe.preview import preview, without_gpu
 
-# Weights in other formats than the one that is loaded are most of some repositories.
+# Formats that are not loaded. In some repositories they are most of the data.
 _OTHER_FORMATS = ["*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.tflite", "*.ot", "original/*", "consolidated*", "onnx/*"]
 
 
 def main(argv: Sequence[str]) -> int:
-    """`orpo-dist prefetch`. Returns 0 when everything is there.
+    """`orpo-dist prefetch`. Returns 0 when everything is fetched.
 
     Raises:
         UserError: a bad recipe, or a model or dataset that cannot be fetched.

@@ -1,8 +1,8 @@
-"""Starts the training processes of one node: the launcher's command, and running it in this process.
+"""Starts the training processes of one node: builds the launcher's command and runs it in this process.
 
-The launcher (accelerate launch, or torchrun for DDP on a CPU) as a command of its own turns every exit code of its
-processes into 1. Run here, the codes are read from the failure it raises: 2 (bad input), 3 (numbers not finite) and 75
-(stopped, can be resumed) reach whoever restarts runs.
+As a separate command, the launcher (accelerate launch, or torchrun for DDP on a CPU) turns every exit code of its
+processes into 1. Here the codes are read from the exception it raises, so that 2 (bad input), 3 (non-finite steps) and
+75 (stopped, can be resumed) reach the caller that restarts runs.
 """
 
 import logging
@@ -23,7 +23,7 @@ from orpo_dist.errors import BAD_INPUT, FAILED, FINISHED, GAVE_UP, STOPPED
 
 DEFAULT_PORT = 29500
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# The processes get those above from this launcher or from SLURM; torchrun's own handler would kill them after 30 s.
+# Processes get the signals above from this launcher or from SLURM; torchrun's handler would kill them after 30 s.
 _LEFT_TO_TORCHRUN = (signal.SIGHUP, signal.SIGQUIT)
 # It reports each failed process with its exit code, as `_print_ends` does.
 _TORCHRUNS_REPORT = "torch.distributed.elastic.multiprocessing.api"
@@ -31,7 +31,7 @@ _TORCHRUNS_REPORT = "torch.distributed.elastic.multiprocessing.api"
 
 @dataclass(frozen=True)
 class Placement:
-    """Where this node stands in the run; `processes` per node."""
+    """The place of this node in the run; `processes` per node."""
 
     nodes: int = 1
     node_rank: int = 0
@@ -49,7 +49,7 @@ def launcher_command(
 ) -> list[str]:
     """The command that starts this node's processes.
 
-    On a CPU accelerate starts several processes for DeepSpeed and FSDP only, so DDP is torchrun's there.
+    On a CPU accelerate starts several processes for DeepSpeed and FSDP only, so DDP uses torchrun there.
     """
     train = ["orpo_dist.cli", "train", recipe, *flags]
     if name == "ddp" and cpu:
@@ -71,13 +71,13 @@ def launcher_command(
 
 
 def run_launcher(command: Sequence[str], environment: Mapping[str, str] | None = None) -> int:
-    """Run a command of `launcher_command` here, with further variables for its processes.
+    """Run a command of `launcher_command` in this process, with further variables for the training processes.
 
-    Variables, handlers of signals and logging are as before when it returns. In a thread that is not the main one
-    signals keep the handlers they have.
+    Variables, signal handlers and logging are restored on return. Outside the main thread signal handlers are not
+    changed.
 
-    Returns the exit code that says most about the end: of all local processes that failed, 2 before 3 before 75 before
-    any other (128 + number for a signal).
+    Returns the most informative exit code of the local processes that failed: 2 before 3 before 75 before any other
+    (128 + number for a signal).
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -89,7 +89,7 @@ def run_launcher(command: Sequence[str], environment: Mapping[str, str] | None =
         except ChildFailedError as failure:
             codes = {rank: (end.pid, end.exitcode) for rank, end in sorted(failure.failures.items())}
             code = telling_code([code for _, code in codes.values()])
-            if code not in (BAD_INPUT, STOPPED):  # about those the processes themselves have printed a line
+            if code not in (BAD_INPUT, STOPPED):  # for these the processes have printed a line
                 _print_ends(codes)
             return code
         except subprocess.CalledProcessError as failure:  # accelerate's launcher of a single process
@@ -101,17 +101,17 @@ def run_launcher(command: Sequence[str], environment: Mapping[str, str] | None =
 
 
 def telling_code(codes: Sequence[int]) -> int:
-    """Of the exit codes of processes (negative: a signal), the one to act on."""
+    """The exit code to act on, of several processes (negative: a signal)."""
     for code in (BAD_INPUT, GAVE_UP, STOPPED):
         if code in codes:
             return code
-    # The first process to fail is killed by nobody; the others get SIGTERM from the launcher.
+    # The first process to fail ends on its own; the launcher sends SIGTERM to the others.
     own = [code for code in codes if code not in (0, -signal.SIGTERM)] or [code for code in codes if code] or [FAILED]
     return own[0] if own[0] > 0 else 128 - own[0]
 
 
 def _launcher(module: str, arguments: list[str]) -> Callable[[], object]:
-    """The launcher's function. Its imports take seconds, in which a signal should not go to processes yet to come."""
+    """The launcher's function. Its imports take seconds, during which no processes exist to forward a signal to."""
     if module == "torch.distributed.run":
         from torch.distributed.run import main
 
@@ -157,20 +157,20 @@ def _quiet(name: str) -> Iterator[None]:
 
 @contextmanager
 def _forwarding_signals() -> Iterator[None]:
-    """Signals to this launcher reach its processes, which stop at a step boundary; the launcher waits for them.
+    """Forward signals to the training processes, which stop at a step boundary; the launcher waits for them.
 
     Not inside a SLURM step: SLURM signals every process itself, and a second signal would stop them at once.
     """
-    if threading.current_thread() is not threading.main_thread():  # Python lets no other thread set a handler
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set a handler
         yield
         return
     this = psutil.Process()
-    strangers = {child.pid for child in this.children()}  # of a script that starts processes of its own
+    unrelated = {child.pid for child in this.children()}  # started earlier by the calling script
 
     def forward(number: int, _frame: object) -> None:
         if "SLURM_STEP_ID" not in os.environ:
             for child in this.children():
-                if child.pid not in strangers:
+                if child.pid not in unrelated:
                     with suppress(psutil.NoSuchProcess):
                         child.send_signal(number)
 

@@ -1,7 +1,7 @@
-"""From a template to the script of a job: the same file, with the job's options, the site profile and lib.sh in it.
+"""Renders a template to a job script: the template with the job's options, the site profile and lib.sh inserted.
 
-A rendered script needs nothing but the package on the node and is kept in the run's folder: `sbatch` on it submits the
-same job again.
+A rendered script needs only the package on the node. It is kept in the run's folder: `sbatch` on it submits the same
+job again.
 """
 
 import re
@@ -18,10 +18,10 @@ _FINDS_LIBRARY = re.compile(r"here=|source |# shellcheck source=|# sbatch runs a
 
 
 def render(template: str, job: JobRequest, site: SiteProfile, arguments: Sequence[str]) -> str:
-    """The script of `job`; `arguments`: what the template is called with, a recipe and flags.
+    """The script of `job`. arguments: of the template, a recipe and flags.
 
     Raises:
-        UserError: no such template, malformed options.
+        UserError: there is no such template, or options are malformed.
     """
     lines = shipped("slurm", f"{template}.sbatch").read_text("utf-8").splitlines()
     matches = [_DIRECTIVE.fullmatch(line) for line in lines]
@@ -72,13 +72,13 @@ def _settings(job: JobRequest, site: SiteProfile, body: list[str]) -> list[str]:
 
 
 def _without_header(text: str) -> list[str]:
-    """Without the leading `# shellcheck` line, which is for the file alone."""
+    """The lines without a leading `# shellcheck` line, which applies to the separate file only."""
     lines = text.rstrip("\n").splitlines()
     return lines[1:] if lines and lines[0].startswith("# shellcheck") else lines
 
 
 def _directive(value: str) -> str:
-    """sbatch splits its lines at blanks, as a shell does."""
+    """Quotes a value with spaces, at which sbatch would split it, as a shell does."""
     if "\n" in value:
-        raise UserError(f"an option of sbatch cannot hold a line break: {value!r}.")
+        raise UserError(f"an option of sbatch cannot contain a line break: {value!r}.")
     return f'"{value}"' if " " in value else value

@@ -1,11 +1,11 @@
-"""The nodes of a run meet before its processes start, so that a wrong set-up ends with one message and not in a hang.
+"""The nodes of a run connect before its processes start, so that a misconfiguration ends with an error, not a hang.
 
 Node rank 0 listens on the port that the process group will use later. Every other node connects and reports what it is
-about to start. The listening socket is closed before anyone is answered, so that a node that continues finds the
-process group on that port or nothing, never a late meeting.
+about to start. The listening socket is closed before any node gets an answer, so that a node that continues finds the
+process group on that port or nothing, never a late rendezvous.
 
     other node -> head   {"node_rank": 1, "nodes": 2, "processes": 8, "host": "n2", "versions": {...}, "recipe": "3f"}
-    head -> other node   {"error": null, "token": "/shared/runs/a/.meeting-5c..."}     when all have come, or an error
+    head -> other node   {"error": null, "token": "/shared/runs/a/.meeting-5c..."}     all connected, or an error
     other node -> head   {"sees_token": true}
     head -> other node   {"error": null}
 """
@@ -23,14 +23,14 @@ from typing import Any
 from orpo_dist.errors import UserError
 
 RETRY_SECONDS = 0.5
-ANSWER_SECONDS = 30  # how long a node that is connected may take for its next line
-VISIBLE_SECONDS = 10  # how long a shared file system may take to show a new file on another node
+ANSWER_SECONDS = 30  # time for a connected node to send its next line
+VISIBLE_SECONDS = 10  # time for a new file to appear on another node of a shared file system
 _LONGEST_LINE = 65536
 
 
 @dataclass(frozen=True)
 class NodeReport:
-    """What a node reports about itself; `processes` per node, `recipe` a digest of the file and the flags."""
+    """The report of a node. processes: per node. recipe: a digest of the file and the flags."""
 
     node_rank: int
     nodes: int
@@ -41,45 +41,53 @@ class NodeReport:
 
 
 def meet(report: NodeReport, head: str, port: int, run_folder: Path, seconds: float) -> None:
-    """Returns when all nodes of the run have come and agree; `run_folder` must exist on the head.
+    """Returns when all nodes of the run are connected and agree; `run_folder` must exist on the head.
 
     Raises:
         UserError: the port is in use, the head does not answer, nodes are missing or connected twice within `seconds`,
             nodes disagree about the run or its versions, or do not share the run's folder.
     """
     if report.node_rank == 0:
-        _host_meeting(report, port, run_folder, seconds)
+        _host_rendezvous(report, port, run_folder, seconds)
     else:
-        _attend(report, head, port, seconds)
+        _join_rendezvous(report, head, port, seconds)
 
 
 def disagreement(head: NodeReport, other: NodeReport) -> str | None:
-    """What keeps `other` from joining the head's run, in one sentence."""
+    """Why `other` cannot join the head's run, in one sentence, or None."""
     who = f"node rank {other.node_rank} ({other.host})"
     if other.nodes != head.nodes:
-        return f"{who} was started for {other.nodes} nodes, the head ({head.host}) for {head.nodes}: give all the same."
+        return (
+            f"{who} was started for {other.nodes} nodes, the head ({head.host}) for {head.nodes}: use the same "
+            "number on all nodes."
+        )
     if not 0 < other.node_rank < head.nodes:
         return f"{who}: with {head.nodes} nodes the node ranks are 0 to {head.nodes - 1}."
     if other.processes != head.processes:
-        return f"{who} starts {other.processes} processes, the head ({head.host}) {head.processes}: give all the same."
+        return (
+            f"{who} starts {other.processes} processes, the head ({head.host}) {head.processes}: use the same "
+            "number on all nodes."
+        )
     differing = [
         f"{name} {other.versions.get(name, 'missing')} against {version}"
         for name, version in head.versions.items()
         if other.versions.get(name) != version
     ]
     if differing:
-        return f"{who} has other versions than the head ({head.host}): {', '.join(differing)}. Install the same."
+        return (
+            f"{who} has other versions than the head ({head.host}): {', '.join(differing)}. Install the same versions."
+        )
     if other.recipe != head.recipe:
         return f"{who} was started with another recipe or other flags than the head ({head.host})."
     return None
 
 
-def _host_meeting(report: NodeReport, port: int, run_folder: Path, seconds: float) -> None:
+def _host_rendezvous(report: NodeReport, port: int, run_folder: Path, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     with ExitStack() as stack:
         nodes: dict[int, _Line] = {}
         reports: dict[int, NodeReport] = {}
-        came_twice: list[_Line] = []
+        duplicates: list[_Line] = []
         error: str | None = None
         with _listen(port) as listening:
             while len(nodes) < report.nodes - 1 and error is None:
@@ -89,23 +97,24 @@ def _host_meeting(report: NodeReport, port: int, run_folder: Path, seconds: floa
                 except TimeoutError:
                     missing = sorted(set(range(1, report.nodes)) - nodes.keys())
                     error = (
-                        f"{len(nodes) + 1} of {report.nodes} nodes came within {seconds:.0f} s; missing node ranks: "
-                        f"{', '.join(map(str, missing))}. Start them with this head's address and port {port}, or "
-                        "correct the number of nodes."
+                        f"{len(nodes) + 1} of {report.nodes} nodes connected within {seconds:.0f} s; missing node "
+                        f"ranks: {', '.join(map(str, missing))}. Start them with this head's address and port {port}, "
+                        "or correct the number of nodes."
                     )
                     break
                 line = stack.enter_context(_Line(connection))
                 try:
                     other = NodeReport(**line.receive())
-                except (OSError, ValueError, TypeError):  # some other program on the port
+                except (OSError, ValueError, TypeError):  # another program connected to the port
                     continue
                 error = disagreement(report, other)
                 if other.node_rank in nodes:
                     first = reports[other.node_rank].host
                     error = (
-                        f"node rank {other.node_rank} came twice, from {first} and {other.host}: each needs its own."
+                        f"node rank {other.node_rank} connected twice, from {first} and {other.host}: give each node "
+                        "its own rank."
                     )
-                    came_twice.append(line)
+                    duplicates.append(line)
                     continue
                 nodes[other.node_rank] = line
                 reports[other.node_rank] = other
@@ -113,15 +122,15 @@ def _host_meeting(report: NodeReport, port: int, run_folder: Path, seconds: floa
         if error is None:
             token.touch()
         try:
-            for line in (*nodes.values(), *came_twice):
-                with suppress(OSError):  # it has gone; the others still want to know
+            for line in (*nodes.values(), *duplicates):
+                with suppress(OSError):  # that node has disconnected; the others still need the answer
                     line.send({"error": error, "token": str(token)})
             if error is None:
                 blind = [rank for rank, line in nodes.items() if not _answers_that_it_sees(line)]
                 if blind:
                     error = (
-                        f"{run_folder} is not shared: node ranks {', '.join(map(str, sorted(blind)))} do not see what "
-                        "the head writes there. Set output_dir to a folder that all nodes share."
+                        f"{run_folder} is not shared: node ranks {', '.join(map(str, sorted(blind)))} do not see "
+                        "files that the head writes there. Set output_dir to a folder that all nodes share."
                     )
                 for line in nodes.values():
                     with suppress(OSError):
@@ -134,7 +143,7 @@ def _host_meeting(report: NodeReport, port: int, run_folder: Path, seconds: floa
             line.wait_for_end()
 
 
-def _attend(report: NodeReport, head: str, port: int, seconds: float) -> None:
+def _join_rendezvous(report: NodeReport, head: str, port: int, seconds: float) -> None:
     with _Line(_connect(head, port, seconds)) as line:
         try:
             line.send(asdict(report))
@@ -144,7 +153,7 @@ def _attend(report: NodeReport, head: str, port: int, seconds: float) -> None:
                 answer = line.receive()
         except (OSError, ValueError) as error:
             raise UserError(
-                f"The head node {head}:{port} ended the meeting ({error}): its own message says why."
+                f"The head node {head}:{port} closed the rendezvous ({error}): see its own message."
             ) from error
     if answer["error"] is not None:
         raise UserError(answer["error"])
@@ -158,10 +167,12 @@ def _listen(port: int) -> socket.socket:
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise UserError(
-                f"Port {port} is in use on the head node ({socket.gethostname()}): another run, or one that has not "
-                "ended. Choose another with --port, on all nodes."
+                f"Port {port} is in use on the head node ({socket.gethostname()}): another run may use it, or an "
+                "earlier one has not ended. Choose another port with --port, on all nodes."
             ) from error
-        raise UserError(f"Port {port} cannot be used on the head node: {error}. Choose another with --port.") from error
+        raise UserError(
+            f"Port {port} cannot be used on the head node: {error}. Choose another port with --port."
+        ) from error
 
 
 def _connect(head: str, port: int, seconds: float) -> socket.socket:
@@ -213,7 +224,7 @@ class _Line:
         self._connection.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self, seconds: float = ANSWER_SECONDS) -> dict[str, Any]:
-        """The next object. Raises OSError (a timeout too) or ValueError when there is none."""
+        """The next object. Raises OSError (also on a timeout) or ValueError if there is none."""
         self._connection.settimeout(seconds)
         message = json.loads(self._file.readline(_LONGEST_LINE) or b"null")
         if not isinstance(message, dict):
@@ -221,6 +232,6 @@ class _Line:
         return message
 
     def wait_for_end(self) -> None:
-        """The other side closes first, so that the wait state of a closed connection is not on the head's port."""
+        """Let the other side close first, so that the head's port is not left in TIME_WAIT."""
         with suppress(OSError, ValueError):
             self.receive()

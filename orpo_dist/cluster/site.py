@@ -1,4 +1,4 @@
-"""The site profile: what a cluster is like, in one shell file (slurm/site.sh) that templates and `submit` read."""
+"""The site profile: properties of a cluster, in one shell file (slurm/site.sh) that templates and `submit` read."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ _NAMES = (
 
 @dataclass(frozen=True)
 class SiteProfile:
-    """Values of a profile; empty texts mean the cluster's default. `text`: the file itself."""
+    """Values of a profile; an empty string means the cluster's default. `text`: the file itself."""
 
     path: Path
     text: str
@@ -49,13 +49,13 @@ def read_site(path: str | None = None) -> SiteProfile:
     """The profile at `path`, at $ORPO_DIST_SITE, at slurm/site.sh below the current folder, or the shipped one.
 
     Raises:
-        UserError: no such file, or bash cannot read it.
+        UserError: the file does not exist, or bash cannot read it.
     """
     named = path or os.environ.get("ORPO_DIST_SITE")
     own = Path("slurm/site.sh")
     file = Path(named) if named else own if own.is_file() else shipped("slurm", "site.sh")
     if not file.is_file():
-        raise UserError(f"site profile {file}: there is no such file.")
+        raise UserError(f"site profile {file} does not exist.")
     echo = " ".join(f'"${{SITE_{name}-}}"' for name in _NAMES)
     done = subprocess.run(
         ["bash", "-c", f"source \"$1\" >/dev/null && printf '%s\\0' {echo}", "site", str(file)],
@@ -72,7 +72,7 @@ def read_site(path: str | None = None) -> SiteProfile:
 
 
 def gpu_option(site: SiteProfile, count: int) -> tuple[str, str]:
-    """How the site asks for GPUs, as (option, value): `("gpus-per-node", "8")`, `("gres", "gpu:a100:8")`.
+    """How the site requests GPUs, as (option, value): `("gpus-per-node", "8")`, `("gres", "gpu:a100:8")`.
 
     Raises:
         UserError: SITE_GPU_REQUEST is not an option with one %d.

@@ -1,4 +1,4 @@
-"""SLURM's own commands, and what they print."""
+"""Runs SLURM's commands and parses their output."""
 
 import shutil
 import subprocess
@@ -16,7 +16,7 @@ SECONDS = 60  # for one answer of SLURM
 
 @dataclass(frozen=True)
 class QueuedJob:
-    """A job that waits or runs."""
+    """A job in SLURM's queue."""
 
     job_id: str
     state: str
@@ -50,10 +50,10 @@ class PartitionNodes:
 
 
 def call(*command: str) -> str:
-    """Run one of SLURM's commands; what it prints.
+    """Run one of SLURM's commands and return its output.
 
     Raises:
-        UserError: there is no SLURM here, it does not answer, or it refuses.
+        UserError: SLURM is not installed here, does not answer, or rejects the command.
     """
     if shutil.which(command[0]) is None:
         raise UserError(f"{command[0]} is not on this machine: run this on a login node of a SLURM cluster.")
@@ -67,7 +67,7 @@ def call(*command: str) -> str:
 
 
 def sbatch(script: Path, dependency: str | None = None) -> str:
-    """Submit a script. Returns the job's id."""
+    """Submit a script. Returns the job id."""
     options = [f"--dependency={dependency}", "--kill-on-invalid-dep=yes"] if dependency else []
     return call("sbatch", "--parsable", *options, str(script)).strip().split(";")[0]
 
@@ -80,7 +80,7 @@ def jobs(job_ids: Sequence[str] = ()) -> list[QueuedJob]:
 
 
 def partition_nodes(partition: str | None) -> list[PartitionNodes]:
-    """The nodes of a partition (None: of the default one), without those that are down for good.
+    """The nodes of a partition (None: the default one).
 
     Raises:
         UserError: there is no such partition.

@@ -1,4 +1,4 @@
-"""`orpo-dist status [RUN|JOB ...]`: where jobs and their runs stand."""
+"""`orpo-dist status [RUN|JOB ...]`: the state of jobs and their runs."""
 
 import argparse
 import json
@@ -13,10 +13,10 @@ from orpo_dist.errors import UserError
 
 @dataclass(frozen=True)
 class RunState:
-    """What a run's folder says about it.
+    """The state of a run, read from its folder.
 
     Attributes:
-        outcome: how its last attempt ended, in the words of slurm/lib.sh; "" before the first end.
+        outcome: how its last attempt ended, as written by slurm/lib.sh; "" before the first end.
         step: the last logged optimizer step.
         checkpoint: the newest complete checkpoint.
     """
@@ -56,11 +56,11 @@ def main(argv: Sequence[str]) -> int:
     """`orpo-dist status`. Returns 0.
 
     Raises:
-        UserError: no such run or job.
+        UserError: there is no such run or job.
     """
     parser = argparse.ArgumentParser(
         prog="orpo-dist status",
-        description="Where jobs and their runs stand. Without arguments: all of your jobs.",
+        description="The state of jobs and their runs. Without arguments: all of your jobs.",
         allow_abbrev=False,
     )
     parser.add_argument("which", nargs="*", metavar="RUN|JOB", help="A run's folder or the id of a job.")
@@ -75,7 +75,7 @@ def report(which: Sequence[str]) -> list[str]:
     if not which:
         folders = list(dict.fromkeys(job.run_folder for job in queued if job.is_active))
         if not folders:
-            return ["No job of orpo-dist waits or runs. `orpo-dist status RUN` shows a run that has ended."]
+            return ["No job of orpo-dist is waiting or running. `orpo-dist status RUN` shows a run that has ended."]
     else:
         folders = list(dict.fromkeys(folder_of(word, queued) for word in which))
     lines = []
@@ -97,24 +97,24 @@ def report(which: Sequence[str]) -> list[str]:
 
 
 def folder_of(word: str, queued: Sequence[slurm.QueuedJob]) -> Path:
-    """The run of a folder or a job id, also of a job that SLURM has forgotten.
+    """The run's folder for a folder or the id of a queued job.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such run or job.
     """
     if re.fullmatch(r"\d+(_\d+)?", word):
         for job in queued:
             if word in (job.job_id, job.job_id.split("_")[0]) and job.run_folder is not None:
                 return job.run_folder
-        raise UserError(f"SLURM knows no job {word} of orpo-dist (any more): name the run's folder.")
+        raise UserError(f"SLURM does not list a job {word} of orpo-dist (any more): give the run's folder.")
     folder = Path(word).absolute()
     if not (folder / "slurm").is_dir():
-        raise UserError(f"{word} is not a run that was submitted: it has no folder slurm/.")
+        raise UserError(f"{word} is not a submitted run: it has no folder slurm/.")
     return folder
 
 
 def newest_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that is complete."""
+    """The newest complete checkpoint."""
     steps = [
         int(marker.parent.name.removeprefix("checkpoint-"))
         for marker in folder.glob("checkpoint-*/complete.json")
@@ -128,7 +128,7 @@ def _last_step(log: Path) -> tuple[int | None, float | None]:
     for line in _text(log).splitlines():
         try:
             event = json.loads(line)
-        except ValueError:  # the line that is being written
+        except ValueError:  # a partial line, still being written
             continue
         step, loss = event.get("step", step), event.get("loss", loss)
     return step, loss

@@ -1,6 +1,6 @@
-"""`orpo-dist submit RECIPE.yaml --nodes N --gpus-per-node G --time T ...`: a run as a job of SLURM.
+"""`orpo-dist submit RECIPE.yaml --nodes N --gpus-per-node G --time T ...`: submits a run as a SLURM job.
 
-Renders a template of slurm/ with the site profile in it, checks what can be checked on the login node, and submits it.
+Checks the run as far as possible on the login node, renders a template of slurm/ with the site profile, and submits it.
 """
 
 import argparse
@@ -29,7 +29,7 @@ _PATHS = ("dataset_name", "model_name_or_path", "adapter_name_or_path")
 
 @dataclass(frozen=True)
 class Submission:
-    """What is about to be submitted: scripts in the order in which they run."""
+    """A checked job, ready to submit; `scripts` in the order in which they run."""
 
     run_folder: Path
     recipe: Path
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     """`orpo-dist submit`. Returns 0 when the job is submitted, or printed with `--dry-run`.
 
     Raises:
-        UserError: the recipe, the resources or the folders cannot work, or SLURM refuses.
+        UserError: the recipe, the resources or the folders cannot work, or SLURM rejects the job.
     """
     options, flags = parse(argv)
     submission = prepare(options, flags)
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The options of `submit`, and the rest, which are the recipe's flags."""
+    """The options of `submit`, and the remaining flags, which belong to the recipe."""
     options, flags = _parser().parse_known_args(argv)
     return options, [word for word in flags if word != "--"]
 
@@ -76,9 +76,9 @@ def prepare(options: argparse.Namespace, flags: list[str]) -> Submission:
         accelerate_config(job.config)
     runs = _sweep_size(options.sweep) if options.sweep else None
     if (options.array is not None or runs is not None) and options.chain:
-        raise UserError("--chain is for a single run: an array's runs are requeued.")
+        raise UserError("--chain needs a single run: runs of an array are requeued instead.")
     if options.array is not None and runs is None:
-        raise UserError("--array needs --sweep FILE: a line of flags for each of the runs.")
+        raise UserError("--array needs --sweep FILE, with a line of flags for each run.")
     if runs is not None:
         job = dataclasses.replace(job, array=_array(options.array, runs))
     notes = _check_folders(view, site, sweep=options.sweep)
@@ -87,7 +87,7 @@ def prepare(options: argparse.Namespace, flags: list[str]) -> Submission:
         job = _fitted(job, site)
         if runs is None:
             _refuse_second_job(view.run_folder, options.dependency)
-    _check_recipe(options.recipe, flags)  # last: it imports what takes seconds
+    _check_recipe(options.recipe, flags)  # last: its imports take seconds
     template = choose_template(job, site, images=view.values.get("image_column") is not None)
     recipe = view.run_folder / "slurm" / "recipe.yaml"
     flags = [*_without_output_dir(flags), "--output_dir", str(view.run_folder)]
@@ -104,14 +104,14 @@ def prepare(options: argparse.Namespace, flags: list[str]) -> Submission:
 
 
 def submit(submission: Submission, dependency: str | None = None, *, chain: int = 1) -> list[str]:
-    """Write the scripts and the recipe into the run's folder and submit them. Returns the jobs' ids, as they run.
+    """Write the scripts and the recipe into the run's folder and submit them. Returns the job ids in running order.
 
     Raises:
-        UserError: SLURM refuses.
+        UserError: SLURM rejects a job.
     """
     folder = submission.recipe.parent
     (folder / "logs").mkdir(parents=True, exist_ok=True)
-    # The job reads this copy: an edit of the recipe while the job waits, or between two attempts, is another run.
+    # The job reads this copy, so that editing the recipe while the job waits or between attempts does not change it.
     submission.recipe.write_text(submission.recipe_text, "utf-8")
     job_ids: list[str] = []
     for name, script in submission.scripts.items():
@@ -131,7 +131,7 @@ def submit(submission: Submission, dependency: str | None = None, *, chain: int 
 
 
 def what_now(submission: Submission, job_ids: list[str]) -> list[str]:
-    """For the person at the terminal: ids, logs, how to watch and how to cancel."""
+    """Lines for the terminal: ids, logs, how to watch and how to cancel."""
     folder, last = submission.recipe.parent, job_ids[-1]
     return [
         f"Submitted job{'s' if len(job_ids) > 1 else ''} {', '.join(job_ids)}",
@@ -145,7 +145,7 @@ def what_now(submission: Submission, job_ids: list[str]) -> list[str]:
 
 
 def _without_output_dir(flags: list[str]) -> list[str]:
-    """The flags without that of the run's folder, which is added as an absolute path."""
+    """The flags without `--output_dir`, which is added as an absolute path."""
     for position, flag in enumerate(flags):
         name, equals, _ = flag.replace("-", "_").partition("=")
         if name == "__output_dir":
@@ -168,13 +168,13 @@ def _request(options: argparse.Namespace, view: RecipePreview) -> JobRequest:
 
 
 def _check_recipe(recipe: str, flags: Sequence[str]) -> None:
-    """Names and values, as training will read them; on the CPU, since a login node has no GPU."""
+    """Check names and values as training will; on the CPU, since a login node has no GPU."""
     from orpo_dist.recipe.recipe import Recipe
 
     before = dict(os.environ)
     try:
         Recipe.parse([recipe, *flags, *without_gpu(preview(recipe, flags).values)])
-    finally:  # the recipe's `env:` is the job's
+    finally:  # the recipe's `env:` applies to the job only
         os.environ.clear()
         os.environ.update(before)
 
@@ -190,7 +190,7 @@ def _check_folders(view: RecipePreview, site: SiteProfile, sweep: str | None) ->
         path = Path(str(value)).absolute()
         if value is None or not path.exists():
             if value is not None and str(value).startswith(("/", "./", "../", "~")):
-                raise UserError(f"{name}: {value} is not there.")
+                raise UserError(f"{name}: {value} does not exist.")
             continue
         refusal = site.refusal_of(path)
         if refusal:
@@ -202,14 +202,14 @@ def _check_folders(view: RecipePreview, site: SiteProfile, sweep: str | None) ->
         raise UserError(f"--sweep {sweep} {site.refusal_of(Path(sweep).absolute())}: move it to a shared folder.")
     if (view.run_folder / "slurm" / "done").exists() and not sweep:
         raise UserError(
-            f"{view.run_folder} is finished already (see its run_summary.json). To train again: another --output_dir, "
-            "or remove the folder."
+            f"{view.run_folder} is already finished (see its run_summary.json). To train again, use another "
+            "--output_dir or remove the folder."
         )
     return notes
 
 
 def _offline_note(view: RecipePreview, *, prefetch: bool) -> list[str]:
-    """Jobs train with HF_HUB_OFFLINE=1: what comes from the hub must be in the cache by then."""
+    """Jobs train with HF_HUB_OFFLINE=1, so files from the hub must be in the cache before."""
     from huggingface_hub import try_to_load_from_cache
 
     model = str(view.values.get("model_name_or_path") or "")
@@ -218,14 +218,14 @@ def _offline_note(view: RecipePreview, *, prefetch: bool) -> list[str]:
     cached = try_to_load_from_cache(model, "config.json", cache_dir=view.environment.get("HF_HUB_CACHE"))
     if isinstance(cached, str):
         return []
-    return [f"{model} is not in the cache of this node, and jobs train offline: --prefetch fetches it in a job before."]
+    return [f"{model} is not in the cache of this node, and jobs train offline: --prefetch fetches it in a job first."]
 
 
 def _fitted(job: JobRequest, site: SiteProfile) -> JobRequest:
-    """The job with as many CPUs as its nodes have, where none were asked for.
+    """The job with a number of CPUs that fits its nodes, unless one was requested.
 
     Raises:
-        UserError: the partition has not so many nodes, GPUs or hours.
+        UserError: the partition does not have enough nodes, GPUs or hours.
     """
     partition = job.partition or site.partition or None
     groups = slurm.partition_nodes(partition)
@@ -251,24 +251,24 @@ def _refuse_second_job(run_folder: Path, dependency: str | None) -> None:
     active = [job for job in slurm.jobs() if job.is_active and job.run_folder == run_folder]
     if active and not dependency:
         raise UserError(
-            f"Job {active[0].job_id} ({active[0].state.lower()}) is this run already. Cancel it, wait for it "
+            f"Job {active[0].job_id} ({active[0].state.lower()}) already trains this run. Cancel it, wait for it "
             f"(--dependency afterany:{active[0].job_id}), or choose another --output_dir."
         )
 
 
 def _sweep_size(path: str) -> int:
     if not Path(path).is_file():
-        raise UserError(f"--sweep {path}: there is no such file.")
+        raise UserError(f"--sweep {path} does not exist.")
     lines = [line for line in Path(path).read_text("utf-8").splitlines() if line.strip() and line.strip()[0] != "#"]
     if not lines:
-        raise UserError(f"--sweep {path} has no line of flags.")
+        raise UserError(f"--sweep {path} contains no flags.")
     for number, line in enumerate(lines):
         try:
             words = shlex.split(line)
         except ValueError as error:
             raise UserError(f"--sweep {path}, run {number}: {error}: {line}") from error
         if not words[0].startswith("--") or any(word.split("=")[0] == "--output_dir" for word in words):
-            raise UserError(f"--sweep {path}, run {number}: a line holds flags, and never --output_dir: {line}")
+            raise UserError(f"--sweep {path}, run {number}: a line must contain flags, and not --output_dir: {line}")
     return len(lines)
 
 
@@ -277,7 +277,7 @@ def _array(asked: str | None, runs: int) -> str:
         return f"0-{runs - 1}"
     numbers = [int(number) for number in re.findall(r"\d+", asked.split("%")[0].split(":")[0])]
     if not numbers or max(numbers) >= runs:
-        raise UserError(f"--array {asked}: the sweep has the runs 0 to {runs - 1}.")
+        raise UserError(f"--array {asked}: the runs of the sweep are 0 to {runs - 1}.")
     return asked
 
 
@@ -290,7 +290,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="orpo-dist submit",
         usage="orpo-dist submit RECIPE.yaml [options] [--field value ...]",
-        description="Submit a run to SLURM. Flags that are not listed here are the recipe's.",
+        description="Submit a run to SLURM. Flags that are not listed here belong to the recipe.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -301,7 +301,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--cpus-per-node", type=int, dest="cpus", help="Default: 8 per process, at most what a node has.")
     add("--time", help="Time limit, as SLURM writes it; the run continues in the next attempt. Default: 24:00:00.")
     add("--stop-before", type=int, help="Seconds before the limit to save and stop. Default: 600, at most a quarter.")
-    add("--share-nodes", action="store_true", help="Other jobs may use what this one leaves of its nodes.")
+    add("--share-nodes", action="store_true", help="Other jobs may use free resources on its nodes.")
     add("--partition")
     add("--account")
     add("--qos")
@@ -310,7 +310,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dependency", help="As sbatch has it, such as afterok:123.")
     add("--sweep", metavar="FILE", help="One run per line of flags, as an array job; runs are in OUTPUT_DIR/0, 1, ...")
     add("--array", help="Which runs of the sweep, and how many at once: 0-7%%2. Default: all.")
-    add("--prefetch", action="store_true", help="Fetch model and data in a job before, without GPU.")
+    add("--prefetch", action="store_true", help="Fetch model and data in a job before it, without a GPU.")
     add("--prefetch-time", default="04:00:00", help="Time limit of that job. Default: 04:00:00.")
     add("--chain", type=int, help="Submit N jobs, one after the other, for clusters that do not requeue.")
     add("--max-restarts", type=int, help="How often the job may start again. Default: the site profile's.")

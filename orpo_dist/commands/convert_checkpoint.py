@@ -12,12 +12,12 @@ from orpo_dist.run import checkpoint as checkpoints
 
 
 def main(argv: Sequence[str]) -> int:
-    """Returns 0 when the checkpoint can be resumed on any number of ranks."""
+    """`orpo-dist convert-checkpoint`. Returns 0 when the checkpoint can be resumed on any number of ranks."""
     parser = argparse.ArgumentParser(
         prog="orpo-dist convert-checkpoint",
         allow_abbrev=False,
-        description="Add DeepSpeed's universal form to a ZeRO checkpoint, in place. Then start the run again with "
-        "another number of processes and the same global batch, with --resume_from_checkpoint auto.",
+        description="Add DeepSpeed's universal form to a ZeRO checkpoint, in place. Then restart the run on another "
+        "number of processes with the same global batch and --resume_from_checkpoint auto.",
     )
     parser.add_argument("checkpoint", type=Path, help="a checkpoint-N folder of a run under ZeRO 1, 2 or 3")
     folder = parser.parse_args(argv).checkpoint
@@ -27,11 +27,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def convert(folder: Path) -> Path:
-    """Add the universal form to a checkpoint, which DeepSpeed can load on any number of ranks. The marker is
-    written again after it is complete, so a conversion that is cut off changes nothing.
+    """Add the universal form, which DeepSpeed can load on any number of ranks, to a checkpoint. The marker is rewritten
+    at the end, so an interrupted conversion changes nothing.
 
     Raises:
-        UserError: not a complete checkpoint, or not one of DeepSpeed's.
+        UserError: not a complete checkpoint, or not a DeepSpeed checkpoint.
     """
     try:
         manifest = checkpoints.verify(folder)
@@ -51,7 +51,7 @@ def convert(folder: Path) -> Path:
             argparse.Namespace(
                 input_folder=str(partitions[-1]),
                 output_folder=str(output),
-                num_extract_workers=1,  # in this process, where only safe pickles are loaded
+                num_extract_workers=1,  # in this process, to which safe_pickles applies
                 num_merge_workers=1,
                 keep_temp_folder=False,
                 strict=True,

@@ -3,12 +3,13 @@
 import argparse
 import difflib
 import json
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_origin, get_type_hints
 
-from orpo_dist.data.audit import DroppedRow, check_bad_rows, count_kinds, write_dropped_rows
+from orpo_dist.data.audit import DroppedRow, check_bad_rows, write_dropped_rows
 from orpo_dist.errors import UserError
 from orpo_dist.options.data import DataOptions, ImageOptions, PrepareOptions
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
     from orpo_dist.data.prepare import PreparedPairs
+    from orpo_dist.data.prepared_file import Note
 
 EXAMPLES = 3  # bad rows shown for each kind
 
@@ -44,7 +46,7 @@ def main(argv: list[str]) -> int:
         _check(arguments, rows, _options(arguments))
     else:
         prepared = _prepared(arguments, rows)
-        _show(prepared.dropped)
+        _show_read(arguments, rows, prepared.dropped, prepared.notes)
         _show_images(prepared)
         print("The data can be trained on.")
     return 0
@@ -62,7 +64,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         hint = f"Did you mean {close[0]}?" if close else "See orpo-dist data --help."
         raise UserError(f"Unknown option {flag}. {hint}")
     if rest:
-        raise UserError(f"{rest[0]!r} belongs to no option: orpo-dist data check|stats DATA --option value.")
+        raise UserError(f"{rest[0]!r} does not belong to an option: orpo-dist data check|stats DATA --option value.")
     return arguments
 
 
@@ -79,7 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     _add(parser, "batch_size", type=int, default=4, help="stats: pairs of a padded batch (default: 4)")
     _add(parser, "dropped_rows", type=Path, help="write the bad rows to this JSON lines file")
     for name, option in _DECLARED.items():
-        _add(parser, name, **option.metadata)
+        note = " `data stats` has no bound unless this is given." if name == "max_length" else ""
+        _add(parser, name, **(option.metadata | {"help": option.metadata["help"] + note}))
     return parser
 
 
@@ -158,6 +161,7 @@ def _check(arguments: argparse.Namespace, rows: "Dataset | IterableDataset", opt
     from orpo_dist.data.pairs import Pair
     from orpo_dist.data.prepare import as_dataset, format_of, image_sizes_of, read_pair
     from orpo_dist.data.stats import describe_images, image_stats
+    from orpo_dist.data.streaming import each_row
     from orpo_dist.images.decode import require_pillow
 
     name = arguments.data
@@ -167,7 +171,7 @@ def _check(arguments: argparse.Namespace, rows: "Dataset | IterableDataset", opt
     if pair_format.has_images:
         require_pillow("Checking images")
     dropped, sizes = [], []
-    for index, row in enumerate(tqdm(dataset, desc="Checking")):
+    for index, row in enumerate(tqdm(each_row(dataset), desc="Checking", total=len(dataset))):
         outcome: Pair | DroppedRow | list[tuple[int, int]] = read_pair(pair_format, row, index)
         if isinstance(outcome, Pair) and outcome.images:
             outcome = image_sizes_of(pair_format, outcome, row, index)
@@ -182,7 +186,7 @@ def _check(arguments: argparse.Namespace, rows: "Dataset | IterableDataset", opt
     if sizes:
         print("\n".join(describe_images(image_stats(sizes, len(dataset) - len(dropped)))))
     check_bad_rows(dropped, len(dataset), options, name, arguments.dropped_rows)
-    _show(dropped)
+    _show_read(arguments, dataset, dropped)
     print("The data can be trained on, as far as can be told without a tokenizer; --model NAME checks lengths too.")
 
 
@@ -194,8 +198,19 @@ def _show_images(prepared: "PreparedPairs") -> None:
         print("\n".join(["", *describe_images(stats)]))
 
 
-def _show(dropped: list[DroppedRow]) -> None:
-    for kind, count in count_kinds(dropped).items():
-        print(f"  {count} x {kind}")
-        for row in [row for row in dropped if row.kind == kind][:EXAMPLES]:
-            print(f"    {row.describe()}")
+def _show_read(
+    arguments: argparse.Namespace,
+    rows: "Dataset | IterableDataset",
+    dropped: list[DroppedRow],
+    notes: "Sequence[Note]" = (),
+) -> None:
+    """What was read: files, rows, columns and why, bad rows and notes by kind."""
+    from orpo_dist.data.prepare import as_dataset, format_of, sample_of
+    from orpo_dist.data.report import describe_columns, describe_dropped, describe_files, describe_notes
+
+    options = _options(arguments)
+    dataset = as_dataset(rows, arguments.data)
+    pair_format = format_of(dataset, options)
+    lines = describe_files(dataset, arguments.data, arguments.split)
+    lines += describe_columns(dataset.column_names, sample_of(dataset), pair_format, options)
+    print("\n".join([*lines, *describe_dropped(dropped, EXAMPLES), *describe_notes(notes)]))

@@ -8,7 +8,9 @@ from orpo_dist.model.loading.merge import merge_run
 def main(argv: list[str]) -> int:
     """`orpo-dist merge RUN [--output DIR] [--dtype DTYPE] [--no-verify]`."""
     parser = argparse.ArgumentParser(
-        prog="orpo-dist merge", description="Merge the adapter of a run into its base model and verify the result."
+        prog="orpo-dist merge",
+        allow_abbrev=False,
+        description="Merge the adapter of a run into its base model and verify the result.",
     )
     parser.add_argument("run", help="folder of a run (or any folder with adapter_config.json)")
     parser.add_argument("--output", help="where to write the model (default: RUN/merged)")

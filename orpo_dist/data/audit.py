@@ -19,11 +19,13 @@ ADVICE = {
     "no common prompt": "Name the column of the prompt with prompt_column.",
     "missing value": "Fill in the value, or take the row out.",
     "NaN": "Fill in the value, or take the row out (a table's empty cell is often read as NaN).",
+    "broken text": "Write the text again from its source: part of a character is missing.",
     "wrong type": "Store text, or a list of messages with `role` and `content`.",
     "bad message": "Correct the message list.",
     "bad tools": "Store the tools as a list of JSON schemas, or as its JSON text.",
-    "needs a template": "Set apply_chat_template=true, or ignore the column with system_column='' or tools_column=''.",
-    "rendered already": "Leave apply_chat_template unset: text that went through a chat template is used as it is.",
+    "needs a template": "Set apply_chat_template=true, or leave the column out (system_column='', tools_column='').",
+    "rendered already": "Store the plain text of each turn, or rows of text with apply_chat_template unset: they are "
+    "used as they are.",
     "chat template": "Correct the row, or use another chat_template.",
     "template without a boundary": "The row is not to blame: use another chat_template.",
     "dropped by the template": (

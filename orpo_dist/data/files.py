@@ -12,15 +12,12 @@ from typing import IO, Any
 
 import pyarrow.parquet
 
+from orpo_dist.data.json_array import IrregularJson, array_of_objects
+from orpo_dist.data.split_names import names_a_split, split_called
 from orpo_dist.errors import UserError
 
 Numbered = Iterator[tuple[int, dict[str, Any]]]
 FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
-SPLIT_ALIASES = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev", "eval"),
-    "test": ("test", "testing"),
-}
 csv.field_size_limit(1 << 30)  # Python's default of 128 KiB is less than one long conversation
 
 
@@ -33,7 +30,7 @@ def file_format(path: Path) -> str | None:
 
 
 def read_file(path: Path, split: str) -> Numbered:
-    """The rows of one file. `split` matters for a JSON file that holds several.
+    """The rows of one file. `split` matters for a JSON file that holds several, under any word for it.
 
     Raises:
         UserError: not readable as what its name says, with the line.
@@ -56,38 +53,6 @@ def read_file(path: Path, split: str) -> Numbered:
         ) from None
     except (OSError, EOFError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
-
-
-def split_files(folder: Path, split: str) -> list[Path]:
-    """The data files of a split, sorted: those named after it (train.jsonl, train-00000-of-00002.parquet, train/x.csv),
-    or, for `train`, all of them where no file is named after any split.
-
-    Raises:
-        UserError: none.
-    """
-    files = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file() and file_format(path) and not any(p.startswith(".") for p in path.relative_to(folder).parts)
-    )
-    if not files:
-        raise UserError(f"{folder}: no data files in it. Looked for {', '.join(FORMATS)}.")
-    by_split: dict[str | None, list[Path]] = {}
-    for path in files:
-        by_split.setdefault(_split_of(path.relative_to(folder), split), []).append(path)
-    if split in by_split:
-        return by_split[split]
-    if split == "train" and set(by_split) == {None}:
-        return files
-    found = ", ".join(sorted(name for name in by_split if name)) or "none"
-    raise UserError(f"{folder}: no files of split `{split}`. Splits found: {found}.")
-
-
-def _split_of(path: Path, wanted: str) -> str | None:
-    """The split a file is named after: its name's first word, or one of its folders."""
-    words = [path.name.replace("-", ".").replace("_", ".").split(".")[0], *path.parts[:-1]]
-    aliases = {alias: name for name, others in SPLIT_ALIASES.items() for alias in others} | {wanted: wanted}
-    return next((aliases[word.lower()] for word in words if word.lower() in aliases), None)
 
 
 def _open(path: Path) -> IO[str]:
@@ -113,6 +78,14 @@ def _read_jsonl(path: Path) -> Numbered:
 
 
 def _read_json(path: Path, split: str) -> Numbered:
+    read = 0
+    try:
+        with _open(path) as file:
+            for read, row in enumerate(array_of_objects(file), 1):
+                yield read, row
+        return
+    except IrregularJson:
+        pass  # an object, or an error, whose place the whole text tells
     with _open(path) as file:
         text = file.read()
     try:
@@ -126,15 +99,18 @@ def _read_json(path: Path, split: str) -> Numbered:
         content = _records(content, path, split)
     if not isinstance(content, list):
         raise UserError(f"{path}: holds one {type(content).__name__}, not a list of rows.")
-    for number, row in enumerate(content, 1):
+    for number, row in enumerate(content[read:], read + 1):
         yield number, _object(row, path, f"row {number}")
 
 
 def _records(content: dict[str, Any], path: Path, split: str) -> Any:
     """The rows in a JSON object: rows by split, columns, `{"data": rows}`, or one row."""
-    if isinstance(content.get(split), list):
-        return content[split]
+    called = split_called(split, {key: () for key in content})
+    if called is not None and isinstance(content[called], list):
+        return content[called]
     lists = {key: value for key, value in content.items() if isinstance(value, list)}
+    if lists and all(names_a_split(key) for key in content):
+        raise UserError(f"{path}: no split `{split}` in it. Splits found: {', '.join(content)}.")
     if len(lists) == 1 and all(isinstance(row, dict) for row in next(iter(lists.values()))):
         return next(iter(lists.values()))
     if lists and len(lists) == len(content):

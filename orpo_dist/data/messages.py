@@ -4,11 +4,13 @@ A message's `content` is text; where it holds images, a list of parts: {"type": 
 for an image of the image column, and {"type": "image", "image": ...} for one that the message carries itself.
 """
 
-import ast
 import json
 import math
+import re
 from typing import Any
 
+from orpo_dist.data.calls import call_of_text, read_calls, read_schemas, short
+from orpo_dist.data.spelling import Strings, decoded, looks_like_messages, spelled_messages
 from orpo_dist.errors import BadRow
 from orpo_dist.images.source import embedded_image
 
@@ -18,38 +20,62 @@ JSON_KEY = "__json__"  # rows.py stores what an Arrow column cannot hold without
 IMAGE_PARTS = ("image", "image_url", "input_image")  # transformers and TRL, OpenAI's chat, OpenAI's responses
 TEXT_PARTS = ("text", "input_text", "output_text")
 
-# ShareGPT's speakers, with the spellings found in public data sets.
-SHAREGPT_ROLES = {
+# Who speaks, in the words of ShareGPT, LLaMA-Factory, OpenAssistant, ms-swift and Gemma, in lower case.
+ROLES = {
     "system": "system",
     "human": "user",
     "user": "user",
+    "prompter": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
     "assistant": "assistant",
     "model": "assistant",
     "bot": "assistant",
+    "chatbot": "assistant",
+    "ai": "assistant",
     "observation": "tool",
     "tool": "tool",
+    "tool_response": "tool",
     "function_call": "function_call",
+    "tool_call": "function_call",
+    # Spelled as the templates that know them spell them: OpenAI, Llama 3, Functionary, Granite.
+    "developer": "developer",
+    "ipython": "ipython",
+    "function": "function",
+    "document": "document",
+    "documents": "documents",
+    "available_tools": "available_tools",
 }
+# What templates render of a message. Keys of a data set's own (ids, names, dates) differ between copies of one message.
+VISIBLE = ("role", "content", "tool_calls", "reasoning_content", "reasoning", "thinking")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def decode(value: Any) -> Any:
-    """Undoes the JSON wrapping of rows.py; every other value is returned as it is."""
+    """Undoes the storage of rows.py. What is wrapped as JSON is exact, nulls included; in a plain Arrow column every
+    mapping has the keys of all others, and those that are None are taken out."""
     if isinstance(value, dict) and value.keys() == {JSON_KEY}:
         return None if value[JSON_KEY] is None else json.loads(value[JSON_KEY])
-    return value
+    return _without_none(value) if isinstance(value, dict | list) else value
 
 
-def read_content(value: Any, column: str) -> str | list[Message]:
+def read_content(value: Any, column: str, strings: Strings = "messages") -> str | list[Message]:
     """A prompt or completion as text or as messages with `role` and `content`.
 
-    Accepted: text, a whole number (text that a reader took for one), a message, a list of messages, and the JSON or
-    Python text of a list of messages, which is what a CSV file can hold.
+    Accepted: text, a whole number (text that a reader took for one), a message, a list of messages, messages stored
+    column by column, and, unless `strings` is "text", text that spells out messages.
+
+    Args:
+        strings: what the strings of this column are (spelling.strings_of).
 
     Raises:
-        BadRow: a missing value, NaN, another type, or a malformed message.
+        BadRow: a missing value, NaN, another type, half a character, or a malformed message.
     """
+    if isinstance(value, str) and strings == "spelled":
+        value = spelled_messages(value, column) if value.strip() else None
+    elif isinstance(value, str) and strings == "messages" and looks_like_messages(value):
+        spelled = decoded(value.strip())
+        value = value if spelled is None else spelled
     if value is None:
         raise BadRow("missing value", column, "no value")
     if isinstance(value, float) and math.isnan(value):
@@ -57,31 +83,83 @@ def read_content(value: Any, column: str) -> str | list[Message]:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if isinstance(value, str):
-        messages = _messages_in_text(value)
-        return value if messages is None else [read_message(message, column) for message in messages]
+        return _whole(value, column)
     if isinstance(value, dict):
-        return [read_message(value, column)]
+        value = _by_column(value, column)
     if isinstance(value, list):
+        if value and all(isinstance(item, str | list) for item in value):
+            raise BadRow(
+                "wrong type", column, f"{short(value)} is a list of texts: which of them is whose turn is not said"
+            )
         return [read_message(message, column) for message in value]
-    raise BadRow("wrong type", column, f"{value!r} is neither text nor a list of messages")
+    raise BadRow("wrong type", column, f"{short(value)} is neither text nor a list of messages")
+
+
+def _by_column(value: Message, column: str) -> list[Any]:
+    """One message, or messages stored as {"role": [...], "content": [...]} (a `datasets` sequence of mappings)."""
+    lists = {key: items for key, items in value.items() if isinstance(items, list)}
+    if not isinstance(value.get("role", value.get("from")), list):
+        return [value]
+    if len(lists) < len(value) or len({len(items) for items in lists.values()}) > 1:
+        raise BadRow("bad message", column, f"messages stored column by column, of different lengths: {short(value)}")
+    return [dict(zip(lists, items, strict=True)) for items in zip(*lists.values(), strict=True)]
 
 
 def read_message(value: Any, column: str) -> Message:
     """One message in either spelling (`role`/`content`, `from`/`value`) as `role`/`content`.
 
     Raises:
-        BadRow: no role, an unknown speaker, or content that is not text.
+        BadRow: no role, an unknown one, or content that is not text.
     """
     if not isinstance(value, dict):
-        raise BadRow("wrong type", column, f"{_short(value)} in a list of messages is not a message")
-    message = _without_none(value)
-    if "role" not in message and "from" in message:
-        return _from_sharegpt(message, column)
-    role = message.get("role")
-    if not isinstance(role, str) or not role:
-        raise BadRow("bad message", column, f"the message {_short(message)} has no `role`")
+        raise BadRow("wrong type", column, f"{short(value)} in a list of messages is not a message")
+    message = {key: item for key, item in value.items() if item is not None}
+    sharegpt = "role" not in message and "from" in message
+    role = _role(message, sharegpt, column)
+    if "content" not in message and "value" in message:
+        message["content"] = message.pop("value")
+    if role == "function_call":
+        calls = call_of_text(_text(message.get("content"), message, column), column)
+        return {"role": "assistant", "content": "", "tool_calls": calls}
+    if sharegpt:
+        return {"role": role, "content": _content(message.get("content"), message, column)}
+    message["role"] = role
+    if "tool_calls" in message:
+        calls_given = read_calls(message.pop("tool_calls"), column)
+        message |= {"tool_calls": calls_given} if calls_given else {}
     content = message.get("content", "" if message.get("tool_calls") else None)
     return {**message, "content": _content(content, message, column)}
+
+
+def _role(message: Message, sharegpt: bool, column: str) -> str:
+    given = message.get("from" if sharegpt else "role")
+    if sharegpt and isinstance(given, str) and given.strip().lower() in ROLES:
+        return ROLES[given.strip().lower()]
+    if sharegpt:
+        raise BadRow("bad message", column, f"unknown speaker {given!r}; known: {', '.join(ROLES)}")
+    if not isinstance(given, str) or not given:
+        raise BadRow("bad message", column, f"the message {short(message)} has no `role`")
+    role = ROLES.get(given) or ROLES.get(given.strip().lower())
+    if role is None:
+        raise BadRow("bad message", column, f"unknown role {given!r}; known: {', '.join(ROLES)}")
+    return role
+
+
+def visible(messages: list[Message]) -> list[Message]:
+    """The messages with what templates render of them, for comparisons: keys of a data set's own play no part, nor do
+    the ids of calls."""
+    return [
+        message
+        if message.keys() == {"role", "content"}
+        else {key: _seen(key, message) for key in VISIBLE if key in message}
+        for message in messages
+    ]
+
+
+def _seen(key: str, message: Message) -> Any:
+    if key != "tool_calls":
+        return message[key]
+    return [{name: item for name, item in call.items() if name not in ("id", "index")} for call in message[key]]
 
 
 def text_of(content: str | list[dict[str, Any]]) -> str:
@@ -95,35 +173,7 @@ def read_tools(value: Any, column: str) -> list[Any] | None:
     Raises:
         BadRow: neither of the two.
     """
-    value = decode(value)
-    if value is None or value == "" or value == []:
-        return None
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise BadRow("bad tools", column, f"not valid JSON ({error})") from None
-    if isinstance(value, dict):
-        value = [value]
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise BadRow("bad tools", column, f"{_short(value)} is not a list of JSON schemas")
-    return [_without_none(tool) for tool in value] or None
-
-
-def _from_sharegpt(message: Message, column: str) -> Message:
-    speaker = message["from"]
-    role = SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
-    if role is None:
-        raise BadRow("bad message", column, f"unknown speaker {speaker!r}; known: {', '.join(SHAREGPT_ROLES)}")
-    text = _text(message.get("value"), message, column)
-    if role != "function_call":
-        return {"role": role, "content": text}
-    try:
-        call = json.loads(text)
-        function = {"name": call["name"], "arguments": call["arguments"]}
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise BadRow("bad message", column, f"the function_call {_short(text)} has no name and arguments") from None
-    return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+    return read_schemas(decode(value), column)
 
 
 def _content(content: Any, message: Message, column: str) -> str | list[dict[str, Any]]:
@@ -144,39 +194,24 @@ def _content(content: Any, message: Message, column: str) -> str | list[dict[str
 
 def _text(content: Any, message: Message, column: str) -> str:
     if isinstance(content, str):
-        return content
+        return _whole(content, column)
     if isinstance(content, int) and not isinstance(content, bool):
         return str(content)
-    raise BadRow("bad message", column, f"the message {_short(message)} has no text")
+    raise BadRow("bad message", column, f"the message {short(message)} has no text")
 
 
-def _messages_in_text(text: str) -> list[Any] | None:
-    """The message list that `text` spells out, or None where it is ordinary text."""
-    stripped = text.strip()
-    if not (stripped.startswith("[") and stripped.endswith("]")) or stripped[1:].lstrip()[:1] != "{":
-        return None
-    value = None
-    try:
-        value = json.loads(stripped)
-    except json.JSONDecodeError:
-        try:
-            value = ast.literal_eval(stripped)  # pandas writes lists to CSV in Python's spelling
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            return None
-    if isinstance(value, list) and all(isinstance(m, dict) and m.keys() & {"role", "from"} for m in value):
-        return value
-    return None
+def _whole(text: str, column: str) -> str:
+    # Half of a UTF-16 pair, as JSON's \ud83d of a text that was cut: no tokenizer takes it.
+    if not text.isascii() and (half := _SURROGATE.search(text)):
+        raise BadRow(
+            "broken text", column, f"character {half.start() + 1} is half of a surrogate pair (U+{ord(half[0]):04X})"
+        )
+    return text
 
 
 def _without_none(value: Any) -> Any:
-    # Arrow gives every message the keys of all messages, with None for those it lacks; templates would print them.
     if isinstance(value, dict):
         return {key: _without_none(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
         return [_without_none(item) for item in value]
     return value
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -5,9 +5,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from orpo_dist.data.chat_template import read_template_kwargs
-from orpo_dist.data.messages import Message, decode, read_content, read_tools, text_of
+from orpo_dist.data.messages import Message, decode, read_content, read_tools, text_of, visible
 from orpo_dist.data.place_images import Columns, has_images, place_images, without_images
+from orpo_dist.data.prompt_text import join_texts, read_history, without_repeat
 from orpo_dist.data.rows import SOURCE_COLUMN
+from orpo_dist.data.spelling import Strings
 from orpo_dist.errors import BadRow
 from orpo_dist.images.decode import StoredImage
 from orpo_dist.images.source import ImageSource
@@ -39,7 +41,10 @@ class PairFormat:
     """Where the pair lies in a row.
 
     Attributes:
-        repeats_prompt: completions as text start with the prompt, which is taken off.
+        repeats_prompt: most rows' completions as text start with the prompt, which is taken off where they do.
+        strings: what the strings of the columns of prompt, chosen and rejected are.
+        joined: the columns whose texts make the prompt, where it is more than one.
+        history: column of the turns before the prompt.
         image: column of the images; "" takes them out of the messages too.
         has_images: one of the first rows has an image.
         template_kwargs: column of variables for the chat template, as in TRL.
@@ -56,12 +61,25 @@ class PairFormat:
     image: str | None = None
     image_source: ImageSource = field(default_factory=ImageSource)
     has_images: bool = False
+    strings: dict[str, Strings] = field(default_factory=dict)
+    joined: tuple[str, ...] = ()
+    history: str | None = None
     template_kwargs: str | None = None
 
     @property
     def columns(self) -> list[str]:
         """The columns that are read."""
-        names = (self.prompt, self.chosen, self.rejected, self.system, self.tools, self.image, self.template_kwargs)
+        names = (
+            self.prompt,
+            *self.joined,
+            self.history,
+            self.chosen,
+            self.rejected,
+            self.system,
+            self.tools,
+            self.image,
+            self.template_kwargs,
+        )
         return list(dict.fromkeys(name for name in names if name))
 
     def pair(self, row: dict[str, Any]) -> Pair:
@@ -86,11 +104,9 @@ class PairFormat:
         return replace(pair, prompt=placed.prompt, images=placed.images)
 
     def _pair(self, row: dict[str, Any]) -> Pair:
-        prompt: str | list[Message] | None = None
-        if self.prompt is not None:
-            prompt = read_content(decode(row[self.prompt]), self.prompt)
-        chosen = read_content(decode(row[self.chosen]), self.chosen)
-        rejected = read_content(decode(row[self.rejected]), self.rejected)
+        prompt = self._prompt(row)
+        chosen = self._content(row, self.chosen)
+        rejected = self._content(row, self.rejected)
         if self.rejected in SWIFT_REJECTED and isinstance(rejected, str) and isinstance(chosen, list):
             rejected = [*chosen[:-1], *_assistant(rejected)]
         if isinstance(chosen, str) != isinstance(rejected, str):
@@ -101,6 +117,9 @@ class PairFormat:
                 f"{kinds[isinstance(rejected, str)]}, where `{self.chosen}` is {kinds[isinstance(chosen, str)]}",
             )
         system = self._system(row)
+        history = [] if self.history is None else read_history(row[self.history], self.history)
+        if history:
+            prompt = self._after(history, prompt, isinstance(chosen, str))
         tools = None if self.tools is None else read_tools(row[self.tools], self.tools)
         if isinstance(chosen, str) and isinstance(rejected, str):
             if not isinstance(prompt, list):
@@ -108,6 +127,21 @@ class PairFormat:
             return self._message_pair(prompt, _assistant(chosen), _assistant(rejected), system, tools)
         assert isinstance(chosen, list) and isinstance(rejected, list)
         return self._message_pair(prompt, chosen, rejected, system, tools)
+
+    def _content(self, row: dict[str, Any], column: str) -> str | list[Message]:
+        return read_content(decode(row[column]), column, self.strings.get(column, "messages"))
+
+    def _prompt(self, row: dict[str, Any]) -> str | list[Message] | None:
+        if self.joined:
+            return join_texts(row, self.joined)
+        return None if self.prompt is None else self._content(row, self.prompt)
+
+    def _after(self, history: list[Message], prompt: str | list[Message] | None, text: bool) -> list[Message]:
+        if isinstance(prompt, list):
+            return [*history, *prompt]
+        if text and not self.apply_chat_template:
+            raise BadRow("needs a template", self.history, "only a chat template can render earlier turns before text")
+        return [*history, {"role": "user", "content": prompt or ""}]
 
     def _with_template_kwargs(self, pair: Pair, value: Any) -> Pair:
         given = read_template_kwargs(value, self.template_kwargs)
@@ -141,11 +175,8 @@ class PairFormat:
                     f"there is no prompt column, and `{self.chosen}` and `{self.rejected}` do not begin alike",
                 )
             chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-        elif self.repeats_prompt:
-            for column, text in ((self.chosen, chosen), (self.rejected, rejected)):
-                if not text.startswith(prompt):
-                    raise BadRow("wrong type", column, "does not start with the prompt, as the other rows do")
-            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+        else:
+            chosen, rejected = without_repeat(prompt, chosen, rejected, self.repeats_prompt)
         for column, text in ((self.chosen, chosen), (self.rejected, rejected)):
             if not text.strip():
                 raise BadRow("empty completion", column, "no text" if not text else "nothing but white space")
@@ -171,10 +202,10 @@ class PairFormat:
     ) -> Pair:
         if isinstance(prompt, str):
             # Either the replies alone, or (UltraFeedback) whole conversations beside a copy of the question.
-            replies_alone = all(side and side[0]["role"] == "assistant" for side in (chosen, rejected))
-            prompt = [{"role": "user", "content": prompt}] if replies_alone else None
+            reply_alone = any(side and side[0]["role"] == "assistant" for side in (chosen, rejected))
+            prompt = [{"role": "user", "content": prompt}] if reply_alone else None
         if prompt is None:
-            shared = chosen[: common_length(chosen, rejected)]
+            shared = chosen[: common_length(visible(chosen), visible(rejected))]
             if not shared and chosen and rejected:
                 raise BadRow(
                     "no common prompt",
@@ -188,7 +219,7 @@ class PairFormat:
             chosen, rejected = _without_prompt(prompt, chosen), _without_prompt(prompt, rejected)
         for column, side in ((self.chosen, chosen), (self.rejected, rejected)):
             self._check_completion(column, side)
-        if chosen == rejected:
+        if visible(chosen) == visible(rejected):
             raise BadRow("identical pair", self.rejected, f"the same messages as `{self.chosen}`")
         prompt_column = self.prompt or self.chosen
         if not prompt:
@@ -242,7 +273,8 @@ def _assistant(text: str) -> list[Message]:
 
 def _without_prompt(prompt: list[Message], completion: list[Message]) -> list[Message]:
     """The completion without a copy of the prompt before it: a completion never starts with the user's turn."""
-    return completion[len(prompt) :] if prompt and completion[: len(prompt)] == prompt else completion
+    copied = len(prompt) <= len(completion) and visible(completion[: len(prompt)]) == visible(prompt)
+    return completion[len(prompt) :] if prompt and copied else completion
 
 
 def _with_system(prompt: list[Message], system: str | None, column: str | None) -> list[Message]:

@@ -25,15 +25,15 @@ from orpo_dist.data.chat_template import ProcessingClass, resolve_chat_template
 from orpo_dist.data.detect import SAMPLE, detect_format
 from orpo_dist.data.messages import decode
 from orpo_dist.data.pairs import Pair, PairFormat
+from orpo_dist.data.prepared_file import NOTED, Note, PreparedWriter, read_prepared
 from orpo_dist.data.rows import (
     ROW_COLUMN,
     SOURCE_COLUMN,
-    content_digest,
     dataset_from_rows,
     materialise,
-    save,
     undecoded,
 )
+from orpo_dist.data.streaming import content_digest, each_row, in_parts
 from orpo_dist.data.tokenize import PairTokenizer, TokenizedPair, tokenizer_digest
 from orpo_dist.data.tokenize_images import ImagePairTokenizer
 from orpo_dist.distributed.once import built_on_first_rank, is_first_rank
@@ -49,6 +49,8 @@ TOKEN_COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids"]
 CONTEXT_COLUMNS = ["chosen_context", "rejected_context"]  # see TokenizedPair
 BATCH, IMAGE_BATCH = 256, 16  # rows; decoded photographs are large
 IMAGE_COLUMNS = ["images", "prompt_text", "prompt_places", "image_sizes", "image_tokens"]
+
+LAYOUT = 3  # of a folder in the cache, see prepared_file.py
 
 Rows: TypeAlias = Dataset | IterableDataset | Sequence[dict[str, Any]]
 
@@ -82,7 +84,7 @@ _IMAGE_FEATURES = Features(
 class PreparedPairs:
     """Tokenised pairs and what became of the rows. `rows`: before the audit. `truncated_completions` counts
     completions (at most two per pair), `truncated_prompts` prompts. `notes`: what is worth knowing of pairs that are
-    trained on, with how many there are and the first of them."""
+    trained on."""
 
     dataset: Dataset
     dropped: list[DroppedRow]
@@ -90,7 +92,7 @@ class PreparedPairs:
     rows: int
     truncated_completions: int
     truncated_prompts: int
-    notes: list[str] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
 
     def summary(self, name: str) -> str:
         """The counts as one or two lines for the terminal."""
@@ -102,7 +104,13 @@ class PreparedPairs:
             parts.append(f"{self.truncated_prompts} prompts cut")
         if self.truncated_completions:
             parts.append(f"{self.truncated_completions} completions cut")
-        return "\n".join(f"{name}: {line}" for line in (self.format, ", ".join(parts), *self.notes))
+        lines = [self.format, ", ".join(parts)]
+        lines += [
+            f"{note.rows} rows: {note.kind} (first: {note.source}, row {note.row})"
+            for note in self.notes
+            if note.kind not in NOTED.values()
+        ]
+        return "\n".join(f"{name}: {line}" for line in lines)
 
 
 def prepare_pairs(
@@ -170,7 +178,12 @@ def format_of(rows: Dataset, options: PrepareOptions) -> PairFormat:
     Raises:
         UserError: as `detect_format`.
     """
-    return detect_format(rows.column_names, list(islice(rows, SAMPLE)), options)
+    return detect_format(rows.column_names, sample_of(rows), options)
+
+
+def sample_of(rows: Dataset) -> list[dict[str, Any]]:
+    """The rows that the format is detected from."""
+    return list(islice(rows, SAMPLE))
 
 
 def read_pair(pair_format: PairFormat, row: dict[str, Any], index: int) -> Pair | DroppedRow:
@@ -218,7 +231,7 @@ def _prepared_folder(dataset: Rows, tokenizer: ProcessingClass, options: Prepare
     rows = rows.select_columns(read)
     settings = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in options.NOT_IN_CACHE_KEY}
     identity = [
-        __version__,
+        f"{__version__}, layout {LAYOUT}",
         content_digest(rows),
         tokenizer_digest(tokenizer),
         resolve_chat_template(options.chat_template, tokenizer) or "",
@@ -250,7 +263,7 @@ def _check_images(pair_format: PairFormat, tokenizer: ProcessingClass, options: 
 def _image_files(pair_format: PairFormat, rows: Dataset) -> list[bytes]:
     """What the cache's key must know of the image files that rows name by path: their content is not in the rows."""
     known: dict[str, list[bytes]] = {}
-    for index, row in enumerate(rows):
+    for index, row in enumerate(each_row(rows)):
         pair = read_pair(pair_format, row, index)
         for image in pair.images if isinstance(pair, Pair) else ():
             if image["path"] and image["path"] not in known:
@@ -259,61 +272,40 @@ def _image_files(pair_format: PairFormat, rows: Dataset) -> list[bytes]:
 
 
 def _build(folder: Path, rows: Dataset, step: "_Step", options: PrepareOptions, name: str) -> None:
-    audited = rows.map(
-        step,
-        batched=True,
-        batch_size=IMAGE_BATCH if step.has_images else BATCH,
-        writer_batch_size=IMAGE_BATCH if step.has_images else None,
-        with_indices=True,
-        remove_columns=rows.column_names,
-        features=step.features,
-        num_proc=options.dataset_num_proc,
-        load_from_cache_file=False,
-        cache_file_name=str(folder / "audited.arrow"),
-        desc=f"Tokenising {name}",
-    )
-    kinds = audited["kind"]
-    good = [index for index, kind in enumerate(kinds) if kind is None]
-    bad = audited.select([index for index, kind in enumerate(kinds) if kind is not None])
-    kept = audited.select(good)
-    if good:  # `datasets` cannot read back a data set of no rows
-        save(kept.select_columns(step.columns), folder / "pairs")
-    report = {
-        "columns": step.columns,
-        "format": step.format.description,
-        "rows": len(rows),
-        "truncated_prompts": sum(kept["truncated_prompt"]),
-        "truncated_completions": sum(kept["truncated_completions"]),
-        "notes": _row_notes(kept),
-        "dropped": list(bad.select_columns([f.name for f in fields(DroppedRow)])),
-    }
-    (folder / "report.json").write_text(json.dumps(report, ensure_ascii=False), encoding="utf-8")
-    for file in folder.glob("audited*.arrow"):
-        file.unlink()
-
-
-def _row_notes(kept: Dataset) -> list[str]:
-    """One line per kind of note: how many rows have it, and which is the first."""
-    rows: dict[str, list[int]] = {}
-    for number, notes in zip(kept["row"], kept["notes"], strict=True):
-        for note in notes:
-            rows.setdefault(note, []).append(number)
-    return [f"{len(found)} rows: {note} (first: row {found[0]})" for note, found in rows.items()]
+    with PreparedWriter(folder, step.features, step.columns, step.format.description) as writer:
+        for part in in_parts(rows):
+            start, end = writer.rows, writer.rows + len(part)
+            audited = part.map(
+                step,
+                batched=True,
+                batch_size=IMAGE_BATCH if step.has_images else BATCH,
+                writer_batch_size=IMAGE_BATCH if step.has_images else None,
+                with_indices=True,
+                fn_kwargs={"start": start},
+                remove_columns=rows.column_names,
+                features=step.features,
+                num_proc=options.dataset_num_proc,
+                load_from_cache_file=False,
+                cache_file_name=str(folder / "audited.arrow"),
+                new_fingerprint=f"audited{start}",  # else the tokenizer is hashed for a name that nobody reads
+                desc=f"Tokenising {name}"
+                + (f", rows {start} to {end} of {len(rows)}" if end - start < len(rows) else ""),
+            )
+            writer.add(audited)
+            for file in folder.glob("audited*.arrow"):
+                file.unlink()
 
 
 def _read(folder: Path, name: str) -> PreparedPairs:
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    dropped = [DroppedRow(**row) for row in report["dropped"]]
-    pairs = folder / "pairs"
-    none: dict[str, list[int]] = {column: [] for column in report["columns"]}
+    found = read_prepared(folder)
     return PreparedPairs(
-        dataset=Dataset.load_from_disk(str(pairs)) if pairs.is_dir() else Dataset.from_dict(none),
-        dropped=[replace(row, source=row.source or name) for row in dropped],
-        format=report["format"],
-        rows=report["rows"],
-        truncated_completions=report["truncated_completions"],
-        truncated_prompts=report["truncated_prompts"],
-        notes=report["notes"],
+        dataset=found.dataset,
+        dropped=[replace(row, source=row.source or name) for row in found.dropped],
+        format=found.format,
+        rows=found.rows,
+        truncated_completions=found.counts["truncated_completions"],
+        truncated_prompts=found.counts["truncated_prompt"],
+        notes=[replace(note, source=note.source or name) for note in found.notes],
     )
 
 
@@ -329,7 +321,9 @@ class _Step:
         self.features = _IMAGE_FEATURES if self.has_images else _FEATURES
         self.columns = [*TOKEN_COLUMNS, *CONTEXT_COLUMNS, "row", *(IMAGE_COLUMNS if self.has_images else [])]
 
-    def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+    def __call__(self, batch: dict[str, list[Any]], indices: list[int], start: int = 0) -> dict[str, list[Any]]:
+        """`start`: the index of the first row of the part that `map` was given."""
+        indices = [start + index for index in indices]
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         read = [read_pair(self.format, row, index) for row, index in zip(rows, indices, strict=True)]
         tokenized = iter(self.tokenize([pair for pair in read if isinstance(pair, Pair)]))
@@ -347,4 +341,5 @@ class _Step:
     def _record(self, outcome: TokenizedPair | DroppedRow, row: dict[str, Any], index: int) -> dict[str, Any]:
         record: dict[str, Any] = dict.fromkeys(self.features)
         record["row"] = _number(row, index)
+        record["source"] = decode(row.get(SOURCE_COLUMN)) or ""
         return record | vars(outcome)

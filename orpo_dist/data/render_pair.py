@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from orpo_dist.data.chat_template import resolve_chat_template
 from orpo_dist.data.messages import Message, text_of
 from orpo_dist.data.pairs import Pair, PairFormat, common_length
+from orpo_dist.data.rendered import RenderedMarkers
 from orpo_dist.data.rendering import REASONING, Piece, missing_pieces
 from orpo_dist.data.turns import TurnFinder
 from orpo_dist.errors import BadRow, UserError
@@ -60,9 +61,8 @@ class PairRenderer:
         self.options = options
         self.chat_template = chat_template or resolve_chat_template(options.chat_template, tokenizer)
         self.tools_template = chat_template or resolve_chat_template(options.chat_template, tokenizer, tools=True)
-        template = self.chat_template or ""
         self.marks = [token.content for token in tokenizer.added_tokens_decoder.values()]
-        self.turn_tokens = [token for token in tokenizer.all_special_tokens if token in template]
+        self.markers = RenderedMarkers(tokenizer, self.chat_template)
 
     def render(self, pair: Pair) -> RenderedPair:
         """The pair as text, through the chat template where it is made of messages.
@@ -89,8 +89,8 @@ class PairRenderer:
                 "The rows are lists of messages, and the tokenizer has no chat template. Set chat_template=chatml (or "
                 "zephyr, or a Jinja file)."
             )
-        if self.options.apply_chat_template:
-            self._refuse_rendered_text(pair.prompt)
+        self._refuse_rendered_text(pair.prompt, pair.chosen, self.format.chosen)
+        self._refuse_rendered_text(pair.prompt, pair.rejected, self.format.rejected)
         turns = TurnFinder(lambda messages, generation: self._apply(messages, pair, generation), self.marks)
         text = self._cut(pair, pair.prompt, [pair.prompt + pair.chosen, pair.prompt + pair.rejected], turns)
         return replace(
@@ -192,15 +192,15 @@ class PairRenderer:
         assert isinstance(text, str)
         return text
 
-    def _refuse_rendered_text(self, prompt: list[Message]) -> None:
-        for message in prompt:
-            for token in self.turn_tokens:
-                if token in text_of(message["content"]):
-                    raise BadRow(
-                        "rendered already",
-                        self.format.prompt,
-                        f"the text contains `{token}`, so a chat template has been applied to it before",
-                    )
+    def _refuse_rendered_text(self, prompt: list[Message], completion: list[Message], column: str) -> None:
+        places = [(self.format.prompt or column, text_of(message["content"])) for message in prompt]
+        places += [(column, text_of(message["content"])) for message in completion]
+        question = places[len(prompt) - 1][1] if prompt else ""
+        places.append((column, f"{question}\n{places[len(prompt)][1]}"))  # a marker in each of the two
+        for place, text in places:
+            if marker := self.markers.find(text):
+                reason = f"the text contains `{marker}`, so a chat template has been applied to it before"
+                raise BadRow("rendered already", place, reason)
 
 
 def with_text_arguments(messages: list[Message]) -> list[Message]:

@@ -8,8 +8,7 @@ the keys of all other calls) the column holds {"__json__": text}; messages.decod
 import base64
 import json
 import sys
-import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,9 @@ from datasets import (
     LargeList,
     List,
     Value,
-    are_progress_bars_disabled,
-    disable_progress_bars,
-    enable_progress_bars,
 )
 from datasets.arrow_writer import ArrowWriter
 
-from orpo_dist.data.cache import digest
 from orpo_dist.data.messages import JSON_KEY
 from orpo_dist.errors import UserError
 from orpo_dist.images.decode import encode_image
@@ -39,7 +34,7 @@ from orpo_dist.images.decode import encode_image
 SOURCE_COLUMN = "_source"  # the file a row came from
 ROW_COLUMN = "_row"  # its number there
 BATCH = 1000
-PARQUET_BATCH = 100  # rows with images are large
+PARQUET_BATCH, PARQUET_BYTES = 100, 4 << 20  # rows with images are large
 
 
 def dataset_from_rows(rows: Sequence[dict[str, Any]]) -> Dataset:
@@ -50,13 +45,59 @@ def dataset_from_rows(rows: Sequence[dict[str, Any]]) -> Dataset:
 
 
 def _column(values: list[Any]) -> pyarrow.Array | pyarrow.ChunkedArray:
+    array = plain_column(values)
+    if array is None:
+        return json_column(values)
+    return array if array.type != pyarrow.null() else array.cast(pyarrow.string())
+
+
+def plain_column(values: list[Any]) -> pyarrow.Array | pyarrow.ChunkedArray | None:
+    """The values as Arrow's own types; None where that would change one of them."""
     try:
         array = pyarrow.array(values)
-        if array.to_pylist() == values and not any(isinstance(value, float) for value in values):
-            return array if array.type != pyarrow.null() else array.cast(pyarrow.string())
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, pyarrow.ArrowNotImplementedError, OverflowError):
-        pass  # also a column of images with more than 2 GiB
-    return pyarrow.array([None if value is None else {JSON_KEY: _dumps(value)} for value in values])
+        return None  # also a column of images with more than 2 GiB
+    except UnicodeEncodeError:
+        return None  # half of a surrogate pair, which JSON can hold as its escape; messages.py makes it a bad row
+    if not _is_exact(array) or array.to_pylist() != values:
+        return None
+    return array if all(_in_order(value, array.type) for value in values) else None
+
+
+def json_column(values: list[Any]) -> pyarrow.Array:
+    """The values as JSON text, which `messages.decode` undoes."""
+    cells = [None if value is None else {JSON_KEY: _dumps(value)} for value in values]
+    return pyarrow.array(cells, type=pyarrow.struct([(JSON_KEY, pyarrow.string())]))
+
+
+def _in_order(value: Any, kind: pyarrow.DataType) -> bool:
+    """Whether the keys of all objects have the order of the type's fields: a template may print them."""
+    if value is None or not pyarrow.types.is_nested(kind):
+        return True
+    if pyarrow.types.is_list(kind):
+        return not pyarrow.types.is_nested(kind.value_type) or all(_in_order(item, kind.value_type) for item in value)
+    fields = list(kind)
+    if list(value) != [field.name for field in fields]:
+        return False
+    return all(_in_order(value[field.name], field.type) for field in fields if pyarrow.types.is_nested(field.type))
+
+
+def _is_exact(array: pyarrow.Array | pyarrow.ChunkedArray) -> bool:
+    """Whether Arrow tells the values apart as JSON does: 1 from 1.0 (one of them makes a whole column floating), and a
+    null that was written inside of a mapping from the key that other mappings have."""
+    kind = array.type
+    if pyarrow.types.is_floating(kind):
+        return False
+    chunks = array.chunks if isinstance(array, pyarrow.ChunkedArray) else [array]
+    if pyarrow.types.is_struct(kind):
+        if {field.name for field in kind} == {"bytes", "path"}:  # an image, one of which is always null
+            return True
+        # Without the rows that have no value at all: their nulls are in every field.
+        fields = [field for chunk in chunks for field in chunk.drop_null().flatten()]
+        return all(field.null_count == 0 and _is_exact(field) for field in fields)
+    if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
+        return all(_is_exact(chunk.flatten()) for chunk in chunks)
+    return True
 
 
 def materialise(stream: IterableDataset, folder: Path) -> Path:
@@ -84,17 +125,6 @@ def materialise(stream: IterableDataset, folder: Path) -> Path:
         writer.finalize()
     spool.unlink()
     return target
-
-
-def save(dataset: Dataset, folder: Path) -> None:
-    """`save_to_disk` without its progress bar, which says nothing to somebody who waits for a tokenisation."""
-    shown = not are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        dataset.save_to_disk(str(folder))
-    finally:
-        if shown:
-            enable_progress_bars()
 
 
 def undecoded(dataset: Dataset) -> Dataset:
@@ -128,8 +158,8 @@ def parquet_schema(files: Sequence[Path]) -> pyarrow.Schema | None:
     return schemas[0] if all(schema.equals(schemas[0]) for schema in schemas) else None
 
 
-def save_parquet(files: Sequence[Path], schema: pyarrow.Schema, folder: Path) -> None:
-    """Writes the rows of Parquet files of one schema to `folder`, as `save` does, in constant memory: files with images
+def save_parquet(files: Sequence[Path], schema: pyarrow.Schema, target: Path) -> None:
+    """Writes the rows of Parquet files of one schema to the Arrow file `target`, in constant memory: files with images
     may be larger than it. Values keep their Arrow types, which one file cannot mix.
 
     Raises:
@@ -137,29 +167,34 @@ def save_parquet(files: Sequence[Path], schema: pyarrow.Schema, folder: Path) ->
     """
     own = [pyarrow.field(SOURCE_COLUMN, pyarrow.string()), pyarrow.field(ROW_COLUMN, pyarrow.int64())]
     whole, rows = pyarrow.schema([*schema, *own]), 0
-    with tempfile.TemporaryDirectory(prefix=".parquet.", dir=folder.parent) as temporary:
-        target = Path(temporary) / "rows.arrow"
-        with pyarrow.OSFile(str(target), "wb") as sink, pyarrow.ipc.new_stream(sink, whole) as writer:
-            for file in files:
-                number = 1
-                with pyarrow.parquet.ParquetFile(file) as table:
-                    for batch in table.iter_batches(batch_size=PARQUET_BATCH):
-                        count = batch.num_rows
-                        places = [pyarrow.array([str(file)] * count), pyarrow.array(range(number, number + count))]
-                        writer.write_batch(pyarrow.record_batch([*batch.columns, *places], schema=whole))
-                        number, rows = number + count, rows + count
-        if not rows:
-            raise UserError(f"{', '.join(map(str, files))}: no rows in it.")
-        save(Dataset.from_file(str(target)), folder)
+    with pyarrow.OSFile(str(target), "wb") as sink, pyarrow.ipc.new_stream(sink, whole) as writer:
+        for file in files:
+            number = 1
+            # buffer_size: pages are read one after another, and not a row group's columns as a whole.
+            with pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20) as table:
+                for batch in _joined(table.iter_batches(batch_size=PARQUET_BATCH)):
+                    count = batch.num_rows
+                    places = [pyarrow.array([str(file)] * count), pyarrow.array(range(number, number + count))]
+                    writer.write_table(pyarrow.table([*batch.columns, *places], schema=whole))
+                    number, rows = number + count, rows + count
+    if not rows:
+        raise UserError(f"{', '.join(map(str, files))}: no rows in it.")
 
 
-def content_digest(dataset: Dataset) -> str:
-    """A name for the rows of `dataset`: equal content, equal name, whatever file or fingerprint it has."""
-    return digest(_parts(dataset))
+def _joined(batches: Iterator[pyarrow.RecordBatch]) -> Iterator[pyarrow.Table]:
+    """The batches, joined up to PARQUET_BYTES: opening an Arrow file maps 64 KiB of each of its batches."""
+    waiting: list[pyarrow.RecordBatch] = []
+    for batch in batches:
+        waiting.append(batch)
+        if sum(table.nbytes for table in waiting) >= PARQUET_BYTES:
+            yield pyarrow.Table.from_batches(waiting).combine_chunks()
+            waiting = []
+    if waiting:
+        yield pyarrow.Table.from_batches(waiting).combine_chunks()
 
 
-def _parts(dataset: Dataset) -> Iterable[bytes]:
-    yield str(dataset.features).encode()
+def arrow_bytes(dataset: Dataset) -> Iterator[bytes]:
+    """The rows as Arrow messages of one size, whatever batches the data set is stored in."""
     for table in dataset.with_format("arrow").iter(batch_size=BATCH):
         for batch in table.combine_chunks().to_batches():
             yield batch.serialize()
@@ -188,7 +223,12 @@ def _picture(value: Any) -> Any:
 
 
 def _dumps(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=_in_json)
+    text = json.dumps(value, ensure_ascii=False, default=_in_json)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return json.dumps(value, default=_in_json)
+    return text
 
 
 def _in_json(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,16 @@ from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from orpo_dist.data.cache import built_once, digest
-from orpo_dist.data.files import file_format, read_file, split_files
-from orpo_dist.data.rows import ROW_COLUMN, SOURCE_COLUMN, dataset_from_rows, parquet_schema, save, save_parquet
-from orpo_dist.distributed.once import built_on_first_rank
+from orpo_dist.data.files import file_format, read_file
+from orpo_dist.data.folders import split_files
+from orpo_dist.data.rows import ROW_COLUMN, SOURCE_COLUMN, parquet_schema, save_parquet
+from orpo_dist.data.split_names import split_called
+from orpo_dist.data.streaming import write_rows
+from orpo_dist.distributed.once import built_on_first_rank, is_first_rank
 from orpo_dist.errors import UserError
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+ROWS_FILE = "rows.arrow"
 SLICE = re.compile(r"(?P<name>[^\[]+)(?P<slice>\[.*\])?")
 
 
@@ -45,7 +50,7 @@ def load_rows(
     Args:
         path_or_name: a path, or a hub name, as `name` or `name:config`.
         split: a split, `config:split`, or a slice of it as in `datasets` (`train[:10%]`).
-        config: configuration of the hub data set; a configuration in the name or the split says the same.
+        config: configuration of the hub data set or of a folder's card; in the name or the split it says the same.
         streaming: read row by row; `prepare_pairs` then writes the rows to the cache.
         max_samples: the first so many rows.
         trust_remote_code: only for the message: `datasets` no longer runs the code of a data set.
@@ -55,9 +60,8 @@ def load_rows(
     """
     path = Path(path_or_name).expanduser()
     if path.exists():
-        if config is not None:
-            raise UserError(f"{path} is on this disk: config={config} is for data sets of the hub.")
-        rows = _local(path, split, streaming)
+        config, split = _config_in(str(path), split, config)
+        rows = _local(path, split, config, streaming)
     else:
         rows = _hub(path_or_name, split, config, streaming, token, trust_remote_code)
     if max_samples is None:
@@ -72,7 +76,9 @@ def load_rows(
 # -- this disk --
 
 
-def _local(path: Path, split: str, streaming: bool) -> Dataset | IterableDataset:
+def _local(path: Path, split: str, config: str | None, streaming: bool) -> Dataset | IterableDataset:
+    if config is not None and (path.is_file() or _saved(path)):
+        raise UserError(f"{path} has no card with configurations: config={config} is for data sets of the hub.")
     match = SLICE.fullmatch(split)
     if match is None:
         raise UserError(f"split={split}: not a split.")
@@ -80,36 +86,51 @@ def _local(path: Path, split: str, streaming: bool) -> Dataset | IterableDataset
     if path.is_dir() and (path / "dataset_dict.json").exists():
         splits = load_from_disk(str(path))
         assert isinstance(splits, DatasetDict)
-        if name not in splits:
+        called = split_called(name, {str(split): () for split in splits})
+        if called is None:
             raise UserError(f"{path}: no split `{name}`. Splits found: {', '.join(splits)}.")
-        rows = splits[name]
+        if called != name:
+            _tell([f"{path}: the split `{name}` is `{called}` there."])
+        rows = splits[called]
     elif path.is_dir() and (path / "state.json").exists():
         rows = load_from_disk(str(path))
     else:
-        files = split_files(path, name) if path.is_dir() else [path]
+        files = [path]
+        if path.is_dir():
+            found = split_files(path, name, config)
+            files, name = found.files, found.name
+            _tell(found.notes)
+        elif name != "train" and file_format(path) != "json" and name not in path.name:
+            _tell([f"{path}: one file, without splits: all of its rows are read as the split `{name}`."])
         if streaming and match["slice"] is None:
             return IterableDataset.from_generator(_rows, gen_kwargs={"files": files, "split": name})
         # Once per run, into a memory-mapped file: eight ranks would hold the rows eight times otherwise.
         folder = built_on_first_rank(lambda: _read_into_cache(files, name))
-        rows = Dataset.load_from_disk(str(folder))
+        rows = Dataset.from_file(str(folder / ROWS_FILE))
     assert isinstance(rows, Dataset)
     return _slice(rows, name, match["slice"])
+
+
+def _saved(path: Path) -> bool:
+    return (path / "dataset_dict.json").exists() or (path / "state.json").exists()
+
+
+def _tell(notes: list[str]) -> None:
+    if notes and is_first_rank():
+        print("\n".join(notes), flush=True)
 
 
 def _read_into_cache(files: list[Path], split: str) -> Path:
     for file in files:
         if file_format(file) is None:
             next(read_file(file, split))  # says which types there are
-    name = f"files-{digest([split.encode(), *_contents(files)])}"
+    name = f"source-{digest(chain([split.encode()], _contents(files)))}"
 
     def build(folder: Path) -> None:
         if tables := parquet_schema(files):
-            save_parquet(files, tables, folder)
-            return
-        rows = list(_rows(files, split))
-        if not rows:
+            save_parquet(files, tables, folder / ROWS_FILE)
+        elif not write_rows(_rows(files, split), folder / ROWS_FILE):
             raise UserError(f"{', '.join(map(str, files))}: no rows in it.")
-        save(dataset_from_rows(rows), folder)
 
     return built_once(name, build)
 
@@ -147,13 +168,7 @@ def _hub(
     if file_format(Path(name)) or not HUB_NAME.fullmatch(name):
         raise UserError(f"{name}: no such file or folder, and not the name of a data set on the hub.")
     name, _, config_in_name = name.partition(":")
-    before, colon, after = split.partition(":")
-    config_in_split = before if colon and "[" not in before else ""
-    split = after if config_in_split else split
-    configs = {given for given in (config, config_in_name, config_in_split) if given}
-    if len(configs) > 1:
-        raise UserError(f"{name}: several configurations named at once: {', '.join(sorted(configs))}.")
-    chosen = configs.pop() if configs else None
+    chosen, split = _config_in(name, split, config, config_in_name)
 
     def load() -> Dataset | IterableDataset:
         return _load_from_hub(name, chosen, split, streaming, token, trust_remote_code)
@@ -167,6 +182,16 @@ def _hub(
     if not streaming:
         built_on_first_rank(load_first)
     return loaded[0] if loaded else load()
+
+
+def _config_in(name: str, split: str, *given: str | None) -> tuple[str | None, str]:
+    """The configuration, which may be written before the split, and the split without it."""
+    before, colon, after = split.partition(":")
+    config_in_split = before if colon and "[" not in before else ""
+    configs = {config for config in (*given, config_in_split) if config}
+    if len(configs) > 1:
+        raise UserError(f"{name}: several configurations named at once: {', '.join(sorted(configs))}.")
+    return (configs.pop() if configs else None), (after if config_in_split else split)
 
 
 def _load_from_hub(
@@ -185,6 +210,10 @@ def _load_from_hub(
             "`hf auth login`)."
         ) from None
     except ValueError as error:
+        called = _other_word(str(error), split)
+        if called not in (None, split):
+            _tell([f"{name}: the split `{split}` is `{called}` there."])
+            return load_dataset(name, config, split=called, streaming=streaming, token=token)
         raise UserError(f"{name}: {_first_line(error)} {_configs(name, token)}".rstrip()) from None
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error):
@@ -199,6 +228,14 @@ def _load_from_hub(
             f"{name}: the hub cannot be reached and its cache does not have this data set: {_first_line(error)} "
             "Check the network; without one, load it elsewhere once, copy HF_HOME and set HF_HUB_OFFLINE=1."
         ) from None
+
+
+def _other_word(message: str, split: str) -> str | None:
+    """The name that the data set has for the split, from `datasets`' message that it is unknown."""
+    unknown, _, known = message.partition("Should be one of")
+    if "Unknown split" not in unknown or SLICE.fullmatch(split)["slice"]:  # type: ignore[index]
+        return None
+    return split_called(split, {name: () for name in re.findall(r"'([^']+)'", known)})
 
 
 def _configs(name: str, token: str | None) -> str:

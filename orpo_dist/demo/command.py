@@ -1,4 +1,4 @@
-"""`orpo-dist demo`: the whole way on a small model, from a made-up support set to a trained adapter."""
+"""`orpo-dist demo`: trains an adapter for a small model on a synthetic support data set, end to end."""
 
 import argparse
 import os
@@ -34,11 +34,11 @@ WRITTEN = (
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the demo and prints what it did to the model. Returns the exit code."""
+    """Runs the demo and prints its effect on the model. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="orpo-dist demo",
         allow_abbrev=False,
-        description="Train SmolLM2-135M-Instruct with LoRA on a made-up customer-support set, on CPU or GPU.",
+        description="Train SmolLM2-135M-Instruct with LoRA on a synthetic customer-support set, on CPU or GPU.",
     )
     parser.add_argument("--output-dir", default=OUTPUT_DIR, help="everything is written here (default: %(default)s)")
     parser.add_argument("--model", help="another chat model, a folder or a name on the hub")
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--held-out-pairs", type=int, default=HELD_OUT_PAIRS, help="default: %(default)s")
     options = parser.parse_args(argv)
 
-    # Notices of the libraries would stand between the lines that matter here: renamed options, no GPU for DeepSpeed.
+    # Silence notices of the libraries (renamed options, no GPU for DeepSpeed), which would hide the demo's output.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if has_gpu() else "cpu")
     warnings.simplefilter("ignore", FutureWarning)
@@ -133,7 +133,7 @@ def fast_bfloat16() -> bool:
 
 
 def replies(model: str, prompts: list[list[dict[str, str]]], adapter: Path | None = None) -> list[str]:
-    """Greedy replies to message lists, by the model as it is or with a trained adapter."""
+    """Greedy replies to message lists, by the base model or with a trained adapter."""
     import torch
     from peft import PeftModel
 

@@ -1,9 +1,10 @@
-"""A made-up customer-support preference set: the same seed gives the same pairs.
+"""A synthetic customer-support preference set, deterministic for a seed.
 
 A pair is a customer's message about one (product, issue) of an invented shop. The chosen reply follows the shop's
-policy: it greets by name, restates the order, gives the concrete next step and blames nobody. The rejected reply has
-one flaw of `FLAWS`: some are loud (curt, blaming), some subtle (right form, wrong order number or wrong policy).
-Neither side is longer by rule. Held-out pairs use (product, issue) combinations and names that no training pair has.
+policy: it greets by name, restates the order, gives the concrete next step and does not blame anyone. The rejected
+reply has one flaw of `FLAWS`: some are loud (curt, blaming), some subtle (right form, wrong order number or wrong
+policy). Neither side is systematically longer. Held-out pairs use (product, issue) combinations and names that do not
+occur in training pairs.
 """
 
 import json

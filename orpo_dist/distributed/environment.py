@@ -1,12 +1,12 @@
-"""Which rank this is, which ranks share a batch, and how the weights are spread. Asked here and nowhere else.
+"""The rank of this process, the ranks that share a batch, and the sharding of the weights. The only place to ask.
 
-    world rank   any process. What shards, saves or waits counts world ranks.
-    data rank    a rank that draws pairs of its own. What counts pairs, tokens or the global batch counts data ranks.
+    world rank   any process. Sharding, saving and barriers count world ranks.
+    data rank    a rank with its own pairs. Pairs, tokens and the global batch count data ranks.
 
-Every world rank is a data rank as long as nothing splits the work on one pair.
+Every world rank is a data rank unless several ranks work on one pair.
 
-Three moments know different things: a launcher's variables (`launched_rank`), the process group and the sharding that
-models are loaded for (`loading_sharding`, once TrainingArguments exist), and the accelerator (`sharding_of`).
+What is known depends on the stage: the launcher's variables (`launched_rank`), then the sharding that models are loaded
+for (`loading_sharding`, once TrainingArguments exist), then the accelerator (`sharding_of`).
 """
 
 import os
@@ -24,7 +24,7 @@ _USE_FSDP = "ACCELERATE_USE_FSDP"  # how `accelerate launch` tells its processes
 
 
 class Sharding(Enum):
-    """How weights, gradients and optimizer states are spread over the world ranks. The values are written into
+    """How weights, gradients and optimizer states are sharded over the world ranks. The values are written into
     checkpoints."""
 
     REPLICATED = "replicated"
@@ -46,7 +46,7 @@ class Sharding(Enum):
 
 @dataclass(frozen=True)
 class LaunchedRank:
-    """What a launcher (torchrun, accelerate launch, srun with its variables) says about this process."""
+    """This process as set by its launcher (torchrun, accelerate launch, srun with its variables)."""
 
     rank: int
     world_size: int
@@ -58,12 +58,12 @@ class LaunchedRank:
 
     @property
     def speaks_for_node(self) -> bool:
-        """Whether this process reports what is the same on all ranks of its node."""
+        """Whether this process reports messages that are the same on all ranks of its node."""
         return self.local_rank in (None, 0)
 
 
 def launched_rank() -> LaunchedRank | None:
-    """This process as its launcher has started it; None where no launcher did. Needs no import of torch."""
+    """This process as set by its launcher; None without one. Does not import torch."""
     if "RANK" not in os.environ:
         return None
     local_rank = os.environ.get("LOCAL_RANK")
@@ -72,18 +72,18 @@ def launched_rank() -> LaunchedRank | None:
 
 
 def is_launched_with_others() -> bool:
-    """Whether a launcher has started several processes of which this is one."""
+    """Whether a launcher has started this process and others."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 @dataclass(frozen=True)
 class Environment:
-    """This rank among the others, and how the run is sharded.
+    """The rank of this process, and how the run is sharded.
 
     Attributes:
         world_rank, world_size: of all processes.
         local_rank: among the processes of this node.
-        data_rank, data_ranks: among the ranks that draw pairs of their own, and how many those are.
+        data_rank, data_ranks: the position among the ranks with their own pairs, and their number.
     """
 
     world_rank: int
@@ -129,7 +129,7 @@ def loading_sharding() -> Sharding:
 
 
 def sharding_of(accelerator: "Accelerator") -> Sharding:
-    """What the accelerator really runs in."""
+    """The sharding that the accelerator uses."""
     from accelerate.utils import DistributedType
 
     if accelerator.distributed_type == DistributedType.DEEPSPEED:

@@ -1,16 +1,17 @@
-"""The logger of the package: a line once per run, not once per rank.
+"""The logger of the package: it logs on the first rank only.
 
     logger = get_logger(__name__)
     logger.warning("Padded layout: %s.", reason)
 
-accelerate's `get_logger` does the same but raises until its state exists, and models are loaded and data is read before
-that. https://huggingface.co/docs/accelerate/package_reference/logging
+accelerate's `get_logger` does the same but raises until its state exists, and loading models and data comes earlier.
+https://huggingface.co/docs/accelerate/package_reference/logging
 """
 
 import logging
-import os
 
 from torch import distributed
+
+from orpo_dist.distributed.environment import launched_rank
 
 
 class FirstRankLogger(logging.LoggerAdapter):
@@ -25,7 +26,8 @@ def get_logger(name: str) -> FirstRankLogger:
 
 
 def _rank() -> int:
-    """That of the process group; before there is one, what the launcher says (torchrun, accelerate launch)."""
+    """The rank in the process group; before it exists, the one set by the launcher (torchrun, accelerate launch)."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank()
-    return int(os.environ.get("RANK", "0"))
+    launched = launched_rank()
+    return launched.rank if launched is not None else 0

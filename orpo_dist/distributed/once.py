@@ -1,5 +1,5 @@
-"""Work that one rank does for all of them: the others wait on the key-value store of the process group, and not in a
-collective, whose timeout (10 minutes for NCCL) a long tokenisation would exceed."""
+"""Work that one rank does for all. The others wait on the key-value store of the process group, not in a collective: a
+long tokenisation would exceed its timeout (10 minutes for NCCL)."""
 
 import json
 import os
@@ -14,17 +14,17 @@ from orpo_dist.distributed.environment import is_launched_with_others, launched_
 from orpo_dist.errors import UserError
 
 POLL_SECONDS = 0.2
-VISIBLE_SECONDS = 10  # how long a shared file system may take to show a folder that another node has renamed
-ERROR_SECONDS = 10  # how long rank 0 waits for the others to read its error before it raises
+VISIBLE_SECONDS = 10  # time for a folder renamed on another node to appear on a shared file system
+ERROR_SECONDS = 10  # time for the other ranks to read the error of rank 0 before it raises
 
 
 _calls = count()  # ranks make the same calls in the same order, so the number names the call on all of them
 
 
 def built_on_first_rank(work: Callable[[], Path]) -> Path:
-    """Runs `work` on rank 0 and returns its path on every rank; a node that does not see the path runs it itself.
+    """Runs `work` on rank 0 and returns its path on every rank. A node that does not see the path runs `work` itself.
 
-    Every rank of the process group must call this, in the same order. Without a process group it is `work()`.
+    Every rank of the process group must call this, in the same order. Without a process group it returns `work()`.
 
     Raises:
         UserError: on every rank, when `work` raised it on rank 0 (or on the first rank of the node).
@@ -53,7 +53,7 @@ def built_on_first_rank(work: Callable[[], Path]) -> Path:
             raise
     launched = launched_rank()
     if launched is None or launched.local_rank is None:
-        # Nobody speaks for the node; two ranks that build the same folder do no harm.
+        # The node has no first rank here. Two ranks may safely build the same folder.
         return _seen_or_own(_wait(store, everywhere, seen), work)
     if launched.local_rank == 0:
         return _work_and_tell(lambda: _seen_or_own(_wait(store, everywhere, seen), work), store, [here])
@@ -61,14 +61,14 @@ def built_on_first_rank(work: Callable[[], Path]) -> Path:
 
 
 def is_first_rank() -> bool:
-    """Whether this process is the one that prints and writes. True without a process group."""
+    """Whether this process prints and writes for all. True without a process group."""
     from torch import distributed
 
     return not distributed.is_initialized() or distributed.get_rank() == 0
 
 
 def _node() -> str:
-    # One machine may play several nodes (torchrun's tests, slurmd -N), so the host name alone is not enough.
+    # One machine may act as several nodes (torchrun's tests, slurmd -N), so the host name alone is not enough.
     return "/".join([socket.gethostname(), *(os.environ.get(name, "") for name in ("GROUP_RANK", "SLURMD_NODENAME"))])
 
 
@@ -115,6 +115,6 @@ def _seen_or_own(path: Path, work: Callable[[], Path]) -> Path:
         if path.exists():
             return path
         if not path.parent.exists():
-            break  # a cache on that node's own disk: nothing to wait for
+            break  # the cache is on a local disk of the other node: there is nothing to wait for
         time.sleep(POLL_SECONDS)
     return work()

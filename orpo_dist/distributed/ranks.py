@@ -1,4 +1,4 @@
-"""Ranks that act as one: work that the first one does for all, and the end of the processes."""
+"""Coordination of ranks: work that the first rank does for all, and a joint process exit."""
 
 import time
 from collections.abc import Callable
@@ -15,7 +15,7 @@ _GLOO_SECONDS = 0.3
 
 
 def on_first_rank(work: Callable[[], Result]) -> Result:
-    """Run `work` on rank 0 and return its result on every rank. Every rank must call it; it is a collective.
+    """Run `work` on rank 0 and return its result on every rank. A collective: every rank must call it.
 
     Raises:
         UserError, SaveError: on every rank, when `work` raised them.
@@ -36,9 +36,9 @@ def on_first_rank(work: Callable[[], Result]) -> Result:
 
 
 def leave_together() -> None:
-    """End the process group, the last thing a rank does. Every rank must call it; it is a collective.
+    """End the process group, as the last action of a rank. A collective: every rank must call it.
 
-    A rank that left while another still writes would be aborted now and then: see `let_gloo_finish`.
+    A rank that exits while another still writes is sometimes aborted: see `let_gloo_finish`.
     """
     state = PartialState()
     state.wait_for_everyone()
@@ -49,9 +49,9 @@ def leave_together() -> None:
 def let_gloo_finish() -> None:
     """Wait, without holding the GIL, until gloo's threads have freed the tensors of the last collectives.
 
-    A thread of gloo drops them after the call has returned, and needs the GIL for it. In an interpreter that is going
-    away it gets none and aborts the process (exit code -6 after a finished run): 2 of 14 ZeRO-3 runs without a barrier
-    at their end, 1 of 44 with one, since gloo's barrier keeps the works before it alive.
+    A gloo thread frees them after the call has returned and needs the GIL for that. An interpreter that is shutting
+    down does not give it the GIL, and the process aborts (exit code -6 after a finished run): 2 of 14 ZeRO-3 runs
+    without a final barrier, 1 of 44 with one, since gloo's barrier keeps earlier work objects alive.
     https://github.com/pytorch/pytorch/pull/179291
     """
     if is_initialized():

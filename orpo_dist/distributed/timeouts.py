@@ -1,7 +1,7 @@
-"""How long the ranks wait for each other: long while they start, as long as `ddp_timeout` says after the first step.
+"""Timeouts of collectives: long during start-up, `ddp_timeout` after the first step.
 
-Loading a model from a slow disk and the first step, which compiles, differ between ranks by minutes; a step does not.
-Tokenisation is no matter of these timeouts: the ranks wait for it outside of collectives (distributed/once.py).
+Loading a model from a slow disk and the first step, which compiles, differ between ranks by minutes; later steps do
+not. These timeouts do not apply to tokenisation: ranks wait for it outside of collectives (distributed/once.py).
 """
 
 from datetime import timedelta

@@ -1,1 +1,1 @@
-"""Loading (quantisation, adapters), and what of a model's forward this project replaces."""
+"""Loading models (quantisation, adapters), and the parts of a model's forward that this project replaces."""

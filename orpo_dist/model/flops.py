@@ -1,4 +1,4 @@
-"""Floating-point operations of a pair, by the shapes of the model's layers."""
+"""Floating-point operations of a pair, from the shapes of the model's layers."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from orpo_dist.packing.lengths import PairLengths
 class ModelFlops:
     """FLOPs per token (linear layers), per query-key pair (attention) and per scored row (head), forward and backward.
 
-    The text model's alone: embeddings are look-ups, and a vision tower is not counted.
+    Of the text model only: embeddings are look-ups, and a vision tower is not counted.
     """
 
     per_token: float

@@ -14,14 +14,14 @@ from orpo_dist.packing.padded import PaddedLayout, score_padded
 
 @dataclass(frozen=True)
 class PairResult:
-    """loss: () share of the global batch's loss, None where only scores were asked for. scores: per pair."""
+    """loss: () share of the global batch's loss; None if only scores were requested. scores: per pair."""
 
     loss: torch.Tensor | None
     scores: PairScores
 
 
 class PairForward:
-    """Runs a model on what the collator of the chosen layout makes."""
+    """Runs a model on batches from the collator of the chosen layout."""
 
     def __init__(self, layout: LayoutChoice, objective: Objective):
         self._layout, self._objective = layout, objective

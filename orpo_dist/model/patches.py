@@ -1,4 +1,4 @@
-"""Every patch of an object of another library: what it replaces, why, where upstream, and how it is undone.
+"""Every patch of another library's objects: what it replaces, why, where upstream, and how it is undone.
 
     handle = replace_attribute(model, "forward", with_head, LOSS_HEAD)
     ...
@@ -205,7 +205,7 @@ BLOCKS_COMPILED_ALREADY = Patch(
     replaces="AcceleratorState.dynamo_plugin",
     reason="accelerate would compile the whole model around blocks that compile_blocks() has compiled.",
     link=f"{_ACCELERATE}/accelerator.py",
-    undone="after train()",
+    undone="never: evaluate() and predict() prepare the model again, before and after train()",
 )
 ONE_DEVICE_PER_PROCESS = Patch(
     name="one device per process",
@@ -226,9 +226,8 @@ _ABSENT: Any = object()
 class Patched:
     """A patch in force on one object.
 
-    restore puts back what was there. is_outermost says whether the patch is still what its owner holds: another
-    library may have wrapped it since (accelerate wraps a forward for mixed precision), and that wrapper must not
-    be lost.
+    restore puts the original back. is_outermost tells whether the owner still holds the patch itself: another library
+    may have wrapped it since (accelerate wraps a forward for mixed precision), and that wrapper must not be lost.
     """
 
     def __init__(self, patch: Patch, restore: Callable[[], object], is_outermost: Callable[[], bool] = lambda: True):
@@ -237,8 +236,8 @@ class Patched:
         self._restore, self._is_outermost = restore, is_outermost
 
     def undo(self) -> bool:
-        """Put back what was there, once. False where another wrapper lies on top: nothing changes, and a later call
-        tries again."""
+        """Restore the original, once. False if another wrapper is on top: nothing changes, and a later call tries
+        again."""
         if self.in_force and self._is_outermost():
             self._restore()
             self.in_force = False

@@ -1,6 +1,6 @@
-"""Facts of other libraries for which they have no question to ask: by version, or read from source or error text.
+"""Facts about other libraries for which they have no API: from versions, source text or error messages.
 
-Each is read in one place, here, and tests/model/test_upstream.py fails when a release changes what is read.
+Each is read only here, and tests/model/test_upstream.py fails when a release changes it.
 """
 
 import inspect

@@ -46,19 +46,56 @@ class DataOptions:
 
     max_length: int | None = _option(
         MAX_LENGTH,
-        "Most tokens of prompt + completion. None: no bound, the default of vision-language models.",
+        "Most tokens of prompt + completion; completions are cut at their end. None: no bound, the default of "
+        "vision-language models.",
+    )
+    max_prompt_length: int | None = _option(
+        None,
+        "Most tokens of a prompt. Unset: prompts are never cut, and one that leaves no room for a completion is a bad "
+        "row.",
     )
     max_completion_length: int | None = _option(
-        None, "Most tokens of a completion (cut at its end). Encoder-decoder models default to 128."
+        None,
+        "Most tokens of a completion, before `max_length`. Enforced for decoder models too. Encoder-decoder models "
+        "default to 128.",
     )
-    dataset_num_proc: int | None = _option(None, "Processes that tokenise.")
+    truncation_side: str = _option(
+        "left", "End of a long prompt that `max_prompt_length` cuts off: left or right.", choices=["left", "right"]
+    )
+    on_bad_row: str = _option(
+        "drop",
+        "`drop`: leave bad rows out and list them in `dropped_rows.jsonl`; `error`: stop at the first.",
+        choices=["drop", "error"],
+    )
+    max_bad_rows: float = _option(
+        0.05,
+        "With `drop`, stop before the model is loaded if more rows are bad: a share below 1, a number from 1; 0 allows "
+        "none.",
+    )
+    chat_template: str | None = _option(
+        None,
+        "chatml, zephyr, a Jinja file or the template itself; saved with the model. Unset: the tokenizer's own.",
+    )
+    apply_chat_template: bool | None = _option(
+        None,
+        "Unset: message lists get the template, strings do not. True: strings become a user and an assistant turn. "
+        "False: message lists are refused.",
+    )
+    allow_template_drops: bool = _option(
+        False, "Train on rows of which the chat template leaves something out, as it renders them."
+    )
+    add_eos_token: bool = _option(
+        True, "End each completion of plain text with EOS if it does not end with it already."
+    )
     prompt_column: str | None = _option(None, "Column of the prompt. Unset: detected.")
     chosen_column: str | None = _option(None, "Column of the chosen completion or conversation. Unset: detected.")
     rejected_column: str | None = _option(None, "Column of the rejected completion or conversation. Unset: detected.")
-    system_column: str | None = _option(None, "Column of a system message. Unset: `system` where it exists.")
-    tools_column: str | None = _option(None, "Column of the tools' JSON schemas. Unset: `tools` where it exists.")
+    system_column: str | None = _option(None, "Column of a system message. Unset: `system` if it exists.")
+    tools_column: str | None = _option(None, "Column of the tools' JSON schemas. Unset: `tools` if it exists.")
     image_column: str | None = _option(
-        None, "Column of the images, one or a list per row. Unset: `images` or `image` where one exists."
+        None,
+        "Column of the images, one or a list per row. Unset: `images` or `image` if one exists. Empty: images are "
+        "ignored.",
     )
     image_folder: str | None = _option(
         None, "Folder that image paths start from and cannot leave. Unset: the folder of the row's file."
@@ -67,28 +104,7 @@ class DataOptions:
         False, "Fetch images at http(s) addresses in the rows, once, when data is prepared."
     )
     allow_outside_image_folder: bool = _option(False, "Read images at paths outside of the image folder too.")
-    max_prompt_length: int | None = _option(None, "Most tokens of a prompt. Unset: prompts are never cut.")
-    truncation_side: str = _option(
-        "left", "Which end of a long prompt max_prompt_length cuts off.", choices=["left", "right"]
-    )
-    on_bad_row: str = _option(
-        "drop", "A row that cannot be trained on: drop and report it, or stop.", choices=["drop", "error"]
-    )
-    max_bad_rows: float = _option(
-        0.05, "With on_bad_row=drop: stop when more than this share (below 1) or number (from 1) of rows is bad."
-    )
-    chat_template: str | None = _option(
-        None, "Chat template: chatml, zephyr, a Jinja file or the template itself. Unset: the tokenizer's own."
-    )
-    apply_chat_template: bool | None = _option(
-        None,
-        "Unset: message lists get the chat template, strings do not. True: strings become one user and one assistant "
-        "turn. False: strings only, message lists are refused.",
-    )
-    allow_template_drops: bool = _option(
-        False, "Train on rows of which the chat template leaves something out, as it renders them."
-    )
-    add_eos_token: bool = _option(True, "End completions of plain text with EOS where they do not end with it already.")
+    dataset_num_proc: int | None = _option(None, "Processes that tokenise.")
 
 
 @dataclass
@@ -98,7 +114,9 @@ class ImageOptions:
     min_pixels: int | None = _option(None, "Smallest area of an image after resizing (Qwen-VL).")
     max_pixels: int | None = _option(None, "Largest area of an image after resizing (Qwen-VL): bounds its tokens.")
     processor_kwargs: dict[str, Any] | str | None = _option(  # noqa: RUF009
-        None, "Other options of the model's image processor: size, do_image_splitting, max_patches, ..."
+        None,
+        "Other options of the model's image processor (`size`, `do_image_splitting`, `max_patches`, ...); an unknown "
+        "one is an error that lists the known ones. Saved with the processor.",
     )
 
 

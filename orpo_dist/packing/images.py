@@ -1,7 +1,7 @@
-"""Pairs with images: the pixels of every prompt once, and what the image tokens mean for positions and attention.
+"""Pairs with images: the pixels of each prompt once, and the effect of image tokens on positions and attention.
 
-An `ImageCollator` goes around the collator of either layout. The image tokens are in `prompt_ids` already; it adds the
-tensors that the processor makes of the images, under the names that the model's forward has for them.
+An `ImageCollator` wraps the collator of either layout. `prompt_ids` already contains the image tokens; the collator
+adds the processor's image tensors, under their names in the model's forward.
 
 Shape legend: B pairs, T tokens of a packed row, L length of the longest padded row, P tokens of a prompt.
 """
@@ -26,9 +26,9 @@ CAUSAL, IMAGES_BIDIRECTIONAL, PROMPT_BIDIRECTIONAL = "causal", "images", "prompt
 
 @dataclass(frozen=True)
 class MropePositions:
-    """Positions of a model whose image tokens have rows and columns (M-RoPE), by its own `get_rope_index`.
+    """Positions of a model whose image tokens have rows and columns (M-RoPE), from its `get_rope_index`.
 
-    model_class: the class that has that method, which reads nothing of a model but its config.
+    model_class: the class with that method, which reads only the config of a model.
     """
 
     model_class: type
@@ -46,11 +46,11 @@ class MropePositions:
 
 @dataclass(frozen=True)
 class ImageRules:
-    """What of a vision-language model its collator must know.
+    """Properties of a vision-language model that its collator needs.
 
-    positions: None where tokens are numbered one by one.
-    attention: who else is seen beside the tokens before: CAUSAL nobody, IMAGES_BIDIRECTIONAL the same image's tokens
-        (Gemma 3), PROMPT_BIDIRECTIONAL the whole prompt (PaliGemma).
+    positions: None if tokens are numbered consecutively.
+    attention: what a token attends to besides earlier tokens: CAUSAL nothing, IMAGES_BIDIRECTIONAL the tokens of the
+        same image (Gemma 3), PROMPT_BIDIRECTIONAL the whole prompt (PaliGemma).
     """
 
     positions: MropePositions | None = None
@@ -58,7 +58,7 @@ class ImageRules:
 
 
 def shortest_with_images(rows: Any) -> dict[str, Any] | None:
-    """The row with the shortest prompt among those with images; None without any.
+    """The row with the shortest prompt among those with images; None if there is none.
 
     rows: a list of tokenised rows or a datasets.Dataset of them, or None.
     """
@@ -79,7 +79,11 @@ def image_counts(rows: Any) -> list[int]:
         return [0] * len(rows)
     counts: list[int] = []
     for batch in rows.select_columns(["images"]).with_format("arrow").iter(10_000):
-        counts += [count or 0 for count in batch["images"].combine_chunks().value_lengths().to_pylist()]
+        images = batch["images"].combine_chunks()
+        if images.null_count == len(images):  # of type null, which has no lengths, if no row of the data has any
+            counts += [0] * len(images)
+        else:
+            counts += [count or 0 for count in images.value_lengths().to_pylist()]
     return counts
 
 

@@ -1,4 +1,4 @@
-"""The packed layout: where the pairs lie in one row of tokens, and every index the model needs to tell them apart.
+"""The packed layout: the position of each pair in one row of tokens, and every index that separates the pairs.
 
 Shape legend: B pairs, T tokens of the packed row, S = 2B causal sequences, K keys over all sequences, N scored rows,
 L length of the longest sequence.
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class PackedLayoutError(RuntimeError):
-    """A part of the model cannot take the packed layout. The message says which part and why."""
+    """A part of the model does not support the packed layout. The message names the part and the reason."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,11 @@ class PairSegment:
 
 
 class PackedLayout:
-    """What the tokens of a packed row mean.
+    """Indices of a packed row.
 
-    Neither a dict, a tuple nor a dataclass, on purpose: with bf16, DeepSpeed's and FSDP2's casts of inputs look into
-    those and round `tokens` (12345 becomes 12352). An object they do not know is passed through as it is, and it can
-    carry float32 statistics out of a forward whose outputs are cast.
+    Deliberately not a dict, tuple or dataclass: with bf16, DeepSpeed and FSDP2 cast the tensors inside those and round
+    `tokens` (12345 becomes 12352). They pass objects of other types through unchanged, which also keeps float32
+    statistics intact if the outputs of the forward are cast.
 
     A pair is two causal sequences, [P C] and [P R]. With a shared prompt the queries of the second are R alone, so its
     last query sees its last key ("bottom-right" causal masks) and the keys of P occur twice in `key_index`.
@@ -83,13 +83,13 @@ class PackedLayout:
     cu_seqlens_q, cu_seqlens_k: (S + 1,) int32, where each sequence's queries and keys begin.
     max_seqlen_q, max_seqlen_k: the longest of each, host numbers.
     key_index: (K,) places in the row of the keys of all sequences; None without sharing, where keys are the row itself.
-    key_place: (T,) the way back: where the key of a row's token stands among the K, for the first time.
-    prompt_rows, prompt_again: (sum of P,) places in the row of the prompts' tokens, and where their keys stand among
-        the K for the second time. All three None without sharing.
+    key_place: (T,) the inverse: the first position among the K of the key of each token of the row.
+    prompt_rows, prompt_again: (sum of P,) places in the row of the prompts' tokens, and the second position of their
+        keys among the K. All three are None without sharing.
     unshare_index: (S, L) places in the row of the tokens of each sequence; beyond a sequence's end, of its last token.
     reshare_index: (T,) where token t of the row is found in the flattened (S * L) unshared rows.
     weight: (B,) 1 for a pair, 0 for the filler of an empty bin.
-    index: the pairs' places in the dataset, on the host.
+    index: positions of the pairs in the dataset, on the host.
     tokens, pairs: () totals of the whole global batch, written by the trainer once per optimizer step.
     scores: per-pair results, written by the loss head.
     prompt_blocks: (sum of P,) for prompts with bidirectional attention: tokens of a prompt with the same number see

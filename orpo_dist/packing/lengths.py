@@ -1,4 +1,4 @@
-"""Token counts of pairs and what they cost."""
+"""Token counts and costs of pairs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ def pair_costs(lengths: Sequence[PairLengths], hidden_size: int) -> list[float]:
 
 
 def token_counts(rows: Any, token_id: int) -> list[int]:
-    """How often a token stands in each prompt: of a vision-language model's image token, its image tokens."""
+    """How often a token occurs in each prompt; for the image token, the number of image tokens."""
     if isinstance(rows, list):
         return [list(row["prompt_ids"]).count(token_id) for row in rows]
     counts: list[int] = []
@@ -51,13 +51,13 @@ def token_counts(rows: Any, token_id: int) -> list[int]:
 
 
 def sharing_gain(lengths: Sequence[PairLengths]) -> float:
-    """(2P + C + R) / (P + C + R) over all pairs: what computing each prompt once saves in tokens. 2 at most."""
+    """(2P + C + R) / (P + C + R) over all pairs: the factor in tokens saved by sharing prompts, at most 2."""
     shared = sum(pair.shared_tokens for pair in lengths)
     return 1 + sum(pair.prompt for pair in lengths) / shared if shared else 1.0
 
 
 def is_tokenised(rows: Any) -> bool:
-    """Whether `rows` hold token ids already: a non-empty list of dicts or a datasets.Dataset with those columns."""
+    """Whether `rows` are already tokenised: a non-empty list of dicts or a datasets.Dataset with TOKEN_COLUMNS."""
     columns = rows[0].keys() if isinstance(rows, list) and rows else getattr(rows, "column_names", None) or ()
     return set(TOKEN_COLUMNS) <= set(columns)
 

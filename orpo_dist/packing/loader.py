@@ -24,10 +24,10 @@ class PairDataset(Dataset[dict]):
 
 
 class PairDataLoader(DataLoader):
-    """A DataLoader that the Trainer can tell the epoch.
+    """A DataLoader that passes the Trainer's epoch to its sampler.
 
-    Kept away from `accelerator.prepare`: nothing in it is left to shard, and through accelerate's BatchSamplerShard a
-    resume in the middle of an epoch would lose the epoch.
+    Do not pass it to `accelerator.prepare`: its sampler is already sharded, and accelerate's BatchSamplerShard loses
+    the epoch on a resume in the middle of one.
     """
 
     def set_epoch(self, epoch: int) -> None:

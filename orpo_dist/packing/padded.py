@@ -1,6 +1,6 @@
 """The padded layout: TRL's concatenated forward, 2B padded rows with the prompt in both.
 
-It is the oracle of the packed layout and the fallback where a model cannot take that one (encoder-decoder models).
+It is the reference for the packed layout and the fallback for models that do not support it (encoder-decoder models).
 
 Shape legend: B pairs, L length of the longest row, V vocabulary.
 """
@@ -15,16 +15,16 @@ from orpo_dist.loss import PairScores
 
 
 class PaddedLayout:
-    """What the rows of a padded batch mean.
+    """Indices and masks of a padded batch.
 
-    Neither a dict, a tuple nor a dataclass, on purpose: with bf16, DeepSpeed's and FSDP2's casts of inputs look into
-    those and round `tokens` (12345 becomes 12352). An object they do not know is passed through as it is.
+    Deliberately not a dict, tuple or dataclass: with bf16, DeepSpeed and FSDP2 cast the tensors inside those and round
+    `tokens` (12345 becomes 12352). They pass objects of other types through unchanged.
 
     targets: (2B, L) the token that row t predicts; 0 where none is scored. Chosen rows first, then rejected.
     completion: (2B, L) bool, rows that score a completion's token.
     nll: (B, L) bool, rows of the chosen half that count in the NLL term.
     weight: (B,) 1, or 0 for a filler.
-    index: the pairs' places in the dataset, on the host.
+    index: positions of the pairs in the dataset, on the host.
     tokens, pairs: () totals of the whole global batch, written by the trainer once per optimizer step.
     """
 

@@ -11,11 +11,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.utils.data import Sampler
 
-FILLER = -1  # index of a pair of weight zero: keeps a rank without pairs in step with the collectives of the others
+FILLER = -1  # index of a pair of weight zero, with which a rank without pairs takes part in collectives
 
 
 def balanced_bins(batch: Sequence[int], costs: Sequence[float], bins: int) -> list[list[int]]:
-    """Split `batch` into `bins` lists of near-equal cost, dearest bin first: longest first, to the emptiest bin."""
+    """Split `batch` into `bins` lists of near-equal cost, greedily: the costliest pair goes to the cheapest bin. The
+    costliest bin comes first."""
     contents: list[list[int]] = [[] for _ in range(bins)]
     heap = [(0.0, 0, b) for b in range(bins)]
     for i in sorted(batch, key=lambda i: (-costs[i], i)):
@@ -27,10 +28,10 @@ def balanced_bins(batch: Sequence[int], costs: Sequence[float], bins: int) -> li
 
 
 class GlobalBatchSampler(Sampler[list[int]]):
-    """Batch sampler of one data rank. It is rank-aware already and must never be wrapped in a sharding sampler.
+    """Batch sampler of one data rank. It is already sharded and must never be wrapped in a sharding sampler.
 
-    Every optimizer step takes `global_batch` pairs and gives each rank `accumulation` bins of them. The last, smaller
-    global batch of an epoch is kept unless `drop_last`; it has as few micro-steps as its pairs need.
+    Every optimizer step uses `global_batch` pairs, split into `accumulation` bins per rank. The last, smaller global
+    batch of an epoch is kept unless `drop_last`, with only as many micro-steps as it needs.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         self.epoch = epoch
 
     def global_batches(self) -> Iterator[list[int]]:
-        """The pairs of each optimizer step of this epoch, the same on every rank and for every number of them."""
+        """The pairs of each optimizer step of this epoch, the same on every rank and for any number of ranks."""
         if self.shuffle:
             generator = torch.Generator().manual_seed(self.seed + self.epoch)
             order = torch.randperm(len(self.costs), generator=generator).tolist()
@@ -86,8 +87,8 @@ class GlobalBatchSampler(Sampler[list[int]]):
 class EvaluationSampler(Sampler[list[int]]):
     """Batch sampler of one data rank for evaluation.
 
-    Every pair exactly once over all data ranks, the same number of batches on each (the last ones may be fillers),
-    pairs of similar cost together.
+    Each pair occurs exactly once over all data ranks, and pairs of similar cost share a batch. All ranks have the same
+    number of batches (the last ones may be fillers).
     """
 
     def __init__(self, costs: Sequence[float], *, batch_size: int, data_ranks: int, data_rank: int):

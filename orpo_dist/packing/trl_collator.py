@@ -1,4 +1,4 @@
-"""A user's own data collator, written for TRL's ORPOTrainer, in front of this trainer's padded layout."""
+"""Adapter from a user's data collator, written for TRL's ORPOTrainer, to the padded layout."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ _SIDES = ("chosen", "rejected")
 
 @dataclass(frozen=True)
 class TRLCollator:
-    """Gives a collator the columns that TRL's would see and reads its padded batch.
+    """Passes TRL's columns to a collator and reads its padded batch.
 
-    The collator receives per row `prompt_input_ids`, `chosen_input_ids`, `chosen_labels` (-100 on the prompt), the same
-    for rejected, and the attention masks; it returns them as padded tensors, as TRL's DPODataCollatorWithPadding does.
+    For each row the collator receives `prompt_input_ids`, `chosen_input_ids`, `chosen_labels` (-100 on the prompt), the
+    same for rejected, and attention masks. It returns them as padded tensors, like TRL's DPODataCollatorWithPadding.
 
     Raises:
         UserError: the collator's batch lacks a column that the loss needs.
@@ -33,7 +33,7 @@ class TRLCollator:
         missing = [column for column in needed if column not in batch]
         if missing:
             raise UserError(
-                f"data_collator returned no {', '.join(missing)}: a collator for ORPO returns padded tensors "
+                f"data_collator did not return {', '.join(missing)}: a collator for ORPO must return padded tensors "
                 f"{', '.join(needed)}. Leave data_collator unset to use the built-in one."
             )
         width = max(batch[f"{side}_input_ids"].shape[1] for side in _SIDES)

@@ -1,4 +1,4 @@
-"""A recipe's YAML file as values with line numbers, so that every complaint can point at its line."""
+"""Reads a recipe's YAML file as values with line numbers, so that every error can point at its line."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,7 @@ class RecipeFile:
     """Top-level keys of one recipe.
 
     Attributes:
-        values: key to value, as YAML reads them (`1e-5` is still a string here: YAML 1.1 wants `1.0e-5`).
+        values: key to value, as YAML reads them (`1e-5` is still a string here: YAML 1.1 requires `1.0e-5`).
         lines: key to line number, from 1.
         environment: the `env:` section, variables to set before anything is imported that reads them.
     """
@@ -32,13 +32,13 @@ def read_recipe_file(path: str | Path) -> RecipeFile:
     """Read a recipe with a safe YAML loader.
 
     Raises:
-        UserError: no such file, broken YAML (with its line), a top level that is not a mapping, a key given twice.
+        UserError: the file does not exist, is not valid YAML (with the line), is not a mapping, or sets a key twice.
     """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise UserError(f"{path}: there is no such recipe file (current folder: {Path.cwd()}).") from error
+        raise UserError(f"recipe file {path} does not exist (current folder: {Path.cwd()}).") from error
     except IsADirectoryError as error:
         raise UserError(f"{path} is a folder; give a recipe file, such as {path / 'recipe.yaml'}.") from error
     except UnicodeDecodeError as error:
@@ -60,7 +60,7 @@ def _from_node(path: Path, loader: yaml.SafeLoader, node: yaml.Node | None) -> R
     if node is None:
         return RecipeFile(path, {}, {})
     if not isinstance(node, yaml.MappingNode):
-        raise UserError(f"{path}: a recipe is a mapping of `field: value` lines, and this is a {_kind(node)}.")
+        raise UserError(f"{path}: a recipe must be a mapping of `field: value` lines, not a {_kind(node)}.")
     written = [key.value for key, _ in node.value]
     for key, _ in node.value:
         if written.count(key.value) > 1:

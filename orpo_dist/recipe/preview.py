@@ -1,8 +1,8 @@
-"""Single values of a recipe with the flags that follow, without the libraries that check all of them.
+"""Reads single values of a recipe and its flags, without importing the libraries that check all of them.
 
     python -m orpo_dist.recipe.preview RECIPE.yaml [--field value ...]     prints the run's folder
 
-Templates and launchers ask for the run's folder or for the kind of adapter before anything heavy is imported.
+Templates and launchers need the run's folder or the kind of adapter before heavy imports.
 """
 
 import os
@@ -20,7 +20,7 @@ from orpo_dist.recipe.file import read_recipe_file
 
 @dataclass(frozen=True)
 class RecipePreview:
-    """Values of a recipe file and of the flags after it, which win."""
+    """Values of a recipe file, overridden by the flags after it."""
 
     path: Path
     values: dict[str, Any]
@@ -28,7 +28,7 @@ class RecipePreview:
 
     @property
     def run_folder(self) -> Path:
-        """Where the run writes, absolute."""
+        """The run's folder, as an absolute path."""
         return Path(os.path.abspath(self.values.get("output_dir") or f"runs/{self.path.stem}"))
 
     @property
@@ -44,7 +44,7 @@ def preview(recipe: str | Path, flags: Sequence[str] = ()) -> RecipePreview:
     """Read a recipe and its flags (`--name value`, `--name=value`, `--switch`, `--no_switch`).
 
     Raises:
-        UserError: no such file, or not valid YAML.
+        UserError: the file does not exist or is not valid YAML.
     """
     file = read_recipe_file(recipe)
     return RecipePreview(file.path, file.values | _values_of(flags), file.environment)
@@ -66,7 +66,7 @@ def _values_of(flags: Sequence[str]) -> dict[str, Any]:
 
 
 def without_gpu(values: dict[str, object]) -> list[str]:
-    """Flags with which a recipe for GPUs can be read on a node that has none."""
+    """Flags that allow reading a recipe for GPUs on a node without one."""
     flags = ["--use_cpu", "true"]
     for name in ("fp16", "tf32"):
         if values.get(name):
@@ -75,7 +75,7 @@ def without_gpu(values: dict[str, object]) -> list[str]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the run's folder. Returns 0, or 2 after one readable line."""
+    """Print the run's folder. Returns 0, or 2 after an error message."""
     if not argv:
         print("usage: python -m orpo_dist.recipe.preview RECIPE.yaml [--field value ...]", file=sys.stderr)
         return BAD_INPUT

@@ -1,4 +1,4 @@
-"""A recipe: what to train on, which model, and how; from a YAML file, from flags, or from both, under TRL's names."""
+"""A recipe: data, model and training options, from a YAML file, flags or both, with TRL's names."""
 
 import difflib
 import os
@@ -17,13 +17,13 @@ from orpo_dist.options.data import DataArguments
 from orpo_dist.recipe.file import read_recipe_file
 from orpo_dist.recipe.secrets import public_environment, without_secrets
 
-# transformers and the hub client read HF_HOME, HF_HUB_OFFLINE and others once, when they are imported. A recipe may set
-# them in its `env:` section, so nothing here imports them before the file has been read.
+# transformers and the hub client read HF_HOME, HF_HUB_OFFLINE and other variables on import. A recipe may set them in
+# its `env:` section, so nothing here imports these libraries before the file has been read.
 if TYPE_CHECKING:
     from orpo_dist.config import ORPOConfig
     from orpo_dist.options.model import ModelArguments
 
-# What other trainers, and older versions of transformers, call a field.
+# Names of fields in other trainers and in older versions of transformers.
 OTHER_NAMES = {
     "alpha": "beta",
     "batch_size": "per_device_train_batch_size",
@@ -39,7 +39,7 @@ OTHER_NAMES = {
     "revision": "model_revision",
     "torch_dtype": "dtype",
 }
-# Filled in by the config itself, or of no use to a second run.
+# Set by the config itself, or of no use for repeating a run.
 _NOT_SAVED = {
     "accelerator_config",
     "activation_checkpointing",
@@ -51,7 +51,7 @@ _NOT_SAVED = {
     "local_rank",
     "remove_unused_columns",
 }
-# transformers' fields that shape every run: written even where they have their default.
+# transformers' fields that shape every run: saved even if they have their default.
 _ALWAYS_SAVED = {
     "output_dir",
     "num_train_epochs",
@@ -70,8 +70,8 @@ _ALWAYS_SAVED = {
     "save_steps",
     "seed",
 }
-# Modules that check options, and name them in what they raise. The same types of errors from elsewhere (torch, a
-# process group, this package) are not about an option.
+# Modules that check options and name them in their errors. The same error types raised elsewhere (torch, a process
+# group, this package) are not about an option.
 _OPTION_CHECKS = (
     "accelerate.parallelism_config",
     "accelerate.state",
@@ -89,10 +89,10 @@ _KINDS = {"float": "a number", "int": "a whole number", "string_to_bool": "true 
 
 @dataclass
 class Recipe:
-    """Everything one run needs.
+    """All options of one run.
 
     Attributes:
-        environment: variables of the `env:` section; they are set already.
+        environment: variables of the `env:` section, which are already set.
     """
 
     data: DataArguments
@@ -102,12 +102,12 @@ class Recipe:
 
     @classmethod
     def parse(cls, argv: Sequence[str]) -> "Recipe":
-        """From command-line arguments: `RECIPE.yaml --field value ...`, `--config RECIPE.yaml ...` or flags alone.
+        """From command-line arguments: `RECIPE.yaml --field value ...`, `--config RECIPE.yaml ...` or only flags.
 
-        Flags win over the file. Variables of the file's `env:` section are set before any library reads them.
+        Flags override the file. Variables of the file's `env:` section are set before any library reads them.
 
         Raises:
-            UserError: unknown names (with the nearest that exists), wrong types, contradicting options.
+            UserError: unknown names (with the closest known one), wrong types, contradicting options.
             SystemExit: 0 after `--help`.
         """
         path, flags = _split_off_recipe(list(argv))
@@ -164,8 +164,8 @@ class Recipe:
             raise UserError(f"{name} is missing: set it to {what}, in the recipe or as --{name}.")
 
     def to_mapping(self) -> dict[str, Any]:
-        """A flat mapping that repeats this run: every data and model field that is set, this project's and TRL's
-        training fields, and every other training field that differs from transformers' default. No credentials."""
+        """A flat mapping that repeats this run, without credentials: every data and model field that is set, the
+        training fields of this project and TRL, and every other training field that differs from its default."""
         from orpo_dist.config import OWN_OPTIONS
 
         always = _ALWAYS_SAVED | OWN_OPTIONS
@@ -183,7 +183,7 @@ class Recipe:
         return without_secrets(mapping)
 
     def save(self, path: str | Path) -> None:
-        """Write the recipe so that `orpo-dist train PATH` repeats the run. No credentials."""
+        """Write the recipe, without credentials. `orpo-dist train PATH` repeats the run."""
         mapping = self.to_mapping()
         environment = public_environment(self.environment)
         if environment:
@@ -218,7 +218,7 @@ def _parser(dataclass_types: Any) -> Any:
 
 
 def _readable(message: str) -> str:
-    """argparse's words for a wrong type in the words of this program."""
+    """Rewords argparse's message about a wrong type."""
     wrong_type = re.fullmatch(r"argument (--\w+)\S*: invalid (\w+) value: (.*)", message)
     if wrong_type:
         option, kind, value = wrong_type.groups()
@@ -233,7 +233,7 @@ def _refuse_rest(rest: list[str], names: list[str]) -> None:
             raise UserError(f"Unknown option {argument.split('=')[0]}. {_suggestion(name, names, '--')}")
     if rest:
         hint = " A recipe comes first: orpo-dist train RECIPE.yaml --field value." if rest[0].endswith("ml") else ""
-        raise UserError(f"{rest[0]!r} belongs to no option.{hint}")
+        raise UserError(f"{rest[0]!r} does not belong to an option.{hint}")
 
 
 def _suggestion(name: str, names: list[str], prefix: str = "") -> str:
@@ -243,11 +243,11 @@ def _suggestion(name: str, names: list[str], prefix: str = "") -> str:
     close = [known] if known else difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if close:
         return f"Did you mean `{prefix}{close[0]}`?"
-    return "docs/config.md lists this project's fields; the others are those of transformers' TrainingArguments."
+    return "docs/config.md lists this project's fields; all others are fields of transformers' TrainingArguments."
 
 
 def _checked(name: str, value: Any, hint: Any, action: Action, where: str) -> Any:
-    """The value as the field's type. argparse converts and checks texts only; a file also holds numbers and lists."""
+    """The value as the field's type. argparse converts and checks strings only; a file also has numbers and lists."""
     allowed = _members(hint)
     complaint = f"{where}: `{name}`"
     if value is None:
@@ -286,13 +286,13 @@ def _scalar(value: Any, allowed: tuple[Any, ...], action: Action, complaint: str
 
 
 def _words(allowed: tuple[Any, ...]) -> set[str]:
-    """Values of the enumerations in a hint. With `no` among them, false means it: YAML reads `eval_strategy: no` so."""
+    """Values of the enumerations in a hint. If `no` is one of them, false means `no`: YAML reads `no` as false."""
     kinds = [member for member in allowed if isinstance(member, type) and issubclass(member, Enum)]
     return {word.value for kind in kinds for word in kind}
 
 
 def _plain(value: Any) -> Any:
-    """The value in types that YAML and JSON know."""
+    """The value in YAML and JSON types."""
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, dict):
@@ -300,5 +300,5 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, int) and not isinstance(value, bool):
-        return int(value)  # YAML knows no subclass of it
+        return int(value)  # YAML cannot represent its subclasses
     return value if isinstance(value, str | float | bool | type(None)) else str(value)

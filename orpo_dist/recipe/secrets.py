@@ -1,4 +1,4 @@
-"""What must never be written to a run's folder."""
+"""Removes credentials from options and variables before they are written to a run's folder."""
 
 import re
 from typing import Any
@@ -9,9 +9,9 @@ _VALUE = re.compile(r"^hf_[A-Za-z0-9]{8,}$|^[0-9a-f]{40}$|://[^/@\s]+:[^/@\s]+@"
 
 
 def without_secrets(options: dict[str, Any]) -> dict[str, Any]:
-    """A copy without the texts, at any depth, whose name says that they are a credential (`hub_token`, `api_key`).
+    """A copy without the strings, at any depth, whose name marks a credential (`hub_token`, `api_key`).
 
-    Only texts: `add_eos_token` is a switch.
+    Strings only: `add_eos_token` is a bool.
     """
     clean = {}
     for name, value in options.items():
@@ -22,7 +22,7 @@ def without_secrets(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def public_environment(environment: dict[str, str]) -> dict[str, str]:
-    """The variables that are neither named like a credential nor look like one (`HF_TOKEN`, a URL with a password)."""
+    """The variables whose name and value do not look like a credential (`HF_TOKEN`, a URL with a password)."""
     return {
         name: value
         for name, value in environment.items()

@@ -1,4 +1,4 @@
-"""What the Trainer calls during a run: log.jsonl, the last evaluation, the progress bar."""
+"""Callbacks of a run: log.jsonl, the final evaluation, the progress bar."""
 
 import json
 import math
@@ -25,7 +25,7 @@ _SHOWN = {
 class RunLog(TrainerCallback):
     """Appends every logging event to `<folder>/log.jsonl` (main process) and measures the time spent in steps.
 
-    A resumed run continues the file: events after the checkpoint it starts from are dropped, since they happen again.
+    A resumed run continues the file: events after its checkpoint are dropped, since those steps are repeated.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -52,7 +52,9 @@ class RunLog(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if state.is_world_process_zero and logs:
-            event = _finite({"step": state.global_step, "epoch": state.epoch, "time": round(time.time(), 3), **logs})
+            event = finite_or_text(
+                {"step": state.global_step, "epoch": state.epoch, "time": round(time.time(), 3), **logs}
+            )
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(event) + "\n")
 
@@ -71,11 +73,11 @@ class RunLog(TrainerCallback):
         if not self._path.exists():
             return []
         lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [line for line in lines if line.endswith("\n")]  # the last one is cut off when the run was killed
+        return [line for line in lines if line.endswith("\n")]  # a killed run may leave a partial last line
 
 
 class FinalEvaluation(TrainerCallback):
-    """Evaluates the model of the last step, inside the training loop, where every topology has it wrapped."""
+    """Evaluates the model of the last step, inside the training loop, where the model is wrapped in every topology."""
 
     def __init__(self) -> None:
         self._evaluated_step: int | None = None
@@ -110,12 +112,12 @@ class ShortProgress(ProgressCallback):
             self.training_bar.write(f"{what} {state.global_step}/{state.max_steps}: " + ", ".join(parts))
 
 
-def _finite(value: Any) -> Any:
-    """`nan` and `inf` as texts: JSON has no such numbers, and other readers than Python's refuse them."""
+def finite_or_text(value: Any) -> Any:
+    """`nan` and `inf` as strings: they are not valid JSON numbers, and most parsers other than Python's reject them."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
+        return {name: finite_or_text(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [finite_or_text(item) for item in value]
     return value

@@ -1,11 +1,11 @@
-"""Checkpoints that are whole or not there: written beside the run, sealed with a manifest, then renamed into place.
+"""Atomic checkpoints: written to a staging folder, sealed with a manifest, then renamed into place.
 
     RUN/_saving/checkpoint-N/...     every rank writes its files here
     RUN/_saving/checkpoint-N/complete.json   written last: files, sizes, checksums, fingerprint
     RUN/checkpoint-N/                one rename, after every node has flushed its files to the disk
 
-A kill at any moment leaves either no RUN/checkpoint-N or a whole one; what it leaves in _saving is removed when the
-run starts again. Deleting goes the same way backwards: renamed to _deleting-checkpoint-N first.
+If the process is killed at any point, RUN/checkpoint-N is either absent or complete. Files left in _saving are removed
+when the run starts again. Before it is deleted, a checkpoint is renamed to _deleting-checkpoint-N.
 """
 
 import errno
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 MARKER, FORMAT_VERSION = "complete.json", 1
-STAGING, DELETING = "_saving", "_deleting-"  # names that transformers leaves out when it uploads the run's folder
+STAGING, DELETING = "_saving", "_deleting-"  # transformers skips these names when it uploads the run's folder
 CHECKSUM_BYTES = 16 * 2**20  # files up to this size get a checksum; shards beyond are checked by size
 LEAST_KEPT = 2
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -30,11 +30,11 @@ _NO_RIGHT = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 @dataclass(frozen=True)
 class Manifest:
-    """What complete.json says.
+    """The content of complete.json.
 
     Attributes:
-        files: path below the checkpoint -> size in bytes, and SHA-256 of the small ones (else None).
-        fingerprint: what the run was made of, see run/fingerprint.py.
+        files: path below the checkpoint -> size in bytes, and SHA-256 of small files (else None).
+        fingerprint: of the run (run/fingerprint.py).
     """
 
     step: int
@@ -44,7 +44,7 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     def save(self, folder: Path) -> None:
-        """Written to a temporary name, flushed and renamed: the marker itself is never half there."""
+        """Write to a temporary name, flush and rename, so that the marker is never partial."""
         files = {name: {"size": size, **({"sha256": sha} if sha else {})} for name, (size, sha) in self.files.items()}
         text = json.dumps({**vars(self), "files": files}, indent=1)
         temporary = folder / f".{MARKER}"
@@ -69,7 +69,7 @@ def checkpoint_folders(run: Path) -> list[Path]:
 
 
 def seal(folder: Path, step: int, world_size: int, fingerprint: dict[str, Any]) -> Manifest:
-    """Write the marker of a folder in which every rank has finished writing."""
+    """Write the marker into a folder after every rank has finished writing."""
     files = {str(path.relative_to(folder)): _facts(path) for path in _files(folder)}
     manifest = Manifest(step, world_size, files, fingerprint)
     manifest.save(folder)
@@ -77,8 +77,8 @@ def seal(folder: Path, step: int, world_size: int, fingerprint: dict[str, Any]) 
 
 
 def publish(staged: Path, run: Path) -> Path:
-    """Rename a sealed folder into the run. One that is there from before (a run that was resumed from an older
-    checkpoint) makes room first."""
+    """Rename a sealed folder into the run. It replaces an existing one, left from before the run was resumed from an
+    older checkpoint."""
     target, old = run / staged.name, run / f"{DELETING}{staged.name}"
     if target.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -93,7 +93,7 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a complete checkpoint.
 
     Raises:
-        ValueError: why the folder is no complete checkpoint of a version this program knows.
+        ValueError: why the folder is not a complete checkpoint of a known version.
     """
     try:
         content = json.loads((folder / MARKER).read_text(encoding="utf-8"))
@@ -135,7 +135,7 @@ def rotate(run: Path, limit: int | None, keep: Path | None) -> list[Path]:
 
 
 def remove(folder: Path) -> None:
-    """Remove a checkpoint so that no moment shows half of one under its name."""
+    """Remove a checkpoint so that a partial one never appears under its name."""
     doomed = folder.with_name(DELETING + folder.name)
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(folder, doomed)
@@ -143,14 +143,14 @@ def remove(folder: Path) -> None:
 
 
 def sweep(run: Path) -> list[Path]:
-    """Remove what a killed run left half written or half deleted; returns what was there."""
+    """Remove checkpoints that a killed run left partly written or partly deleted; returns their folders."""
     if not run.is_dir():
         return []
-    half = [*(run / STAGING).glob("*"), *run.glob(f"{DELETING}*")]
+    unfinished = [*(run / STAGING).glob("*"), *run.glob(f"{DELETING}*")]
     shutil.rmtree(run / STAGING, ignore_errors=True)
     for folder in run.glob(f"{DELETING}*"):
         shutil.rmtree(folder, ignore_errors=True)
-    return half
+    return unfinished
 
 
 def flush_tree(folder: Path) -> None:
@@ -170,9 +170,9 @@ def flush(path: Path) -> None:
 
 
 def why_unwritable(error: BaseException, folder: Path) -> str | None:
-    """What is wrong with the disk, in words, if that is what `error` is about.
+    """The reason in words if `error` is a failed write, else None.
 
-    torch and safetensors wrap the operating system's error in their own, with its text or without.
+    torch and safetensors wrap the operating system's error in their own, sometimes without its text.
     """
     numbers = {cause.errno for cause in _causes(error) if isinstance(cause, OSError)}
     text = " ".join(str(cause) for cause in _causes(error))

@@ -1,4 +1,4 @@
-"""What a run is made of, written into every checkpoint: a resumed run must be the same run, or say that it is not."""
+"""The fingerprint of a run, saved in every checkpoint and compared when resuming."""
 
 import hashlib
 from enum import Enum
@@ -14,8 +14,8 @@ from orpo_dist.packing.lengths import TOKEN_COLUMNS, PairLengths
 from orpo_dist.run.machine import versions
 
 SAMPLED_ROWS = 1000
-# Options that decide where the weights go. Everything else is free: more epochs or steps, saving, logging, evaluating,
-# reporting, the layout, the cut of the global batch into ranks and micro-batches (docs/numerics.md).
+# Options that determine the weights. Everything else may change: more epochs or steps, saving, logging, evaluating,
+# reporting, the layout, the split of the global batch into ranks and micro-batches (docs/numerics.md).
 OPTIONS = (
     "beta",
     "label_smoothing",
@@ -45,7 +45,7 @@ OPTIONS = (
 def fingerprint(
     args: ORPOConfig, model: nn.Module, rows: Any, lengths: list[PairLengths], global_batch: int
 ) -> dict[str, Any]:
-    """The parts that must stay equal, each as short values under readable names, and the versions of the libraries."""
+    """The parts that must not change, as short values under readable names, and the versions of the libraries."""
     return {
         "model": _model(model),
         "data": {"pairs": len(lengths), "content": _content(rows, lengths)},
@@ -55,7 +55,7 @@ def fingerprint(
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any], part: str) -> list[str]:
-    """`name: saved value -> present value` for every entry of one part that differs."""
+    """`name: saved value -> current value` for every entry of one part that differs."""
     before, after = saved.get(part, {}), now[part]
     names = [*before, *(name for name in after if name not in before)]
     return [
@@ -84,7 +84,7 @@ def _model(model: nn.Module) -> dict[str, Any]:
 
 
 def _content(rows: Any, lengths: list[PairLengths]) -> str:
-    """A digest of the lengths of all pairs and of the token ids of a thousand, evenly spread."""
+    """A digest of the lengths of all pairs and of the token ids of a thousand evenly spaced ones."""
     state = hashlib.sha256(repr([(pair.prompt, pair.chosen, pair.rejected) for pair in lengths]).encode())
     if not lengths:  # a trainer that only evaluates
         return "none"
@@ -96,7 +96,7 @@ def _content(rows: Any, lengths: list[PairLengths]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """In types that survive JSON, so that what is read back compares equal."""
+    """The value in JSON types, so that it compares equal after a round trip."""
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, dict):

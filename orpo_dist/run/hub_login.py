@@ -1,4 +1,4 @@
-"""Before a run that ends on the hub: is there a login, and where is its token kept."""
+"""Checks the hub login before a run that pushes its model, and keeps the token out of checkpoints."""
 
 import os
 
@@ -19,13 +19,13 @@ def move_token_to_environment(args: TrainingArguments) -> None:
 
 
 def check_login() -> None:
-    """Raises UserError, before anything is trained, when the hub would refuse the push at the end."""
+    """Raises UserError before training if the hub would reject the push at the end."""
     try:
         HfApi().whoami()
     except LocalTokenNotFoundError as error:
         raise UserError("push_to_hub needs a login: `hf auth login`, or set HF_TOKEN.") from error
     except OfflineModeIsEnabled as error:
         raise UserError("push_to_hub cannot work offline: unset HF_HUB_OFFLINE, or set push_to_hub=false.") from error
-    except Exception as error:  # network errors are those of the client's HTTP library, another one in each version
+    except Exception as error:  # network errors come from the client's HTTP library, which differs between versions
         reason = str(error).strip().split("\n", maxsplit=1)[0]
-        raise UserError(f"push_to_hub: the hub refused the login or was not reached ({reason}).") from error
+        raise UserError(f"push_to_hub: the hub rejected the login or could not be reached ({reason}).") from error

@@ -1,4 +1,4 @@
-"""Versions, device and peak memory of the machine that runs."""
+"""Versions, device and peak memory of this machine."""
 
 import resource
 import sys
@@ -13,7 +13,7 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "t
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory held at once by this process, GiB: the allocator's on a GPU, resident memory on a CPU."""
+    """Peak memory of this process in GiB: allocated by torch on a GPU, resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, see getrusage(2)
@@ -21,7 +21,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def peak_memory_of_ranks(device: torch.device) -> list[float]:
-    """Of each rank, in their order. Every rank must call it."""
+    """Peak memory of each rank in GiB, in rank order. Every rank must call it."""
     return gather_object([round(peak_memory_gib(device), 3)])
 
 
@@ -30,7 +30,7 @@ def device_name(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, of this package and of those it stands on that are installed."""
+    """Versions of Python, this package and its installed dependencies."""
     found = {"python": sys.version.split()[0], "orpo_dist": __version__}
     for package in PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""The model card of a run: README.md with the metadata the hub reads, the metrics, and how to load the model."""
+"""The model card of a run: README.md with metadata for the hub, metrics, and how to load the model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from orpo_dist.run.machine import versions
 from orpo_dist.run.summary import evaluation_at
 
 TAGS = ("orpo", "orpo_dist", "generated_from_trainer")
-# Leading numbers of a run; the others are in run_summary.json.
+# The main metrics; the others are in run_summary.json.
 _METRICS = ("loss", "nll_loss", "rewards/accuracies", "rewards/margins", "log_odds_ratio")
 _SETTINGS = (
     "learning_rate",
@@ -46,10 +46,10 @@ _CITATION = """@article{hong2024orpo,
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card says.
+    """The content of a card.
 
     Attributes:
-        base_model: hub id, or an existing folder; only a hub id becomes metadata. None for a model made in memory.
+        base_model: hub id, or an existing folder; only a hub id becomes metadata. None for a model built in memory.
         dataset: hub id, or an existing path; only a hub id becomes metadata.
         kind: `adapter` or `finetune`, as the hub's `base_model_relation` calls it.
     """
@@ -96,7 +96,7 @@ class CardFacts:
 
 
 def write_model_card(facts: CardFacts, args: ORPOConfig, state: TrainerState) -> None:
-    """Write README.md into the output folder, in place of the draft that peft may have left there."""
+    """Write README.md into the output folder, replacing the draft that peft may have written."""
     ModelCard(card_text(facts, args, state)).save(Path(str(args.output_dir)) / "README.md")
 
 

@@ -1,8 +1,8 @@
-"""Asking a run to stop: signals, a stop file, a time limit, a launcher that is gone.
+"""Stop requests: signals, a stop file, a time limit, a lost launcher.
 
-A request only sets a flag. The flag is part of the one all-reduce of each optimizer step, so that all ranks stop at the
-same step and save one checkpoint together. A rank that stopped by itself would leave the others waiting in their next
-collective: under ZeRO and FSDP every forward has some.
+A request only sets a flag. The flag is part of the one all-reduce of each optimizer step, so all ranks stop at the same
+step and save one checkpoint together. A rank that stopped alone would leave the others waiting in their next
+collective, and under ZeRO and FSDP every forward has some.
 """
 
 import os
@@ -23,13 +23,13 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # A signal to a whole process group reaches a worker twice: directly, and passed on by torchrun. Copies that arrive
 # within this time are the same request.
 ECHO_SECONDS = 5.0
-# Kept free for the checkpoint before max_runtime ends, until the first one has been timed.
+# Time reserved for the checkpoint before max_runtime ends, until the first one has been timed.
 LEAST_MARGIN, MARGIN_SHARE = 60.0, 0.05
 PROCESS_STARTED = psutil.Process().create_time()
 
 
 class StopRequests:
-    """What this rank knows about stopping.
+    """The stop requests that this rank has received.
 
     Args:
         folder: the run's folder, in which the first rank looks for the stop file.
@@ -37,7 +37,7 @@ class StopRequests:
         is_first_rank: whether this rank looks for the stop file.
     """
 
-    # The stop file of an earlier run, or of an earlier train() of this process, asks nothing of this one.
+    # A stop file from an earlier run, or an earlier train() of this process, does not apply to this one.
     _asks_since = PROCESS_STARTED
 
     def __init__(self, folder: Path, max_runtime: float | None, *, is_first_rank: bool):
@@ -52,7 +52,7 @@ class StopRequests:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside, signals set the flag. Outside and in other threads they do what they did before."""
+        """Within this block signals set the flag. Outside it and in other threads their handlers are unchanged."""
         if self._is_first_rank and self._file.exists() and self._file.stat().st_mtime < StopRequests._asks_since:
             self._file.unlink()
         if threading.current_thread() is not threading.main_thread():
@@ -69,27 +69,27 @@ class StopRequests:
                 signal.signal(number, handler)
 
     def steps_begin(self) -> None:
-        """From here on a request waits for the end of the step; before, there is nothing to save."""
+        """From now on a request takes effect at the end of the step. Before, there is nothing to save."""
         self._in_steps = True
         self._step_began = time.monotonic()
         if self._signal is not None:
             raise RunStopped(self._signal)
 
     def step_ends(self) -> None:
-        """Measures the step for the time limit."""
+        """Record the duration of the step, for the time limit."""
         now = time.monotonic()
         if self._step_began is not None:
             self._longest_step = max(self._longest_step, now - self._step_began)
         self._step_began = now
 
     def saved(self, seconds: float) -> None:
-        """A checkpoint took that long; its time is not the step's."""
+        """Record the duration of a checkpoint, which does not count as part of a step."""
         self._longest_save = max(self._longest_save, seconds)
         self._step_began = time.monotonic()
 
     def reason(self) -> str | None:
-        """Why this rank wants to stop, None while it does not. The first reason stays: the time limit alone would come
-        and go with the margin that the last save asks for. Cheap: a flag, a clock and a look at one file."""
+        """Why this rank wants to stop, or None. The first reason is kept: otherwise the time limit could be withdrawn
+        when the margin for saving changes. Cheap: it reads a flag, a clock and the status of one file."""
         if self._reason is None:
             self._reason = self._look()
         return self._reason
@@ -101,7 +101,7 @@ class StopRequests:
             return f"the file {self._file}"
         if self._max_runtime is not None:
             margin = 2 * self._longest_save or max(LEAST_MARGIN, MARGIN_SHARE * self._max_runtime)
-            # Half of a limit that is shorter than the margin is for training.
+            # If the limit is short, at least half of it is for training.
             margin = self._longest_step + min(margin, self._max_runtime / 2)
             if time.time() - PROCESS_STARTED + margin >= self._max_runtime:
                 return f"max_runtime of {self._max_runtime:.0f} s"
@@ -118,17 +118,17 @@ class StopRequests:
             if not self._in_steps:
                 raise RunStopped(name)
             if self._launcher is None:
-                # By the kernel: Python's own handlers wait while the main thread is inside a collective.
+                # The kernel's default action: Python handlers do not run while the main thread is in a collective.
                 for other in SIGNALS:
                     signal.signal(other, signal.SIG_DFL)
-            os.write(2, f"orpo-dist: {name}: stopping after this step. Once more stops at once.\n".encode())
+            os.write(2, f"orpo-dist: {name}: stopping after this step. Send it again to stop at once.\n".encode())
         elif self._launcher is None or time.monotonic() - self._signalled_at > ECHO_SECONDS:
             _die_of(number)
 
 
 @contextmanager
 def raising_on_signals() -> Iterator[None]:
-    """Around the parts of a run that have nothing to save: a signal raises RunStopped in the main thread."""
+    """For the parts of a run that have nothing to save: a signal raises RunStopped in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -136,7 +136,7 @@ def raising_on_signals() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         if os.getpid() != process:
             _die_of(number)
-        signal.signal(number, signal.SIG_IGN)  # torchrun passes the same signal on
+        signal.signal(number, signal.SIG_IGN)  # torchrun forwards the same signal
         raise RunStopped(signal.Signals(number).name)
 
     process = os.getpid()
@@ -149,7 +149,7 @@ def raising_on_signals() -> Iterator[None]:
 
 
 def ignore_signals() -> None:
-    """The checkpoint is complete and the process is about to exit: a launcher that ends the others must not kill it."""
+    """Call it when the checkpoint is complete and the process is about to exit: a launcher must not kill it then."""
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
@@ -161,9 +161,9 @@ def _die_of(number: int) -> None:
 
 
 def _launcher() -> int | None:
-    """Process id of torchrun or accelerate launch, when one of them is this process's parent.
+    """Process id of torchrun or accelerate launch if one of them is the parent process, else None.
 
-    Both die of SIGUSR1 unless told otherwise (PET_SIGNALS_TO_HANDLE) and leave their workers behind.
+    SIGUSR1 kills both unless PET_SIGNALS_TO_HANDLE lists it, and their workers keep running.
     """
     parent = os.getppid()
     if "TORCHELASTIC_RUN_ID" in os.environ:

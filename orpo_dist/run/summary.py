@@ -1,4 +1,4 @@
-"""What a run leaves behind besides the model: log.jsonl while it trains, run_summary.json at its end."""
+"""run_summary.json, which a run writes when it has finished."""
 
 import json
 import math
@@ -7,10 +7,10 @@ from pathlib import Path
 
 from transformers import TrainerState
 
-from orpo_dist.run.callbacks import _finite
+from orpo_dist.run.callbacks import finite_or_text
 
 SUMMARY_NAME = "run_summary.json"
-# What an evaluation reports about its own speed.
+# Speed metrics of an evaluation.
 _SPEED_KEYS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "num_input_tokens_seen")
 
 
@@ -19,14 +19,14 @@ class RunSummary:
     """One finished run, as in run_summary.json.
 
     Attributes:
-        pairs: training pairs after the audit; `dropped` rows did not pass it. `eval_pairs`, `eval_dropped` likewise.
-        epochs: passes over the training pairs, a fraction when `max_steps` ended the run.
+        pairs: training pairs after the audit, which rejected `dropped` rows; eval_pairs and eval_dropped likewise.
+        epochs: passes over the training pairs; a fraction if `max_steps` ended the run.
         global_batch_size: pairs per optimizer step.
-        eval_before, eval_after: metrics of the untrained and of the trained model, without the `eval_` prefix; None
+        eval_before, eval_after: metrics of the untrained and the trained model, without the `eval_` prefix; None
             without an evaluation set.
-        train_seconds: time spent in optimizer steps by this call, without evaluating and saving.
-        pairs_per_second: pairs of those steps by that time, over all ranks; None when no step was left to do.
-        peak_memory_gib: per rank, of the accelerator, or of the process where there is none.
+        train_seconds: time spent in optimizer steps by this call, without evaluation and saving.
+        pairs_per_second: pairs of those steps divided by that time, over all ranks; None if no steps were left.
+        peak_memory_gib: per rank, of the accelerator, or of the process on a CPU.
     """
 
     model: str
@@ -55,8 +55,8 @@ class RunSummary:
     versions: dict[str, str]
 
     def save(self, folder: Path) -> None:
-        text = json.dumps(_finite(asdict(self)), indent=2, ensure_ascii=False)
-        temporary = folder / f".{SUMMARY_NAME}"  # the file exists only after success, and then it is whole
+        text = json.dumps(finite_or_text(asdict(self)), indent=2, ensure_ascii=False)
+        temporary = folder / f".{SUMMARY_NAME}"  # the file appears only after success, and complete
         temporary.write_text(text + "\n", encoding="utf-8")
         temporary.replace(folder / SUMMARY_NAME)
 
@@ -72,7 +72,7 @@ class RunSummary:
 
 
 def evaluation_at(state: TrainerState, step: int) -> dict[str, float] | None:
-    """The last evaluation of `step` in the history (a resumed run has that of the run it continues), or None."""
+    """The last evaluation at `step` in the history, which a resumed run inherits, or None."""
     for event in reversed(state.log_history):
         if event["step"] == step and "eval_loss" in event:
             return without_prefix(event)
@@ -80,7 +80,7 @@ def evaluation_at(state: TrainerState, step: int) -> dict[str, float] | None:
 
 
 def without_prefix(metrics: dict[str, float]) -> dict[str, float]:
-    """`eval_rewards/margins` as `rewards/margins`; what an evaluation says about its own speed is left out."""
+    """Removes the prefix `eval_` (`eval_rewards/margins` -> `rewards/margins`) and drops the speed metrics."""
     names = {name: name.removeprefix("eval_") for name in metrics if name.startswith("eval_")}
     return {short: float(metrics[name]) for name, short in names.items() if short not in _SPEED_KEYS}
 

@@ -1,4 +1,4 @@
-"""Experiment trackers that are asked for but cannot be used: a warning and a run that goes on, never a crash."""
+"""Experiment trackers that are requested but unavailable: warn and continue."""
 
 import difflib
 import netrc
@@ -13,17 +13,17 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from orpo_dist.distributed.log import get_logger
 from orpo_dist.errors import UserError
 
-logger = get_logger(__name__)  # of the main process alone
+logger = get_logger(__name__)
 
 _PACKAGES = {"comet_ml": "comet-ml", "codecarbon": "codecarbon", "azure_ml": "azureml-mlflow"}
 _COMET_CONFIG = Path("~/.comet.config")
 
 
 def usable_trackers(asked: list[str]) -> list[str]:
-    """Those of `asked` (the resolved `report_to`) that this machine can use.
+    """The trackers of `asked` (the resolved `report_to`) that this machine can use.
 
-    One without its package is left out. Weights & Biases and Comet without a key log offline, into local files. Every
-    rank calls it, since each reads its own environment; the warnings are the main process's.
+    A tracker without its package is left out. Weights & Biases and Comet without a key log offline, into local files.
+    Every rank calls it, since each reads its own environment; only the main process warns.
 
     Raises:
         UserError: a name that transformers does not know.
@@ -34,7 +34,7 @@ def usable_trackers(asked: list[str]) -> list[str]:
         if name not in INTEGRATION_TO_CALLBACK:
             close = difflib.get_close_matches(name, INTEGRATION_TO_CALLBACK, n=1)
             hint = f"Did you mean {close[0]}?" if close else f"Known: {', '.join(sorted(INTEGRATION_TO_CALLBACK))}."
-            raise UserError(f"report_to={name} is no tracker that transformers knows. {hint}")
+            raise UserError(f"report_to={name} is not a tracker that transformers supports. {hint}")
         if name not in available:
             package = _PACKAGES.get(name, name)
             logger.warning("report_to=%s: not installed, so nothing is sent to it (pip install %s).", name, package)
@@ -54,9 +54,9 @@ def usable_trackers(asked: list[str]) -> list[str]:
 
 @contextmanager
 def tensorboard_folder(folder: Path) -> Iterator[None]:
-    """Within it, transformers' TensorBoard callback is created with `folder`, unless the user chose one.
+    """Within this block transformers' TensorBoard callback is created with `folder`, unless the user has chosen one.
 
-    Its own default, a folder named after host and time, would make a new curve of every resumption.
+    Its default folder, named after host and time, would start a new curve on every resume.
     """
     name = "TENSORBOARD_LOGGING_DIR"
     if name in os.environ:

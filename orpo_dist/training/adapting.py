@@ -1,4 +1,4 @@
-"""A loaded model becomes the one that trains: dropout, frozen parts, adapter, compiled blocks."""
+"""Prepares a loaded model for training: dropout, frozen parts, adapter, compiled blocks."""
 
 from typing import Any, cast
 
@@ -17,12 +17,12 @@ logger = get_logger(__name__)
 
 
 def adapted_model(model: nn.Module, args: ORPOConfig, peft_config: Any) -> PreTrainedModel | PeftModel:
-    """The model with what `args` asks for, before its layout is chosen. Changes `model`.
+    """The model set up as `args` requires, before its layout is chosen. Modifies `model` in place.
 
-    Also settles `args.ddp_find_unused_parameters`, which depends on both.
+    Also sets `args.ddp_find_unused_parameters`, which depends on both.
 
     Raises:
-        UserError: an adapter that does not fit, parts to train that the model lacks.
+        UserError: the adapter does not fit, or the model lacks a part that should train.
     """
     if args.disable_dropout:
         disable_base_dropout(model)
@@ -35,19 +35,19 @@ def adapted_model(model: nn.Module, args: ORPOConfig, peft_config: Any) -> PreTr
     )
     name_present_layers(adapted)
     if args.gradient_checkpointing and args.ddp_find_unused_parameters is None:
-        # transformers decides so for plain models only; for an adapter DDP would search, which reentrant
-        # checkpointing does not survive.
+        # transformers sets this for plain models only. With an adapter DDP would search for unused parameters, which
+        # fails with reentrant checkpointing.
         args.ddp_find_unused_parameters = False
     warn_without_liger_kernels(adapted, args)
     return adapted
 
 
 def _with_frozen_parts(model: Any, args: ORPOConfig, peft_config: Any) -> Any:
-    """Freeze the parts of a vision-language model that are not to train. Returns the settings of the adapter, which
-    stays out of them."""
+    """Freeze the parts of a vision-language model that do not train. Returns the adapter settings with those parts
+    excluded."""
     if isinstance(model, PeftModel):
         if args.train_vision_tower or args.train_projector:
-            logger.warning("train_vision_tower and train_projector have no effect: the model has its adapter already.")
+            logger.warning("train_vision_tower and train_projector have no effect: the model already has an adapter.")
         return peft_config
     frozen = frozen_parts(model, train_vision_tower=args.train_vision_tower, train_projector=args.train_projector)
     freeze(model, frozen)

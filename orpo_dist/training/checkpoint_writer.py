@@ -1,12 +1,11 @@
-"""Checkpoints of a run, written together by all ranks: staged, flushed, sealed, published by one rename.
+"""Writes the checkpoints of a run on all ranks: stage, flush, seal, publish with one rename.
 
-RUN/_saving/checkpoint-N   the Trainer's own files and `metrics_RANK.pt`, by every rank
-flush                      by the first rank of each node, which alone can
+RUN/_saving/checkpoint-N   the Trainer's files and `metrics_RANK.pt`, written by every rank
+flush                      by the first rank of each node: a node can only flush its own writes
 seal, rename, rotate       by the first rank (run/checkpoint.py)
 """
 
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from transformers import TrainerState
 
+from orpo_dist.config import ORPOConfig
 from orpo_dist.distributed.environment import Environment
 from orpo_dist.distributed.ranks import on_first_rank
 from orpo_dist.errors import SaveError, UserError
@@ -30,39 +30,38 @@ class CheckpointWriter:
     """Writes the checkpoints of one run.
 
     Args:
-        keep: the most checkpoints that stay, None for all (run/checkpoint.py, rotate).
-        fingerprint: what the run is made of (run/fingerprint.py).
+        args: of the trainer; save_total_limit is read at each save.
+        fingerprint: of the run (run/fingerprint.py).
 
     Attributes:
-        staging: the folder that the Trainer writes into, while it writes.
+        staging: the folder that the Trainer writes into during a save, else None.
     """
 
     def __init__(
         self,
-        keep: int | None,
+        args: ORPOConfig,
         fingerprint: dict[str, Any],
         environment: Environment,
         accelerator: Accelerator,
     ):
-        self._keep, self._fingerprint = keep, fingerprint
+        self._args, self._fingerprint = args, fingerprint
         self._environment, self._accelerator = environment, accelerator
         self.staging: Path | None = None
 
-    def save(self, run: Path, state: TrainerState, write: Callable[[], None], progress: Progress) -> tuple[Path, float]:
-        """Write RUN/checkpoint-N of step N. Every rank must call it; it is a collective.
+    def save(self, run: Path, state: TrainerState, write: Callable[[], None], progress: Progress) -> Path:
+        """Write RUN/checkpoint-N for step N. A collective: every rank must call it.
 
         Args:
             write: writes the Trainer's files below `staging`.
             progress: this rank's sums since the last log line, saved in `metrics_RANK.pt`.
 
         Returns:
-            The published folder, and the seconds that it took.
+            The published folder.
 
         Raises:
-            SaveError: it could not be written; earlier checkpoints are whole.
-            UserError: the nodes do not share the run's folder.
+            SaveError: it could not be written; earlier checkpoints are intact.
+            UserError: the run's folder is not shared by all nodes.
         """
-        began = time.monotonic()
         staged = run / checkpoints.STAGING / f"checkpoint-{state.global_step}"
         on_first_rank(lambda: _try(lambda: _empty(staged), run, state))
 
@@ -74,14 +73,14 @@ class CheckpointWriter:
         with self._staging_below(staged.parent):
             _try(write_all, run, state)
         self._accelerator.wait_for_everyone()
-        if self._environment.is_first_on_node:  # a node can only flush what it has written itself
+        if self._environment.is_first_on_node:  # a node can only flush its own writes
             _try(lambda: checkpoints.flush_tree(staged), run, state)
         self._accelerator.wait_for_everyone()
         published = on_first_rank(lambda: _try(lambda: self._publish(staged, run, state), run, state))
         best = run / f"checkpoint-{state.best_global_step}"
         if state.best_global_step and best.exists():
-            state.best_model_checkpoint = str(best)  # on every rank: ZeRO loads the best one from all of them
-        return Path(published), time.monotonic() - began
+            state.best_model_checkpoint = str(best)  # on every rank: under ZeRO all ranks load the best one
+        return Path(published)
 
     @contextmanager
     def _staging_below(self, folder: Path) -> Iterator[None]:
@@ -96,18 +95,18 @@ class CheckpointWriter:
         missing = [rank for rank in range(world_size) if not (staged / METRICS.format(rank)).exists()]
         if missing:
             raise UserError(
-                f"The files of rank {missing[0]} are not in {staged}: output_dir must lie on a file system that all "
+                f"The files of rank {missing[0]} are not in {staged}: output_dir must be on a file system that all "
                 "nodes share."
             )
         best = run / f"checkpoint-{state.best_global_step}" if state.best_global_step else None
         if best is not None and (best.exists() or best.name == staged.name):
-            # Recorded under its final name; transformers has looked for it beside the unfinished one.
+            # Record its final name: transformers looked for it in the staging folder.
             state.best_model_checkpoint = str(best)
             state.save_to_json(str(staged / TRAINER_STATE))
             checkpoints.flush(staged / TRAINER_STATE)
         checkpoints.seal(staged, state.global_step, world_size, self._fingerprint)
         published = checkpoints.publish(staged, run)
-        checkpoints.rotate(run, self._keep, best)
+        checkpoints.rotate(run, self._args.save_total_limit, best)
         return str(published)
 
 

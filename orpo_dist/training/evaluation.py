@@ -1,6 +1,6 @@
-"""Metrics of a whole evaluation set: each pair counts once, for any number of ranks and any batch size.
+"""Metrics of a whole evaluation set: each pair has the same weight, for any number of ranks and any batch size.
 
-The Trainer's own loop averages over batches, which weights pairs by the size of their batch.
+The Trainer's loop averages over batches, so a pair's weight depends on the size of its batch.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ class EvaluationPass:
     """One pass over an evaluation set.
 
     Args:
-        keeps_pairs: whether mean log-probabilities are kept pair by pair, for `compute_metrics` and predict().
+        keeps_pairs: whether to keep mean log-probabilities per pair, for `compute_metrics` and predict().
     """
 
     def __init__(self, objective: Objective, *, keeps_pairs: bool):
@@ -31,17 +31,18 @@ class EvaluationPass:
         self._pairs: list[tuple[int, float, float]] | None = [] if keeps_pairs else None
 
     def add(self, scores: PairScores, indices: list[int]) -> None:
-        """scores: of one micro-batch's B pairs. indices: theirs in the set, FILLER for a pair of weight zero."""
+        """scores: of the B pairs of one micro-batch. indices: their (B,) positions in the set, FILLER for a pair of
+        weight zero."""
         self._sums.add(pair_sums(scores, self._objective))
         if self._pairs is not None:
             chosen, rejected = scores.chosen_logps.tolist(), scores.rejected_logps.tolist()
             self._pairs += zip(indices, chosen, rejected, strict=True)
 
     def predictions(self) -> EvalPrediction | None:
-        """Two (n,) arrays in the order of the set, mean log-probabilities of chosen and rejected; None unless kept.
-        Every rank must call it.
+        """Two (n,) arrays in the order of the set, mean log-probabilities of chosen and rejected; None unless
+        `keeps_pairs`. Every rank must call it.
 
-        The labels are zeros, as in TRL: the order of a pair is all there is to predict.
+        The labels are zeros, as in TRL: a pair has no label beyond which completion is chosen.
         """
         if self._pairs is None:
             return None
@@ -50,10 +51,10 @@ class EvaluationPass:
         return EvalPrediction(predictions=sides, label_ids=np.zeros(len(pairs)))  # type: ignore[arg-type]
 
     def metrics(self, accelerator: Accelerator) -> dict[str, float]:
-        """Over all ranks' pairs. Every rank must call it, once."""
+        """Over the pairs of all ranks. Every rank must call it exactly once."""
         return self._sums.drain(accelerator, self._objective)
 
 
 def with_prefix(metrics: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """`prefix_name` for every name that does not begin with it."""
+    """Adds `prefix_` to every name that does not start with it."""
     return {name if name.startswith(f"{prefix}_") else f"{prefix}_{name}": value for name, value in metrics.items()}

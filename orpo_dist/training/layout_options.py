@@ -1,5 +1,4 @@
-"""What the rows of a run mean for its layout: how long they are, whether sharing prompts pays, how images stand in
-them."""
+"""Layout options derived from the rows of a run: maximum length, prompt sharing, images."""
 
 from collections.abc import Callable
 from typing import Any
@@ -31,10 +30,10 @@ def layout_options(
     train_rows: Any,
     eval_rows: Any,
 ) -> LayoutOptions:
-    """eval_rows: tokenised rows, a dict of them, or None, like train_rows.
+    """train_rows: tokenised rows or None. eval_rows: the same, or a dict of them.
 
     Raises:
-        UserError: rows with images and no processor.
+        UserError: the rows have images and there is no processor.
     """
     eval_sets = list(eval_rows.values()) if isinstance(eval_rows, dict) else [eval_rows]
     sets = [rows for rows in (train_rows, *eval_sets) if rows is not None]
@@ -55,7 +54,7 @@ def layout_options(
 
 
 def _longest(sets: list[Any]) -> int | None:
-    """Tokens of the longest sequence, P + C or P + R, in all sets."""
+    """Tokens of the longest sequence, P + C or P + R, over all sets."""
     return max((pair.longest_sequence for rows in sets for pair in pair_lengths(rows)), default=None)
 
 
@@ -68,14 +67,14 @@ def _sharing_pays(train_rows: Any) -> bool:
 
 
 def _image_setup(sets: list[Any], preparation: Preparation, environment: Environment) -> ImageSetup | None:
-    """How images enter the forward; None where no row has one."""
+    """How images enter the forward; None if no row has one."""
     example = next((row for rows in sets if (row := shortest_with_images(rows)) is not None), None)
     if example is None:
         return None
     if not isinstance(preparation.processing_class, ProcessorMixin):
         raise UserError(
-            "The rows have images, and the processing class is a tokenizer: pass the model's AutoProcessor. Where "
-            "it cannot be loaded, it usually lacks torchvision: install the build that fits your torch."
+            "The rows have images, but the processing class is a tokenizer: pass the model's AutoProcessor. If it "
+            "cannot be loaded, torchvision is usually missing: install the build that matches your torch."
         )
     partitioned = environment.sharding.partitions_weights
     return ImageSetup(preparation.processing_class, example, partitioned, environment.world_size)

@@ -1,4 +1,4 @@
-"""Data loaders of tokenised pairs: which pairs this data rank gets, in which micro-batches."""
+"""Data loaders for tokenised pairs: which pairs this data rank gets, in which micro-batches."""
 
 from typing import Any
 
@@ -17,16 +17,12 @@ class PairLoaders:
     """Builds the loaders of a run.
 
     Args:
-        layout: knows what an image token costs, and has the collator.
-        model_config: of the model that runs.
-        filler_id: token id of the pairs of weight zero that keep ranks in step.
+        layout: has the collator, the cost of an image token and the config of the model that trains.
+        filler_id: token id for the pairs of weight zero that give every rank the same number of micro-batches.
     """
 
-    def __init__(
-        self, args: ORPOConfig, environment: Environment, layout: LayoutChoice, model_config: Any, filler_id: int
-    ):
-        self._args, self._environment, self._layout = args, environment, layout
-        self._model_config, self._filler_id = model_config, filler_id
+    def __init__(self, args: ORPOConfig, environment: Environment, layout: LayoutChoice, filler_id: int):
+        self._args, self._environment, self._layout, self._filler_id = args, environment, layout, filler_id
 
     def training(
         self, rows: Any, lengths: list[PairLengths], *, global_batch: int, micro_batch: int
@@ -61,8 +57,8 @@ class PairLoaders:
             PairDataset(rows, filler_id=self._filler_id),
             batch_sampler=sampler,
             collate_fn=self._layout.collator,
-            # Of its own: each pass draws a seed for its workers, which must not move the generator of dropout. A
-            # resumed run makes other passes than an uninterrupted one.
+            # A separate generator: each pass draws a seed for its workers, and must not advance the generator used for
+            # dropout. A resumed run makes a different number of passes than an uninterrupted one.
             generator=torch.Generator(),
             num_workers=workers,
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
@@ -71,9 +67,10 @@ class PairLoaders:
         )
 
     def _costs(self, rows: Any, lengths: list[PairLengths]) -> list[float]:
-        costs = pair_costs(lengths, self._model_config.get_text_config().hidden_size)
+        config = self._layout.model_config
+        costs = pair_costs(lengths, config.get_text_config().hidden_size)
         per_token = self._layout.vision_cost_per_token
         if not per_token:
             return costs
-        images = token_counts(rows, self._model_config.image_token_id)
+        images = token_counts(rows, config.image_token_id)
         return [cost + per_token * tokens for cost, tokens in zip(costs, images, strict=True)]

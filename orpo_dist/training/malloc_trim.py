@@ -1,12 +1,12 @@
-"""The heap of a run on a CPU: what was freed goes back to the system.
+"""Returns freed memory to the operating system during CPU runs (malloc_trim).
 
-A layer's temporaries and the tensors that outlive it (the inputs that activation checkpointing keeps) come from the
-same heap. glibc hands memory back at the heap's end only, and a hole that a kept tensor was cut from no longer fits the
-next layer's largest temporary, so the heap grows with every layer. For SmolLM2-135M that is more than all activations
-together: docs/throughput.md has the figures. `malloc_trim` gives the holes back, and the next layer's temporaries
-take them again, page by page: doing it once a second, or giving every large tensor a mapping of its own
-(M_MMAP_THRESHOLD), costs 15 to 20% of a step. So it is done when the process has grown by a seventh, a few times per
-step of a model that fills memory, never for one that does not.
+A layer's temporaries share the heap with tensors that outlive it (the inputs that activation checkpointing keeps).
+glibc returns memory only from the top of the heap, and a hole that holds part of a kept tensor is too small for the
+next layer's largest temporary, so the heap grows with every layer. For SmolLM2-135M this exceeds all activations
+together: docs/throughput.md has the figures. `malloc_trim` releases the holes, and the next layer faults their pages in
+again. Trimming once a second, or a separate mapping for every large tensor (M_MMAP_THRESHOLD), costs 15 to 20% of a
+step. So the heap is trimmed when the process has grown by a seventh: a few times per step for a model that fills
+memory, never for a small one.
 https://man7.org/linux/man-pages/man3/malloc_trim.3.html
 """
 
@@ -29,7 +29,7 @@ def returning_freed_memory(device: torch.device) -> Iterator[None]:
     if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
         yield
         return
-    trim = ctypes.CDLL(None).malloc_trim  # a call through ctypes releases the interpreter's lock
+    trim = ctypes.CDLL(None).malloc_trim  # a ctypes call releases the GIL
     over = threading.Event()
 
     def trim_until_over() -> None:

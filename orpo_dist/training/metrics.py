@@ -1,4 +1,4 @@
-"""Sums of metrics that stay on the device until somebody logs them."""
+"""Metric sums that stay on the device until they are logged."""
 
 import torch
 from accelerate import Accelerator
@@ -7,9 +7,9 @@ from orpo_dist.loss import SUM_NAMES, Objective, metrics_of
 
 
 class MetricSums:
-    """Running sums over pairs, one small vector on the device.
+    """Running sums over pairs, in one small vector on the device.
 
-    Nothing is read on the host between logging events, where the ranks' vectors are reduced once.
+    The host reads nothing between logging events. At each one the vectors of all ranks are reduced once.
     """
 
     def __init__(self) -> None:
@@ -20,7 +20,7 @@ class MetricSums:
         self._sums = sums.clone() if self._sums is None else self._sums + sums
 
     def drain(self, accelerator: Accelerator, objective: Objective) -> dict[str, float]:
-        """Metrics over all ranks' pairs since the last call; every rank must call it. Starts again from zero."""
+        """Metrics over the pairs of all ranks since the last call. Resets the sums. Every rank must call it."""
         sums = torch.zeros(len(SUM_NAMES), device=accelerator.device) if self._sums is None else self._sums
         self._sums = None
         total = accelerator.reduce(sums, reduction="sum").tolist()

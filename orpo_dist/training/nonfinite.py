@@ -1,7 +1,7 @@
-"""Steps whose numbers go wrong: not applied, written down with their pairs, and the end of a run that has too many.
+"""Non-finite steps: skipped, recorded with their pairs, and limited in number.
 
-A non-finite loss makes its gradient NaN (training/step_guard.py), so the global gradient norm, which every rank knows,
-tells all of them the same without another collective.
+A non-finite loss makes its gradient NaN (training/step_guard.py). Every rank has the global gradient norm, so all ranks
+reach the same decision without another collective.
 """
 
 import json
@@ -18,7 +18,7 @@ from orpo_dist.errors import NonFiniteRun
 from orpo_dist.packing.lengths import PairLengths
 
 NONFINITE_NAME, SPIKES_NAME = "nonfinite_steps.jsonl", "loss_spikes.jsonl"
-# A loss beyond mean + 6 deviations of the last 100, and half as much again as their mean, once 20 are known.
+# A spike: above mean + 6 standard deviations of the last 100 losses and above 1.5 times their mean, once 20 are known.
 WINDOW, LEAST_KNOWN, DEVIATIONS, FACTOR = 100, 20, 6.0, 1.5
 logger = get_logger(__name__)
 
@@ -30,7 +30,7 @@ class LossHistory:
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
 
     def add(self, loss: float) -> float | None:
-        """Remember a loss. Returns the mean of those before if it is a spike."""
+        """Record a loss. Returns the mean of the previous ones if it is a spike."""
         known = list(self.losses)
         if not math.isfinite(loss):
             return None
@@ -44,7 +44,7 @@ class LossHistory:
 
 @dataclass(frozen=True)
 class PairFacts:
-    """What the files of bad steps say of a pair: its source row where it is known, its lengths and its texts."""
+    """What the files of bad steps record about a pair: its source row (if known), lengths and texts."""
 
     rows: Any
     lengths: Sequence[PairLengths]
@@ -59,12 +59,12 @@ class PairFacts:
 
 
 class NonFiniteSteps:
-    """Counts steps that were not applied, in a row, and writes their pairs down.
+    """Counts consecutive steps that were not applied and records their pairs.
 
     Args:
         folder: the run's folder.
-        limit: the run ends at this many in a row.
-        describe: index of a pair -> what is known of it, for the file.
+        limit: the run ends at this many consecutive steps.
+        describe: index of a pair -> its entry in the file.
         writes: whether this rank writes the file.
     """
 
@@ -76,10 +76,10 @@ class NonFiniteSteps:
         self._in_a_row = 0
 
     def bad(self, step: int, loss: float, grad_norm: float, indices: Sequence[int]) -> None:
-        """A step that was not applied. Every rank calls it with the same arguments.
+        """Record a step that was not applied. Every rank calls it with the same arguments.
 
         Raises:
-            NonFiniteRun: it was one too many.
+            NonFiniteRun: the limit is reached.
         """
         self._in_a_row += 1
         self._write(NONFINITE_NAME, {"step": step, "loss": str(loss), "grad_norm": str(grad_norm)}, indices)
@@ -89,8 +89,8 @@ class NonFiniteSteps:
             raise NonFiniteRun(
                 f"{self._in_a_row} steps in a row had a non-finite loss or gradient norm "
                 f"(max_nonfinite_steps={self._limit}). {path} lists their pairs. "
-                "A lower learning_rate or max_grad_norm, or bf16 instead of fp16, are the usual cures; pairs that "
-                "stand out there may be broken."
+                "The usual fixes are a lower learning_rate or max_grad_norm, or bf16 instead of fp16. Also check the "
+                "listed pairs for broken data."
             )
 
     def spike(self, step: int, loss: float, usual: float, indices: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""Out of memory, said in terms of the data."""
+"""Out-of-memory errors that name the longest pairs and the options that bound them."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ SHOWN = 3
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of an accelerator, of torch's CPU allocator, or of Python itself."""
+    """Whether the accelerator, torch's CPU allocator or Python itself ran out of memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and ("out of memory" in str(error) or "can't allocate memory" in str(error))
@@ -21,10 +21,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def out_of_memory(
     error: BaseException, step: int, micro_batch: Sequence[int], lengths: Sequence[PairLengths], args: ORPOConfig
 ) -> RankError:
-    """The error for the user: the longest pairs of the micro-batch and the options that bound them.
-
-    micro_batch: indices of its pairs.
-    """
+    """The error for the user. micro_batch: indices of its pairs."""
     longest = sorted(micro_batch, key=lambda index: -lengths[index].shared_tokens)[:SHOWN]
     pairs = "; ".join(
         f"pair {index}: {lengths[index].prompt} + {lengths[index].chosen} + {lengths[index].rejected} tokens"
@@ -33,8 +30,8 @@ def out_of_memory(
     bounds = [f"max_length (now {args.max_length}) bounds prompt + completion"]
     if args.per_device_train_batch_size > 1:
         bounds.append(
-            f"per_device_train_batch_size (now {args.per_device_train_batch_size}) the pairs of a micro-batch: halve "
-            "it and double gradient_accumulation_steps, and the run stays the same"
+            f"per_device_train_batch_size (now {args.per_device_train_batch_size}) bounds the pairs of a micro-batch: "
+            "halve it and double gradient_accumulation_steps for the same run"
         )
     if not args.gradient_checkpointing:
         bounds.append("gradient_checkpointing=true recomputes activations instead of keeping them")

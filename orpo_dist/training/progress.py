@@ -1,6 +1,6 @@
-"""Sums of a run that no log line shows yet: written into a checkpoint, taken over from it.
+"""The sums of a run since its last log line, saved in a checkpoint and restored from it.
 
-With them the first log line after a resume is that of an uninterrupted run.
+They make the first log line after a resume equal to that of an uninterrupted run.
 """
 
 from collections.abc import Sequence
@@ -21,9 +21,9 @@ class Progress:
     """One rank's sums.
 
     Attributes:
-        sums: of the metrics (training/metrics.py).
-        tr_loss, total_loss, last_logged: the Trainer's sums of losses and the step of its last log line.
-        losses: of the last steps, for spikes (training/step_guard.py).
+        sums: metric sums (training/metrics.py).
+        tr_loss, total_loss, last_logged: the Trainer's loss sums and the step of its last log line.
+        losses: of the last steps, to detect spikes (training/step_guard.py).
     """
 
     sums: torch.Tensor | None
@@ -34,7 +34,7 @@ class Progress:
 
 
 def progress_of(trainer: Any, sums: MetricSums, guard: StepGuard) -> Progress:
-    """trainer: a transformers.Trainer in its loop; it has no public name for its sums of losses."""
+    """trainer: a transformers.Trainer in its loop. Its loss sums are private attributes."""
     return Progress(
         sums=sums.state(),
         tr_loss=trainer._tr_loss.detach().cpu(),
@@ -47,7 +47,7 @@ def progress_of(trainer: Any, sums: MetricSums, guard: StepGuard) -> Progress:
 def take_over(
     saved: Sequence[Progress], trainer: Any, sums: MetricSums, guard: StepGuard, environment: Environment
 ) -> None:
-    """Go on from `saved`: this rank's own, or that of all ranks after a change of the world size; empty for a fresh
+    """Restore `saved`: the progress of this rank, or of all ranks if the world size has changed; empty for a fresh
     start."""
     if not saved:
         return

@@ -1,4 +1,4 @@
-"""What ORPOTrainer refuses, and what it works out from its arguments before any model is loaded."""
+"""Argument checks of ORPOTrainer, before any model is loaded."""
 
 from typing import Any
 
@@ -13,17 +13,17 @@ logger = get_logger(__name__)
 
 
 def refuse_contradictions(args: ORPOConfig, model: Any, model_init: Any, has_rows: bool) -> None:
-    """Raises UserError for arguments of the trainer that exclude each other."""
+    """Raises UserError for contradicting arguments of the trainer."""
     if not has_rows:
         raise UserError("train_dataset is missing: pass rows of preference pairs.")
     if (model is None) == (model_init is None):
         raise UserError("Pass either model or model_init, and not both.")
     if not isinstance(model, str) and args.model_init_kwargs:
-        raise UserError("model_init_kwargs needs the model given by name or path; this one is instantiated already.")
+        raise UserError("model_init_kwargs needs a model name or path; this model is already instantiated.")
 
 
 def refuse_what_needs_logits(args: ORPOConfig, preprocess_logits_for_metrics: Any) -> None:
-    """Raises UserError for options that would gather logits or mean something else here."""
+    """Raises UserError for options that would gather logits or have a different meaning here."""
     reason = "compute_metrics receives per-pair log-probabilities; logits are never gathered"
     if preprocess_logits_for_metrics is not None:
         raise UserError(f"preprocess_logits_for_metrics cannot be used: {reason}.")
@@ -36,7 +36,7 @@ def refuse_what_needs_logits(args: ORPOConfig, preprocess_logits_for_metrics: An
 
 
 def refuse_unsupported_parallelism(args: ORPOConfig) -> None:
-    """Raises UserError for parallelism other than data parallelism, and for a batch size search on several ranks."""
+    """Raises UserError for anything but data parallelism, and for a batch size search on several ranks."""
     parallelism = args.parallelism_config
     if parallelism is not None and parallelism.non_data_parallel_size > 1:
         raise UserError(
@@ -56,7 +56,7 @@ def refuse_missing_kernels(args: ORPOConfig, sharding: Sharding) -> None:
     if args.torch_compile and sharding is Sharding.ZERO3:
         raise UserError(
             "torch_compile does not work with ZeRO-3, whose hooks gather the weights inside the blocks: "
-            "leave it unset, or take ZeRO-2 or FSDP2."
+            "leave it unset, or use ZeRO-2 or FSDP2."
         )
     if not args.use_liger_kernel:
         return
@@ -71,7 +71,7 @@ def refuse_missing_kernels(args: ORPOConfig, sharding: Sharding) -> None:
 
 
 def warn_without_liger_kernels(model: Any, args: ORPOConfig) -> None:
-    """For a kind of model that it does not know, Liger does nothing and says so at level INFO."""
+    """Liger does nothing for an unknown model type and logs that at level INFO only."""
     if not args.use_liger_kernel:
         return
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
@@ -85,10 +85,10 @@ def no_evaluation_rows() -> UserError:
 
 
 def router_aux_loss_coef(config: Any, asked: float | None) -> float:
-    """Weight of the load-balancing loss: as asked, else the model's own; 0 for a model without routers.
+    """Weight of the load-balancing loss: `asked` if given, else the model's default; 0 for a model without routers.
 
     Raises:
-        UserError: one is asked for and the model has no routers.
+        UserError: a weight is given and the model has no routers.
     """
     declared = config.get_text_config().to_dict().get("router_aux_loss_coef")
     if declared is None:

@@ -1,10 +1,10 @@
-"""Going on from a checkpoint as if the run had not been interrupted.
+"""Resumes a run from a checkpoint as if it had not been interrupted. In the order of the calls:
 
-resolve           which checkpoint, does it belong to this run, can these ranks load it; before the loop
-optimizer_made    what DeepSpeed's universal form loses is noted
-loaded            after the Trainer has loaded it: sums since the last log line, DeepSpeed's faults fixed
-restore_rng       each rank's generators, after the batches that were trained already have been skipped
-evaluation_is_due whether the checkpoint's step ends with an evaluation that the run was stopped before
+resolve           before the loop: finds the checkpoint, checks that it belongs to this run and fits these ranks
+optimizer_made    records what DeepSpeed's universal form loses
+loaded            after the Trainer has loaded it: sums since the last log line, fixes for DeepSpeed's loading
+restore_rng       the generators of each rank, after the batches trained before have been skipped
+evaluation_is_due whether the run was stopped before the evaluation of the checkpoint's step
 """
 
 from collections.abc import Callable
@@ -27,11 +27,11 @@ from orpo_dist.training.progress import METRICS, Progress
 
 
 class Resuming:
-    """Which checkpoint a run goes on from, and its state.
+    """The checkpoint that a run resumes from, and its state.
 
     Args:
         run: the run's folder.
-        fingerprint: what the run is made of (run/fingerprint.py), with its topology.
+        fingerprint: of the run, with its topology (run/fingerprint.py).
     """
 
     def __init__(
@@ -50,10 +50,10 @@ class Resuming:
         self.checkpoint: Path | None = None
 
     def resolve(self, asked: str | bool | None) -> str | None:
-        """The checkpoint that `asked` means, None for a fresh start. Every rank must call it; it is a collective.
+        """The checkpoint that `asked` selects, None for a fresh start. A collective: every rank must call it.
 
         Raises:
-            UserError: no such checkpoint, or one of another run.
+            UserError: there is no such checkpoint, or it belongs to another run.
         """
         self.checkpoint, self._universal = None, False
         found = on_first_rank(lambda: self._find(asked))
@@ -77,18 +77,18 @@ class Resuming:
     def _find(self, asked: str | bool | None) -> tuple[str, checkpoints.Manifest] | None:
         for unfinished in checkpoints.sweep(self._run):
             if asked:
-                print(f"Removed {unfinished.name}, which was not finished.")
+                print(f"Removed the unfinished {unfinished.name}.")
         folder = checkpoint_to_resume(asked, self._run) if asked else None
         return (folder, checkpoints.read_manifest(Path(folder))) if folder is not None else None
 
     def optimizer_made(self, optimizer: Any) -> None:
-        """Called between wrapping the optimizer and loading a checkpoint into it."""
+        """Called after the optimizer is wrapped and before a checkpoint is loaded into it."""
         if self._environment.sharding.is_zero:
             self._weight_decays = weight_decays(optimizer)
 
     def loaded(self, optimizer: Any) -> list[Progress]:
-        """Called once the Trainer has loaded the checkpoint. Returns what this rank takes over from it: its own sums,
-        or those of all ranks after a change of the world size; empty for a fresh start."""
+        """Called after the Trainer has loaded the checkpoint. Returns the progress to restore: of this rank, or of all
+        ranks if the world size has changed; empty for a fresh start."""
         if self.checkpoint is None:
             return []
         if self._universal:
@@ -99,28 +99,28 @@ class Resuming:
         return [Progress(**torch.load(self.checkpoint / METRICS.format(rank), weights_only=True)) for rank in ranks]
 
     def restore_rng(self, step: int, restore: Callable[[], None]) -> None:
-        """restore: loads the generators of the Trainer's own files.
+        """restore: loads the generators from the Trainer's files.
 
         Raises:
-            UserError: the checkpoint has none for this rank.
+            UserError: the checkpoint has no generators for this rank.
         """
         if self.checkpoint is None:
             return
         rank, world_size = self._environment.world_rank, self._environment.world_size
         if self._saved_world_size != world_size:
-            # No rank has a state of its own here. The pairs of a step are the same; dropout draws anew.
+            # There is no per-rank state to restore. Each step has the same pairs; dropout masks differ.
             set_seed(self._args.seed + step * world_size + rank)
             return
         file = self.checkpoint / (f"rng_state_{rank}.pth" if world_size > 1 else "rng_state.pth")
         if not file.is_file():
             raise UserError(
-                f"{file} is missing, so the run cannot go on as it was (save_only_model leaves it out). To start from "
-                "the checkpoint's weights alone: --model_name_or_path."
+                f"{file} is missing, so the run cannot be resumed exactly (save_only_model leaves it out). To start "
+                "from the checkpoint's weights alone, pass it as --model_name_or_path."
             )
         restore()
 
     def evaluation_is_due(self, state: TrainerState, has_rows: bool) -> bool:
-        """Whether the step of the checkpoint ends with an evaluation that the log does not have: the run was stopped
+        """Whether the checkpoint's step ends with an evaluation that is missing from the log: the run was stopped
         before it, or killed between a checkpoint and the end of the epoch."""
         if self.checkpoint is None or not has_rows or _was_evaluated(state):
             return False

@@ -33,7 +33,7 @@ _COLUMNS = ("step", "prompt", "reply", "chosen")
 
 @dataclass(frozen=True)
 class Sample:
-    """One reply: what the model answers at `step`, beside the completion that the pair prefers."""
+    """The model's reply to a prompt at `step`, and the chosen completion of the pair."""
 
     step: int
     prompt: str
@@ -42,14 +42,14 @@ class Sample:
 
 
 class SampleReplies(TrainerCallback):
-    """Writes sampled replies after each evaluation; the same prompts every time, so that progress can be read.
+    """Writes sampled replies after each evaluation, always for the same prompts, so that they can be compared.
 
-    Every rank generates, since sharded parameters (ZeRO-3, FSDP2) need all of them; the main process writes.
+    Every rank generates, since sharded parameters (ZeRO-3, FSDP2) need all ranks; the main process writes.
 
     Args:
         rows: tokenised evaluation pairs.
-        generate: the model's generate() in evaluation mode; returns the new tokens alone, (rows, tokens).
-        callbacks: those of the trainer, among which TensorBoard's may be.
+        generate: the model's generate() in evaluation mode; returns only the new tokens, (rows, tokens).
+        callbacks: of the trainer; TensorBoard's may be among them.
 
     Raises:
         UserError: there are no evaluation pairs.
@@ -64,7 +64,7 @@ class SampleReplies(TrainerCallback):
         seed: int,
     ) -> None:
         if rows is None:
-            raise UserError("generate_during_eval needs pairs to evaluate on: pass eval_dataset.")
+            raise UserError("generate_during_eval needs evaluation pairs: pass eval_dataset.")
         self._processing_class, self._generate = processing_class, generate
         self._callbacks, self._seed = callbacks, seed
         chosen = random.Random(seed).sample(range(len(rows)), k=min(PROMPTS, len(rows)))
@@ -93,7 +93,7 @@ class SampleReplies(TrainerCallback):
     def sample(self, step: int, limit: int, device: torch.device) -> list[Sample]:
         """A reply of at most `limit` tokens to each prompt. Every rank must call it."""
         tokenizer: Any = tokenizer_of(self._processing_class)
-        # Training must not depend on whether replies are sampled, so its random state is set aside.
+        # Training must not depend on whether replies are sampled, so its random state is saved and restored.
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(self._seed + step)
             replies: list[list[int]] = []
@@ -111,7 +111,7 @@ class SampleReplies(TrainerCallback):
 
 
 def _prompts(processing_class: Any, rows: list[dict[str, Any]], pad: int) -> list[dict[str, torch.Tensor]]:
-    """Batches for generate(): all prompts padded on the left, or, where one has images, each by itself."""
+    """Batches for generate(): all prompts in one, padded on the left; one per prompt if any has images."""
     if any(row.get("images") for row in rows):
         batches = []
         for number, row in enumerate(rows):
@@ -128,7 +128,7 @@ def _prompts(processing_class: Any, rows: list[dict[str, Any]], pad: int) -> lis
 
 
 def _write(path: Path, samples: list[Sample]) -> None:
-    """Append; lines of the same or a later step are those of a run that was restarted, or of another one."""
+    """Append, after dropping lines of the same or a later step: they come from a restarted run or another one."""
     kept = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     kept = [line for line in kept if json.loads(line)["step"] < samples[0].step]
     lines = kept + [json.dumps(asdict(sample), ensure_ascii=False) for sample in samples]

@@ -1,4 +1,4 @@
-"""What ORPOTrainer settles before any model is loaded: its own copy of the config, refusals, rows to pairs, layout."""
+"""Set-up of ORPOTrainer before any model is loaded: its copy of the config, checks, rows to pairs, layout options."""
 
 import copy
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from orpo_dist.distributed.environment import Environment, loading_sharding
 from orpo_dist.loss import Objective
 from orpo_dist.model.packed.choose_layout import LayoutChoice
 from orpo_dist.packing.lengths import PairLengths, is_tokenised, pair_lengths
+from orpo_dist.run.checkpoint import LEAST_KEPT
 from orpo_dist.run.prepare import Preparation, preparation_of
 from orpo_dist.training import refusals
 from orpo_dist.training.layout_options import layout_options
@@ -21,10 +22,10 @@ class Setup:
     """A run whose data is ready.
 
     Attributes:
-        args: the trainer's own copy: what it settles there must not change the config that was given.
+        args: a copy of the config, so that the trainer can modify it without changing the user's.
         train_rows, eval_rows: tokenised, or None; eval_rows may be a dict of sets.
-        lengths: of the training pairs, in their order.
-        layout: still to be chosen for the model.
+        lengths: of the training pairs, in order.
+        layout: not yet chosen; that needs the model.
     """
 
     args: ORPOConfig
@@ -50,7 +51,7 @@ def set_up(
     """The arguments are those of `ORPOTrainer`.
 
     Raises:
-        UserError: options that contradict each other, data that cannot be trained on.
+        UserError: contradicting options, or data that cannot be trained on.
     """
     args = ORPOConfig("trainer_output") if given is None else copy.copy(given)
     sharding = loading_sharding()
@@ -58,10 +59,11 @@ def set_up(
     refusals.refuse_unsupported_parallelism(args)
     refusals.refuse_missing_kernels(args, sharding)
     refusals.refuse_contradictions(args, model, model_init, train_dataset is not None or eval_dataset is not None)
-    # At the end of training transformers deletes every checkpoint but the best one under a limit of 1.
-    args.save_total_limit = 2 if args.save_total_limit == 1 else args.save_total_limit
+    # With a limit of 1, transformers deletes every checkpoint but the best one at the end of training.
+    args.save_total_limit = LEAST_KEPT if args.save_total_limit == 1 else args.save_total_limit
 
     preparation = preparation_of(args, model, processing_class)
+    args.max_length = preparation.options.max_length  # which the model card and out-of-memory errors state
     dropped_rows = Path(str(args.output_dir)) / "dropped_rows.jsonl"
     train_rows = tokenised(train_dataset, "train", preparation, dropped_rows)
     if isinstance(eval_dataset, dict):
@@ -79,7 +81,7 @@ def set_up(
 
 
 def tokenised(rows: Any, name: str, preparation: Preparation, dropped_rows: Path) -> Any:
-    """Tokenised rows; those that are so already, and None, as they are."""
+    """The rows, tokenised; rows that already are, and None, are returned unchanged."""
     if rows is None or is_tokenised(rows):
         return rows
     return preparation.pairs(rows, name, dropped_rows).dataset

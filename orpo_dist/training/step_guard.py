@@ -1,10 +1,10 @@
-"""Whether an optimizer step may be applied, and whether the ranks stop after it: one host read per step.
+"""Decides whether to apply an optimizer step and whether to stop after it, with one host read per step.
 
-report   what this rank adds to the one all-reduce of a step: it wants to stop, its loss of the step before
-begin    the sums of those reports, for this step
-count    each micro-batch's loss; a non-finite one gets a gradient of NaN, so that the global norm tells every rank
-judge    the one read on the host: gradient norm, stop requests, loss of the step before
-guard    optimizer.step() does nothing in a refused step
+report   what this rank adds to the all-reduce of a step: whether it wants to stop, its loss of the previous step
+begin    takes the sums of those reports
+count    adds the loss of a micro-batch; a non-finite one gets a NaN gradient, so that every rank sees it in the norm
+judge    the host read: gradient norm, stop requests, loss of the previous step
+guard    makes optimizer.step() do nothing in a refused step
 """
 
 import math
@@ -30,11 +30,11 @@ class StepGuard:
 
     Args:
         folder: the run's folder, for the files that list the pairs of bad steps.
-        describe_pair: index of a pair -> what those files say of it.
+        describe_pair: index of a pair -> its entry in those files.
 
     Attributes:
         stops: whether the ranks have agreed to stop.
-        refused: whether the present step is not applied.
+        refused: whether the current step is not applied.
     """
 
     def __init__(
@@ -55,33 +55,35 @@ class StepGuard:
         self._guarded: Patched | None = None
         self.stops = self.refused = False
 
-    def training_begins(self) -> None:
+    def training_begins(self, accelerator: Accelerator) -> None:
+        """accelerator: of the loop that begins; each trial of a hyperparameter search has a new one."""
+        self._accelerator = accelerator
         self.stops = self.refused = False
         self._indices = []
 
     def report(self, wants_stop: bool, device: torch.device) -> torch.Tensor:
-        """(2,) float64 that this rank adds to the all-reduce of a step: does it want to stop, and its share of the
-        loss of the step before."""
+        """(2,) float64 that this rank adds to the all-reduce of a step: whether it wants to stop, and its share of the
+        previous step's loss."""
         wants = torch.tensor(float(wants_stop), dtype=torch.float64).to(device)
         return torch.stack([wants, self._step_loss.to(device)])
 
     def begin(self, report: torch.Tensor, indices: list[int]) -> None:
-        """report: (2,) the sum of the ranks' reports; stays on the device. indices: this rank's pairs."""
+        """report: (2,) sum of the reports of all ranks; stays on the device. indices: of this rank's pairs."""
         self._report, self._last_indices, self._indices = report, self._indices, indices
         self._step_loss = torch.zeros_like(report[1])
 
     def count(self, loss: torch.Tensor) -> torch.Tensor:
-        """The () loss of a micro-batch, with a gradient of NaN where it is not finite.
+        """The () loss of a micro-batch, with a NaN gradient if the loss is not finite.
 
-        An infinite NLL (a logit of -inf) has a finite gradient; like this the global norm tells every rank.
+        An infinite NLL (a logit of -inf) has a finite gradient, which would not show in the global norm.
         """
         value = loss.detach()
         self._step_loss = self._step_loss + value.double()
         return loss * torch.where(value.isfinite(), 1.0, torch.nan).to(loss.dtype)
 
     def judge(self, norm: torch.Tensor | DTensor | float | None, step: int) -> Any:
-        """Decide about optimizer step number `step` by its global gradient norm, which is returned. Every rank calls
-        it, and all decide alike.
+        """Decide whether to apply optimizer step `step` from its global gradient norm, which is returned. Every rank
+        calls it, and all ranks reach the same decision.
 
         Raises:
             NonFiniteRun: too many refused steps in a row, or DeepSpeed has applied one that should have been refused.
@@ -104,37 +106,38 @@ class StepGuard:
     def _not_applied(self, step: int, norm: float) -> None:
         loss = float(self._accelerator.reduce(self._step_loss, reduction="sum"))
         if self._fp16 and math.isfinite(loss):
-            return  # the loss scale was too high: it is halved, and the scaler or DeepSpeed skips the step
+            return  # the loss scale was too high: the scaler or DeepSpeed halves it and skips the step
         self._bad_steps.bad(step, loss, norm, gather_object(self._indices))
         if self._environment.sharding.is_zero and not self._deepspeed_skipped():
             raise NonFiniteRun(f"DeepSpeed applied step {step} with a gradient norm of {norm}: resume from before it.")
 
     def _deepspeed_skipped(self) -> bool:
-        """DeepSpeed has stepped inside backward; its own flag says whether the step was applied."""
+        """DeepSpeed steps inside backward; its flag tells whether the step was applied."""
         return self._environment.sharding.is_zero and self._accelerator.optimizer_step_was_skipped
 
     def guard(self, optimizer: Any) -> None:
-        """Make the step() of accelerate's optimizer skip refused steps. A gradient scaler and DeepSpeed do that
-        themselves."""
+        """Make step() of accelerate's optimizer skip refused steps. A gradient scaler and DeepSpeed already do."""
         if self._environment.sharding.is_zero or optimizer.scaler is not None:
             return
+        self.release()  # a second loop within one train() (auto_find_batch_size) guards the same optimizer again
         step = optimizer.step
 
-        @wraps(step)  # with the mark that the scheduler has left on it
+        @wraps(step)  # keeps the attribute that the scheduler has set on it
         def guarded(closure: Any = None) -> None:
-            optimizer._is_overflow = self.refused  # the Trainer leaves the scheduler alone then
+            optimizer._is_overflow = self.refused  # then the Trainer does not step the scheduler
             if not self.refused:
                 step(closure)
 
         self._guarded = replace_attribute(optimizer, "step", guarded, SKIPPED_STEP)
 
     def release(self) -> None:
-        """Give the optimizer its own step() back."""
+        """Restore the optimizer's own step()."""
         if self._guarded is not None:
             self._guarded.undo()
+            self._guarded = None
 
     def losses(self) -> list[float]:
-        """Of the last steps, for a checkpoint."""
+        """Losses of the last steps, for a checkpoint."""
         return list(self._history.losses)
 
     def restore_losses(self, losses: list[float]) -> None:

@@ -1,14 +1,14 @@
-"""Pairs and tokens per second, FLOPs, MFU and peak memory: from host numbers alone, so nothing waits for the device.
+"""Pairs and tokens per second, FLOPs, MFU and peak memory, from host numbers only, so nothing waits for the device.
 
 Model FLOPs of one pair in the shared layout:
 
-    linear layers   2 * parameters * (P + C + R) forward, the same for the gradient of the input, and once more for the
-                    gradient of the weight where it is trained
+    linear layers   2 * parameters * (P + C + R) forward, the same for the gradient of the input, and the same again
+                    for the gradient of the weight if it is trained
     attention       4 * query width * query-key pairs forward, twice that backward, per layer of attention
-    loss head       2 * H * V * scored rows for the logits and for the gradient of the rows, and once more where the
-                    head is trained
+    loss head       2 * H * V * scored rows for the logits, the same for the gradient of the rows, and the same again
+                    if the head is trained
 
-Recomputation (activation checkpointing) is not counted, so MFU says what the device does for the model.
+Recomputation (activation checkpointing) is not counted, as MFU is defined.
 
 Shape legend: P, C, R tokens of prompt, chosen and rejected, H hidden, V vocabulary.
 """
@@ -65,7 +65,7 @@ class Throughput:
         self._pairs = self._tokens = self._padded_tokens = self._model_flops = 0.0
 
     def add(self, micro_batch: Iterable[PairLengths]) -> None:
-        """Pairs of one micro-batch, without fillers."""
+        """Count the pairs of one micro-batch, without fillers."""
         pairs = list(micro_batch)
         if not pairs:
             return
@@ -80,7 +80,7 @@ class Throughput:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time that is no training (evaluation, saving) is not counted."""
+        """Time outside training (evaluation, saving) is not counted."""
         start = time.perf_counter()
         try:
             yield
@@ -88,7 +88,7 @@ class Throughput:
             self._since += time.perf_counter() - start
 
     def drain(self, accelerator: Accelerator) -> dict[str, float]:
-        """Figures over all ranks since the last call; every rank must call it. Starts again from zero."""
+        """Figures over all ranks since the last call. Resets the counts. Every rank must call it."""
         seconds = time.perf_counter() - self._since
         sums = [self._pairs, self._tokens, self._padded_tokens, self._model_flops / 1e12]
         local = torch.tensor(sums, dtype=torch.float32, device=accelerator.device)

@@ -2,7 +2,7 @@
 
 from dataclasses import fields
 
-from orpo_dist.autotrain.ignored_options import FOREIGN
+from orpo_dist.autotrain.ignored_options import IGNORED
 from orpo_dist.autotrain.project import LLMTrainingParams
 from orpo_dist.autotrain.setup import set_up
 from tests.autotrain.options import DOCS, params, recipe
@@ -16,9 +16,9 @@ def test_options_of_other_trainers_are_named():
 
 
 def test_foreign_and_own_options_do_not_overlap():
-    assert not FOREIGN.keys() & {option.name for option in fields(LLMTrainingParams)}
+    assert not IGNORED.keys() & {option.name for option in fields(LLMTrainingParams)}
 
 
 def test_the_docs_list_every_foreign_option():
     text = DOCS.read_text()
-    assert [name for name in FOREIGN if f"`{name}`" not in text] == []
+    assert [name for name in IGNORED if f"`{name}`" not in text] == []

@@ -1,5 +1,8 @@
 """AutoTrain's parameters: the defaults, and one clear error for each wrong value."""
 
+import copy
+import dataclasses
+import pickle
 from dataclasses import fields
 
 import pytest
@@ -71,3 +74,45 @@ def test_the_docs_list_every_option_with_its_default():
     documented = {row[1].strip(" `"): row[2].strip(" `") for row in rows}
     expected = {option.name: str(option.default).lower() for option in fields(LLMTrainingParams)}
     assert {name: value.lower() for name, value in documented.items()} == expected
+
+
+# ---------------------------------------------------------------- assignment and copies
+
+
+def test_an_assigned_block_size_counts_as_asked_for():
+    made = params()
+    assert "max_length" not in made.to_recipe_mapping()
+    made.block_size = "512"
+    assert made.to_recipe_mapping()["max_length"] == 512
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        lambda made: dataclasses.replace(made, lr=1e-4),
+        copy.copy,
+        copy.deepcopy,
+        lambda made: pickle.loads(pickle.dumps(made)),
+    ],
+    ids=["replace", "copy", "deepcopy", "pickle"],
+)
+def test_copies_remember_what_was_asked_for(again):
+    assert "max_length" not in again(params()).to_recipe_mapping()
+    assert again(params(block_size=1024)).to_recipe_mapping()["max_length"] == 1024
+
+
+def test_assignments_are_checked():
+    made = params()
+    for name, value in (("batch_size", 0), ("lr", "fast"), ("learning_rate", 1.0), ("quantization", "int3")):
+        with pytest.raises(UserError, match=name):
+            setattr(made, name, value)
+    assert made == params()
+
+
+def test_two_assignments_that_belong_together_may_come_in_any_order():
+    made = params()
+    made.quantization = "int4"
+    with pytest.raises(UserError, match="quantization=int4 needs peft"):
+        made.to_recipe_mapping()
+    made.peft = True
+    assert made.to_recipe_mapping()["load_in_4bit"] is True

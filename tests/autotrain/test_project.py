@@ -13,7 +13,7 @@ from tests.autotrain.options import MAPPED, params
 def test_unknown_backend_is_a_clear_error():
     with pytest.raises(UserError, match="backend='spaces' is not in this version"):
         AutoTrainProject(params(), backend="spaces")
-    with pytest.raises(UserError, match="is for backend='slurm'"):
+    with pytest.raises(UserError, match="needs backend='slurm'"):
         AutoTrainProject(params(), slurm="--nodes 2")
 
 
@@ -79,7 +79,7 @@ def test_foreign_flags_on_the_command_line(created):
         ([*REQUIRED, "--lr"], "expected one argument"),
         ([*REQUIRED, "--lr", "fast"], "lr='fast' is not a number"),
         ([*REQUIRED, "--backend", "spaces-a10g-large"], "is not in this version"),
-        (["--inference", "--model", "m"], "--inference is not part of orpo-dist"),
+        (["--inference", "--model", "m"], "--inference is not supported"),
     ],
 )
 def test_wrong_command_lines(argv, message, created):

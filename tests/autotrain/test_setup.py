@@ -57,29 +57,73 @@ COLUMNS = {"prompt_text_column": "prompt", "text_column": "chosen", "rejected_te
 
 
 def test_strings_get_the_chat_template_of_a_tokenizer_that_has_one(chat_tokenizer):
-    assert choose_chat_template(params(**COLUMNS), chat_tokenizer, ROW).apply is True
+    assert choose_chat_template(params(**COLUMNS), chat_tokenizer, [ROW]).apply is True
 
 
 def test_strings_without_a_chat_template_stay_as_they_are(plain_tokenizer):
-    choice = choose_chat_template(params(**COLUMNS), plain_tokenizer, ROW)
+    choice = choose_chat_template(params(**COLUMNS), plain_tokenizer, [ROW])
     assert choice.apply is False and "has no chat template" in choice.reason
 
 
 def test_a_named_template_is_applied_to_any_tokenizer(plain_tokenizer):
-    assert choose_chat_template(params(**COLUMNS, chat_template="chatml"), plain_tokenizer, ROW).apply is True
+    assert choose_chat_template(params(**COLUMNS, chat_template="chatml"), plain_tokenizer, [ROW]).apply is True
 
 
 def test_rendered_strings_are_not_rendered_again(chat_tokenizer):
     row = ROW | {"prompt": "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"}
-    choice = choose_chat_template(params(**COLUMNS), chat_tokenizer, row)
+    choice = choose_chat_template(params(**COLUMNS), chat_tokenizer, [row])
     assert choice.apply is False and "rendered already" in choice.reason
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"chosen": 42},
+        {"chosen": None},
+        {"prompt": '[{"role": "user", "content": "x"}]'},
+        {"prompt": "[INST] x [/INST]"},
+        {"chosen": '[{"role": "assistant", "content": "x"}]'},
+        {"chosen": {"__json__": "42"}},
+    ],
+)
+@pytest.mark.parametrize("place", [0, 39])
+def test_one_odd_value_changes_nothing(chat_tokenizer, odd, place):
+    rows = [ROW] * 40
+    rows[place] = ROW | odd
+    assert choose_chat_template(params(**COLUMNS), chat_tokenizer, rows).apply is True
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"prompt": "[INST] hi [/INST]"},
+        {"prompt": "\n\nHuman: hi\n\nAssistant:"},
+        {"prompt": "### Human: hi", "chosen": "### Assistant: hello"},
+        {"chosen": "42<|im_end|>"},
+        {"prompt": {"__json__": '"<|im_start|>user\\nhi<|im_end|>"'}},
+    ],
+)
+def test_most_rows_say_that_they_are_rendered(chat_tokenizer, changed):
+    choice = choose_chat_template(params(**COLUMNS), chat_tokenizer, [ROW, *[ROW | changed] * 5])
+    assert choice.apply is False and "in 5 of the first 6 rows: they are rendered already" in choice.reason
+
+
+def test_messages_that_came_through_csv_are_messages(chat_tokenizer):
+    row = {
+        "prompt": "hi",
+        "chosen": "{'role': 'assistant', 'content': 'a'}",
+        "rejected": "{'role': 'assistant', 'content': 'b'}",
+    }
+    assert choose_chat_template(params(**COLUMNS), chat_tokenizer, [row] * 3) is None
 
 
 def test_the_prompt_is_written_once(chat_tokenizer):
     from orpo_dist.data.prepare import prepare_pairs
 
     made = params(**COLUMNS)
-    mapping = made.to_recipe_mapping() | {"apply_chat_template": choose_chat_template(made, chat_tokenizer, ROW).apply}
+    mapping = made.to_recipe_mapping() | {
+        "apply_chat_template": choose_chat_template(made, chat_tokenizer, [ROW]).apply
+    }
     options = Recipe.from_mapping(mapping).training.prepare_options(is_encoder_decoder=False)
     pair = prepare_pairs([ROW], chat_tokenizer, options).dataset[0]
     chosen = chat_tokenizer.decode(pair["prompt_ids"] + pair["chosen_ids"])
@@ -89,4 +133,4 @@ def test_the_prompt_is_written_once(chat_tokenizer):
 
 def test_message_lists_are_left_to_the_data_step(chat_tokenizer):
     row = {"chosen": [{"role": "user", "content": "hi"}], "rejected": [{"role": "user", "content": "hi"}]}
-    assert choose_chat_template(params(**COLUMNS), chat_tokenizer, row) is None
+    assert choose_chat_template(params(**COLUMNS), chat_tokenizer, [row]) is None

@@ -13,12 +13,12 @@ PLAIN = JobRequest("orpo-mine")
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"nodes": 0}, "--nodes 0: at least 1"),
+        ({"nodes": 0}, "--nodes 0: must be at least 1"),
         ({"gpus": 4, "processes": 8}, "one GPU per process"),
         ({"time": "00:10:00", "stop_before": 600}, "too short: the run stops 600 s before its end"),
         ({"time": "soon"}, "--time soon: write it as SLURM does"),
         ({"template": "nodes"}, "the templates are single_node, multi_node"),
-        ({"template": "single_node", "nodes": 2}, "take multi_node"),
+        ({"template": "single_node", "nodes": 2}, "use multi_node"),
         ({"container_runtime": "docker"}, "pyxis or apptainer"),
     ],
 )

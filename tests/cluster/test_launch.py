@@ -82,9 +82,9 @@ def test_every_config_names_its_nodes_launcher(path):
     [
         (["--nodes", "2", "--node-rank", "2", "--head-address", "n1"], "the node ranks of N nodes are 0 to N - 1"),
         (["--nodes", "2"], "--head-address is missing"),
-        (["--processes-per-node", "64"], "64 processes are asked for"),
-        (["--cpu", "--processes-per-node", "2", "--accelerate-config", "zero9"], "no accelerate config 'zero9'"),
-        (["--cpu", "--accelerate-config", "mine.yaml"], "mine.yaml: there is no such file"),
+        (["--processes-per-node", "64"], "64 processes are requested"),
+        (["--cpu", "--processes-per-node", "2", "--accelerate-config", "zero9"], "Unknown accelerate config 'zero9'"),
+        (["--cpu", "--accelerate-config", "mine.yaml"], "mine.yaml does not exist"),
         (["--frobnicate"], "Options of launch come before the recipe"),
     ],
 )
@@ -97,7 +97,7 @@ def test_several_nodes_without_gpus_must_say_cpu(recipe, capsys):
     if torch.cuda.device_count():
         pytest.skip("this machine has GPUs")
     assert main(["launch", "--nodes", "2", "--head-address", "n1", str(recipe)]) == 2
-    assert "sees no GPU. To train on the CPU, say so: --cpu" in capsys.readouterr().err
+    assert "has no visible GPU. To train on the CPU, pass --cpu" in capsys.readouterr().err
 
 
 def test_dry_run_prints_the_command(recipe, capsys):

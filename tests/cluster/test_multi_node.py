@@ -78,7 +78,7 @@ def test_a_head_that_is_not_there(workplace, machines):
 def test_a_node_too_few_and_a_number_that_differs(workplace, machines):
     recipe = ["--wait", "5", str(workplace.recipe), "--output_dir", str(workplace.folder / "nowhere")]
     ((code, text),) = ends(start(workplace, machines[0], 0, *recipe))
-    assert code == 1 and "1 of 2 nodes came within 5 s; missing node ranks: 1." in text
+    assert code == 1 and "1 of 2 nodes connected within 5 s; missing node ranks: 1." in text
     recipe[1] = "120"
     for code, text in ends(
         start(workplace, machines[0], 0, *recipe), start(workplace, machines[1], 1, *recipe, NODES="3")

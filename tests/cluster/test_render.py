@@ -147,7 +147,7 @@ def test_the_template_follows_the_request(sites, changes, images, template):
 
 
 def test_site_profile_errors(tmp_path):
-    with pytest.raises(UserError, match="there is no such file"):
+    with pytest.raises(UserError, match="does not exist"):
         read_site(str(tmp_path / "none.sh"))
     (tmp_path / "broken.sh").write_text("SITE_PARTITION='gpu\n")
     with pytest.raises(UserError, match="bash cannot read it"):

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from orpo_dist.cluster import rendezvous as meeting
+from orpo_dist.cluster import rendezvous
 from orpo_dist.cluster.rendezvous import NodeReport, meet
 from orpo_dist.errors import UserError
 
@@ -69,14 +69,14 @@ def test_a_node_that_differs_is_named_on_both_sides(port, tmp_path, other, said)
 def test_a_node_rank_given_twice(port, tmp_path):
     three = replace(HEAD, nodes=3)
     told = attend([three, replace(OTHER, nodes=3), replace(OTHER, nodes=3, host="n3")], port, tmp_path)
-    assert all("node rank 1 came twice" in text for text in told.values())
+    assert all("node rank 1 connected twice" in text for text in told.values())
 
 
 def test_missing_nodes_are_named_to_the_head_and_to_those_who_came(port, tmp_path):
     began = time.monotonic()
     told = attend([replace(HEAD, nodes=4), replace(OTHER, nodes=4, node_rank=2)], port, tmp_path, seconds=2)
     assert time.monotonic() - began < 60
-    assert all("2 of 4 nodes came within 2 s; missing node ranks: 1, 3." in text for text in told.values())
+    assert all("2 of 4 nodes connected within 2 s; missing node ranks: 1, 3." in text for text in told.values())
 
 
 def test_no_head(port, tmp_path):
@@ -115,7 +115,7 @@ def test_a_stranger_on_the_port_is_ignored(port, tmp_path):
 
 
 def test_a_folder_that_is_not_shared(port, tmp_path, monkeypatch):
-    monkeypatch.setattr(meeting, "_appears", lambda path: False)  # as on a node with a disk of its own
+    monkeypatch.setattr(rendezvous, "_appears", lambda path: False)  # as on a node with a disk of its own
     told = attend([HEAD, OTHER], port, tmp_path)
     assert all("is not shared: node ranks 1 do not see" in text for text in told.values())
     assert list(tmp_path.iterdir()) == []

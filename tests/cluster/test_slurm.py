@@ -111,7 +111,7 @@ def test_a_time_limit_is_survived(slurm, reference, out_of_time):
     assert_same_weights(folder, reference)
     # A second job of a run that is finished has nothing to do.
     code, said = slurm.workplace.here("submit", str(slurm.workplace.recipe), "--output_dir", str(folder))
-    assert code == 2 and "is finished already" in said
+    assert code == 2 and "is already finished" in said
     again = slurm.command("sbatch", "--parsable", str(folder / "slurm" / "job.sbatch")).strip()
     assert slurm.wait_for(again) == "COMPLETED"
     assert (folder / "slurm" / "attempt").read_text().strip() == "2"
@@ -184,7 +184,7 @@ def test_submit_status_cancel(slurm):
     assert f"attempt 1, step {GATE - 1}" in said and "newest checkpoint: checkpoint-10" in said
     flags = ["--gpus-per-node", "0", "--output_dir", str(folder)]
     code, told = slurm.workplace.here("submit", str(slurm.workplace.recipe), *flags)
-    assert code == 2 and f"Job {job_id} (running) is this run already" in told
+    assert code == 2 and f"Job {job_id} (running) already trains this run" in told
     assert "saves a checkpoint and ends" in slurm.workplace.orpo_dist("cancel", job_id).stdout
     assert slurm.wait_for(job_id) == "CANCELLED", slurm.story("cancelled")
     assert slurm.restarts(job_id) == 0
@@ -193,7 +193,7 @@ def test_submit_status_cancel(slurm):
     said = slurm.workplace.orpo_dist("status", folder).stdout
     assert "last outcome: cancelled at checkpoint-" in said and "job " not in said
     code, told = slurm.workplace.here("cancel", job_id)
-    assert code == 2 and "no job of orpo-dist waits or runs" in told
+    assert code == 2 and "is not a waiting or running job of orpo-dist" in told
 
 
 def test_autotrain_backend(slurm):
@@ -219,7 +219,7 @@ def test_autotrain_backend(slurm):
         (["--gpus-per-node", "4"], "--gpus-per-node 4: the nodes of the default partition have 2 at most"),
         (["--partition", "gpu"], "the partitions here are low, high, spare"),
         (["--output_dir", "/var/tmp/run"], "is in none of the shared folders"),
-        (["--dataset_name", "/nowhere/pairs.jsonl"], "dataset_name: /nowhere/pairs.jsonl is not there"),
+        (["--dataset_name", "/nowhere/pairs.jsonl"], "dataset_name: /nowhere/pairs.jsonl does not exist"),
         (["--bete", "0.2"], "Unknown option --bete"),
         (["--array", "0-3"], "--array needs --sweep FILE"),
     ],

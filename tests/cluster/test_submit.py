@@ -63,14 +63,14 @@ def test_dry_run_of_a_sweep(project, capsys):
     [
         (["--beta", "high"], "--beta: 'high' is not a number."),
         (["--bete", "0.2"], "Unknown option --bete"),
-        (["--sweep", "none.txt"], "--sweep none.txt: there is no such file"),
-        (["--sweep", "empty.txt"], "--sweep empty.txt has no line of flags"),
-        (["--sweep", "folder.txt"], "a line holds flags, and never --output_dir"),
-        (["--sweep", "two.txt", "--array", "0-2"], "--array 0-2: the sweep has the runs 0 to 1"),
-        (["--sweep", "two.txt", "--chain", "2"], "--chain is for a single run"),
+        (["--sweep", "none.txt"], "--sweep none.txt does not exist"),
+        (["--sweep", "empty.txt"], "--sweep empty.txt contains no flags"),
+        (["--sweep", "folder.txt"], "a line must contain flags, and not --output_dir"),
+        (["--sweep", "two.txt", "--array", "0-2"], "--array 0-2: the runs of the sweep are 0 to 1"),
+        (["--sweep", "two.txt", "--chain", "2"], "--chain needs a single run"),
         (["--output_dir", "/elsewhere/run"], "output_dir /elsewhere/run is in none of the shared folders"),
-        (["--model_name_or_path", "./none"], "model_name_or_path: ./none is not there"),
-        (["--accelerate-config", "zero4"], "no accelerate config 'zero4'"),
+        (["--model_name_or_path", "./none"], "model_name_or_path: ./none does not exist"),
+        (["--accelerate-config", "zero4"], "Unknown accelerate config 'zero4'"),
         (["--sbatch", "mail"], "'mail' is not of the form --option or --option=value"),
         (["--nodes", "two"], "orpo-dist submit: argument --nodes: invalid int value: 'two'"),
     ],
@@ -88,7 +88,7 @@ def test_a_finished_run_is_not_submitted_again(project, capsys):
     state.mkdir(parents=True)
     (state / "done").touch()
     code, _, told = dry_run(capsys)
-    assert code == 2 and "is finished already" in told
+    assert code == 2 and "is already finished" in told
 
 
 @pytest.mark.parametrize("command", [["submit", "recipe.yaml"], ["status"], ["cancel", "17"]])

@@ -33,6 +33,8 @@ def test_check(data, tmp_path, capsys):
     assert "prompt in `prompt`, text, `chosen` over `rejected`" in out
     assert "41 rows, 40 usable, 1 bad" in out
     assert f"1 x empty completion\n    {data}, row 41, column `chosen`: no text" in out
+    read = out[out.index("Read of") :]
+    assert f"split train: 41 rows from 1 file.\n  {data}: 41 rows\n  prompt: column `prompt`, by its name" in read
     (line,) = (tmp_path / "bad.jsonl").read_text().splitlines()
     assert json.loads(line)["row"] == 41
 
@@ -48,7 +50,9 @@ def test_unusable_data_ends_with_code_2(data, capsys):
 
 def test_check_with_a_tokenizer(data, model, capsys):
     assert main(["data", "check", str(data), "--model", model]) == 0
-    assert "41 rows, 40 pairs kept, 1 dropped (1 empty completion)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "41 rows, 40 pairs kept, 1 dropped (1 empty completion)" in out
+    assert f"  {data}: 41 rows\n  prompt: column `prompt`, by its name; the first 41 rows hold text" in out
     assert main(["data", "check", str(data), "--model", model, "--max_length", "4"]) == 2
     assert "Set max_prompt_length to cut long prompts, or raise max_length" in capsys.readouterr().err
 
@@ -144,3 +148,13 @@ def test_types_of_flags_survive_a_parsed_recipe():
     """HfArgumentParser writes simplified types into the fields that it parses."""
     Recipe.from_mapping({"dataset_name": "d", "model_name_or_path": "m"})
     assert options("check", "x", "--max_length", "none").max_length is None
+
+
+def test_a_stray_word(data, capsys):
+    assert main(["data", "check", str(data), "more.jsonl"]) == 2
+    assert "'more.jsonl' does not belong to an option" in capsys.readouterr().err
+
+
+def test_help_says_that_stats_has_no_bound(capsys):
+    assert main(["data", "--help"]) == 0
+    assert "`data stats` has no bound" in " ".join(capsys.readouterr().out.split())

@@ -1,16 +1,12 @@
 import re
-import subprocess
-import sys
-from collections import namedtuple
 from importlib import metadata
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 
 from orpo_dist.commands import doctor
-from orpo_dist.commands.doctor import Check, DoctorReport, main
+from orpo_dist.commands.doctor import DoctorReport, main
+from orpo_dist.commands.doctor_checks import Check, tested_versions
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,7 +35,7 @@ def test_exit_code_is_1_when_something_needed_is_missing(monkeypatch, capsys):
 
 
 def test_tested_versions_come_from_the_constraints():
-    tested = doctor.tested_versions()
+    tested = tested_versions()
     assert set(doctor.REQUIRED) | set(doctor.EXTRAS) <= set(tested)
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     assert f"torch=={tested['torch']}" in lines
@@ -73,14 +69,14 @@ def test_versions_that_differ(monkeypatch):
     monkeypatch.setattr(metadata, "version", lambda name: versions.get(name) or installed(name))
     too_old = _named(doctor._packages, "peft")
     assert (too_old.state, too_old.detail) == ("missing", "0.18.2, needs >=0.19")
-    assert too_old.fix == f"pip install 'peft=={doctor.tested_versions()['peft']}'"
+    assert too_old.fix == f"pip install 'peft=={tested_versions()['peft']}'"
     assert _named(doctor._packages, "deepspeed").state == "note"
     other = _named(doctor._packages, "trl")
-    assert (other.state, other.detail) == ("note", f"99.0, tested with {doctor.tested_versions()['trl']}")
+    assert (other.state, other.detail) == ("note", f"99.0, tested with {tested_versions()['trl']}")
 
 
 def test_local_build_of_the_tested_version_is_the_tested_version(monkeypatch):
-    monkeypatch.setattr(metadata, "version", lambda name: doctor.tested_versions()[name] + "+cu130")
+    monkeypatch.setattr(metadata, "version", lambda name: tested_versions()[name] + "+cu130")
     assert _named(doctor._packages, "torch").state == "ok"
 
 
@@ -98,74 +94,6 @@ def test_package_that_does_not_import(monkeypatch):
 def test_old_python(monkeypatch):
     monkeypatch.setattr(doctor, "OLDEST_PYTHON", (4, 0))
     assert _named(doctor._python, "python").state == "missing"
-
-
-def test_gpu_with_a_torch_for_cpus(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.version, "cuda", None)
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
-    check = _named(doctor._devices, "GPU")
-    assert "is built without CUDA" in check.detail and check.fix.startswith("pip install --force-reinstall torch")
-
-
-def test_gpus_and_nccl(monkeypatch):
-    device = SimpleNamespace(name="Some GPU", total_memory=80 * 1024**3)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
-    checks = list(doctor._devices())
-    assert [check.name for check in checks] == ["GPU 0", "GPU 1", "NCCL"]
-    assert checks[1].detail == "Some GPU, 80 GiB, bf16"
-    assert checks[2].state == "missing"
-
-
-def test_four_bit_matmul_that_computes_nonsense(monkeypatch):
-    import bitsandbytes
-
-    monkeypatch.setattr(bitsandbytes, "matmul_4bit", lambda rows, weight, quant_state: torch.zeros(4, 64))
-    check = _named(doctor._bitsandbytes, "4-bit matmul")
-    assert (check.state, check.detail.split(":")[0]) == ("note", "wrong on cpu")
-    assert check.fix.startswith("pip install --force-reinstall 'bitsandbytes==")
-
-
-@pytest.mark.parametrize(
-    ("absent", "name", "fix"), [("g++", "compiler", "apt-get install -y g++"), ("ninja", "ninja", "ninja")]
-)
-def test_compiler_and_ninja(monkeypatch, absent, name, fix):
-    which = doctor.shutil.which
-    monkeypatch.setattr(doctor.shutil, "which", lambda tool: None if tool == absent else which(tool) or tool)
-    check = _named(doctor._compiler, name)
-    assert check.state == "note" and "cannot compile its ops" in check.detail
-    assert fix in check.fix or check.fix.startswith("export PATH=")
-
-
-def test_headers_of_python(monkeypatch, tmp_path):
-    if doctor.shutil.which("g++") is None:
-        pytest.skip("no g++")
-    assert doctor._compiles("#include <Python.h>\n")
-    assert not doctor._compiles("#include <NoSuchHeader.h>\n")
-    monkeypatch.setattr(doctor, "_compiles", lambda source: False)
-    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
-    assert _named(doctor._compiler, "compiler").fix == f"apt-get install -y python{version}-dev"
-
-
-def test_deepspeed_that_does_not_start(monkeypatch):
-    failed = subprocess.CompletedProcess([], 1, stdout="", stderr="Traceback\nRuntimeError: no CUDA_HOME\n")
-    monkeypatch.setattr(doctor.subprocess, "run", lambda *args, **kwargs: failed)
-    check = _named(doctor._deepspeed, "DeepSpeed ops")
-    assert check.state == "note" and "RuntimeError: no CUDA_HOME" in check.detail
-
-
-@pytest.mark.parametrize(("free_gib", "state"), [(1, "missing"), (10, "note"), (500, "ok")])
-def test_disk(monkeypatch, free_gib, state):
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage(0, 0, free_gib * 1024**3))
-    cache = _named(doctor._disk, "disk of the cache")
-    assert cache.state == state
-    assert (cache.fix is None) == (state == "ok")
-    assert f"{free_gib} GiB free" in cache.detail
 
 
 def test_hub_login_without_the_token(monkeypatch):

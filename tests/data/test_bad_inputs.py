@@ -44,6 +44,7 @@ class Input:
     name: str = "pairs.jsonl"
     split: str = "train"
     policy: str = "error"
+    card: list[dict[str, Any]] = field(default_factory=list)  # configs in the folder's README.md
 
 
 def pictures(folder: Path) -> None:
@@ -99,6 +100,17 @@ INPUTS = {
     "whole conversations without a common beginning": second(CONVERSATION, chosen=[HELLO]),
     "a message without role": second(CHAT, prompt=[{"content": "Hi"}]),
     "a ShareGPT speaker nobody knows": second(SHAREGPT, conversations=[{"from": "alien", "value": "Hi"}]),
+    "a role nobody knows": second(CHAT, prompt=[{"role": "alien", "content": "Hi"}]),
+    "arguments of a call that are no JSON": second(
+        CHAT, chosen=[{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{x"}}]}]
+    ),
+    "half a character": second(TEXT, chosen="cut off \ud83d"),
+    "a list of texts": second(CHAT, prompt=["Hi", "Hello", "What?"]),
+    "messages of which a cell cannot be decoded": second(
+        {"prompt": "Hi", "chosen": json.dumps(HELLO), "rejected": json.dumps(GO)},
+        chosen="{'role': 'assistant', 'content': 'He",
+    ),
+    "earlier turns before plain text": second({**TEXT, "history": []}, history=[["Hi", "Hello"]]),
     "a completion by the user": second(CHAT, chosen=[{"role": "user", "content": "Hm"}]),
     "a prompt that ends with an answer": second(CHAT, prompt=[USER, HELLO]),
     "two system messages that differ": second(
@@ -107,6 +119,9 @@ INPUTS = {
     "tools that are no JSON": second({**CHAT, "tools": "[]"}, tools="[{"),
     "a system column beside plain text": second({**TEXT, "system": ""}, system="Be brief."),
     "text that is rendered already": second(TEXT, options=TEMPLATED, prompt="<|im_start|>user\nHi<|im_end|>\n"),
+    "EOS at the end of an answer in a message": second(
+        CHAT, chosen=[{"role": "assistant", "content": "Hm.<|im_end|>"}]
+    ),
     "a row the template refuses": second(
         CHAT, options={"chat_template": REFUSING}, prompt=[{"role": "user", "content": "No"}]
     ),
@@ -150,6 +165,7 @@ INPUTS = {
     "an image column that is missing": Input([PICTURE], {"image_column": "photo"}),
     "a column that is missing": Input([{"prompt": "p", "chosen": "a"}]),
     "a mapped column that is missing": Input([TEXT], {"chosen_column": "good"}),
+    "Alpaca's columns": Input([{"instruction": "Add", "input": "2 and 2", "chosen": "4", "rejected": "5"}]),
     "a prompt under another name": Input([{"question": "2+2=", "chosen": "4", "rejected": "5"}]),
     "messages, and a tokenizer without template": Input([CHAT], tokenizer="plain"),
     "messages, and apply_chat_template=false": Input([CHAT], {"apply_chat_template": False}),
@@ -163,6 +179,23 @@ INPUTS = {
     "a file that is not UTF-8": Input(content=b'{"prompt": "\xe4"}\n'),
     "a file that does not exist": Input(name="missing.jsonl"),
     "a split that does not exist": Input([TEXT], name="folder/train.jsonl", split="test"),
+    "a split that the card does not name": Input(
+        [TEXT],
+        name="folder/a.jsonl",
+        card=[{"config_name": "default", "data_files": [{"split": "gold", "path": "a*"}]}],
+    ),
+    "a card with several configurations": Input(
+        [TEXT],
+        name="folder/a.jsonl",
+        card=[{"config_name": name, "data_files": "a.jsonl"} for name in ("easy", "hard")],
+    ),
+    "a configuration that the card does not have": Input(
+        [TEXT], name="folder/a.jsonl", split="hrd:train", card=[{"config_name": "hard", "data_files": "a.jsonl"}]
+    ),
+    "a file of the card that is not there": Input(
+        [TEXT], name="folder/a.jsonl", card=[{"config_name": "default", "data_files": "b.jsonl"}]
+    ),
+    "a split that a JSON file does not hold": Input(content=b'{"test": [{"prompt": "a"}]}', name="pairs.json"),
 }
 
 
@@ -189,6 +222,8 @@ def test_message(what, chat_tokenizer, plain_tokenizer, tmp_path, monkeypatch, c
     elif case.rows:
         pictures(path.parent)
         path.write_text("".join(json.dumps(row) + "\n" for row in case.rows))
+    if case.card:
+        (path.parent / "README.md").write_text(f"---\nconfigs: {json.dumps(case.card)}\n---\n")
     tokenizer = {"chat": chat_tokenizer, "plain": plain_tokenizer, "vlm": qwen_processor()}.get(case.tokenizer)
     if tokenizer is None:
         tokenizer = copy.deepcopy(chat_tokenizer)

@@ -6,7 +6,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from orpo_dist.data.files import file_format, read_file, split_files
+from orpo_dist.data.files import file_format, read_file
 from orpo_dist.errors import UserError
 
 ROWS = [{"prompt": "p1", "chosen": "42", "rejected": "b"}, {"prompt": "p2", "chosen": "NA", "rejected": "c\nd"}]
@@ -68,6 +68,7 @@ def test_parquet(tmp_path):
         ("a.json", b'[\n{"a": 1},\n{"a" 2}\n]', "a.json, line 3: not valid JSON"),
         ("a.json", b"3", "holds one int"),
         ("a.json", b'{"a": [1], "b": [1, 2]}', "different lengths: `a` 1, `b` 2"),
+        ("a.json", b'{"test": [{"a": 1}]}', "no split `train` in it. Splits found: test"),
         ("a.csv", b"a,b\n1,2\n1,2,3\n", "a.csv, line 3: 3 cells, but the header has 2"),
         ("a.csv", b"", "the file is empty"),
         ("a.jsonl", b'{"a": "\xff"}', "not UTF-8 text"),
@@ -87,36 +88,7 @@ def test_file_format():
     assert file_format(Path("README")) is None
 
 
-def names(folder, split):
-    return [path.relative_to(folder).as_posix() for path in split_files(folder, split)]
-
-
-def test_files_of_a_split(tmp_path):
-    for name in (
-        "train-00001-of-00002.parquet",
-        "train-00000-of-00002.parquet",
-        "valid.jsonl",
-        "test/a.csv",
-        ".x.json",
-    ):
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.touch()
-    assert names(tmp_path, "train") == ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"]
-    assert names(tmp_path, "validation") == ["valid.jsonl"]
-    assert names(tmp_path, "test") == ["test/a.csv"]
-    with pytest.raises(UserError, match=r"no files of split `other`\. Splits found: test, train, validation"):
-        split_files(tmp_path, "other")
-
-
-def test_files_without_split_are_for_training(tmp_path):
-    for name in ("b.jsonl", "a.json", "notes.md"):
-        (tmp_path / name).touch()
-    assert names(tmp_path, "train") == ["a.json", "b.jsonl"]
-    with pytest.raises(UserError, match="no files of split `test`"):
-        split_files(tmp_path, "test")
-
-
-def test_an_empty_folder(tmp_path):
-    with pytest.raises(UserError, match="no data files in it"):
-        split_files(tmp_path, "train")
+@pytest.mark.parametrize("split, rows", [("validation", ROWS), ("eval", ROWS), ("dev", ROWS), ("train", [])])
+def test_a_split_within_a_json_file_under_another_word(tmp_path, split, rows):
+    path = write(tmp_path / "a.json", json.dumps({"train": [], "dev": ROWS}))
+    assert [row for _, row in read_file(path, split)] == rows

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from orpo_dist.data.messages import decode, read_content, read_message, read_tools
+from orpo_dist.data.messages import decode, read_content, read_message, read_tools, visible
 from orpo_dist.errors import BadRow
 
 
@@ -59,6 +59,13 @@ def test_sharegpt_function_call_becomes_a_tool_call():
         (["text"], "wrong type"),
         ([{"content": "x"}], "bad message"),
         ([{"role": "user"}], "bad message"),
+        ([{"role": "alien", "content": "x"}], "bad message"),
+        (["Hi", "Hello"], "wrong type"),
+        ([["Hi", "Hello"]], "wrong type"),
+        ({"role": ["user", "assistant"], "content": ["x"]}, "bad message"),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{x"}}]}, "bad message"),
+        ("cut off \ud83d", "broken text"),
+        ([{"role": "user", "content": "cut off \ud83d"}], "broken text"),
         ([{"from": "alien", "value": "x"}], "bad message"),
         ([{"from": "function_call", "value": "not json"}], "bad message"),
         ([{"role": "user", "content": [{"type": "video"}]}], "wrong type"),
@@ -77,14 +84,60 @@ def test_an_assistant_message_may_hold_only_a_tool_call():
 
 def test_tools_as_list_or_json_text():
     schema = {"type": "function", "function": {"name": "f", "parameters": {"default": None}}}
-    stored = {"type": "function", "function": {"name": "f", "parameters": {}}}
-    for value in ([schema], json.dumps([schema]), schema, {"__json__": json.dumps([schema])}):
-        assert read_tools(value, "tools") == [stored]
+    for value in (json.dumps([schema]), {"__json__": json.dumps([schema])}):
+        assert read_tools(value, "tools") == [schema]  # a null of a file stays
+    padded = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    for value in ([schema], schema):
+        assert read_tools(value, "tools") == [padded]  # one of an Arrow column may be a key of another row
     for value in (None, "", [], "[]"):
         assert not read_tools(value, "tools")
     for value in ("{broken", 3, ["f"]):
         with pytest.raises(BadRow, match="tools"):
             read_tools(value, "tools")
+
+
+@pytest.mark.parametrize(
+    ("given", "role"),
+    [("human", "user"), ("User", "user"), ("GPT", "assistant"), ("model", "assistant"), ("observation", "tool"),
+     ("prompter", "user"), ("developer", "developer"), ("ipython", "ipython")],
+)  # fmt: skip
+def test_roles_in_other_words(given, role):
+    assert read_message({"role": given, "content": "x"}, "chosen") == {"role": role, "content": "x"}
+    assert read_message({"from": given, "value": "x"}, "chosen") == {"role": role, "content": "x"}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"role": ["user", "assistant"], "content": ["Hi", "Hello"]},
+        {"from": ["human", "gpt"], "value": ["Hi", "Hello"]},
+        [{"role": "user", "value": "Hi"}, {"from": "gpt", "content": "Hello"}],
+    ],
+)
+def test_messages_column_by_column_and_in_mixed_words(value):
+    expected = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    assert read_content(value, "chosen") == expected
+
+
+def test_nulls_of_a_file_stay_and_those_of_arrow_go():
+    arguments = {"unit": None}
+    message = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"function": {"name": "f", "arguments": arguments}}],
+    }
+    (exact,) = read_content(decode({"__json__": json.dumps([message])}), "chosen")
+    assert exact["tool_calls"][0]["function"]["arguments"] == arguments and exact["content"] == ""
+    (padded,) = read_content(decode([message]), "chosen")
+    assert padded["tool_calls"][0]["function"]["arguments"] == {}
+
+
+def test_keys_of_a_data_set_play_no_part_in_comparisons():
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    first = [{"role": "assistant", "content": "x", "id": 1, "tool_calls": [{"id": "a", **call}]}]
+    second = [{"role": "assistant", "content": "x", "date": "today", "tool_calls": [{"id": "b", **call}]}]
+    assert visible(first) == visible(second)
+    assert visible(first) != visible([{**first[0], "reasoning_content": "hm"}])
 
 
 def test_decode():

@@ -38,6 +38,18 @@ def test_message_formats_give_the_same_pair(row):
     assert read(row) == MESSAGES
 
 
+def test_ids_and_dates_of_messages_do_not_divide_a_conversation():
+    row = {
+        "chosen": [{**USER, "id": 1}, {**GOOD, "id": 2}],
+        "rejected": [{**USER, "id": 3}, {**BAD, "id": 4}],
+    }
+    assert read(row) == Pair([{**USER, "id": 1}], [{**GOOD, "id": 2}], [{**BAD, "id": 4}])
+    explicit = {"prompt": [{**USER, "id": 9}], **row}
+    assert read(explicit).chosen == [{**GOOD, "id": 2}]
+    with pytest.raises(BadRow, match="the same conversation"):
+        read({"chosen": row["chosen"], "rejected": [{**USER, "id": 3}, {**GOOD, "id": 5}]})
+
+
 def test_explicit_text():
     row = {"prompt": "2+2=", "chosen": "4", "rejected": "5"}
     assert read(row) == Pair("2+2=", "4", "5")

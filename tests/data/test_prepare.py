@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 
 from orpo_dist.config import ORPOConfig
-from orpo_dist.data import prepare
+from orpo_dist.data import prepare, streaming
 from orpo_dist.data.prepare import CONTEXT_COLUMNS, TOKEN_COLUMNS, DroppedRow, prepare_pairs
 from orpo_dist.data.sources import load_rows
 from orpo_dist.errors import UserError
@@ -191,7 +191,29 @@ def test_a_broken_run_leaves_no_half_written_cache(plain_tokenizer, cache, monke
     assert list(cache.iterdir()) == []
     assert len(prepare_pairs(ROWS, plain_tokenizer, PrepareOptions()).dataset) == 10
     (folder,) = cache.iterdir()
-    assert sorted(path.name for path in folder.iterdir()) == ["pairs", "report.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["dropped.jsonl", "pairs.arrow", "report.json"]
+
+
+@pytest.mark.parametrize("processes", [None, 2])
+def test_rows_in_many_parts_are_those_of_one(chat_tokenizer, tmp_path, monkeypatch, processes):
+    """Row numbers, bad rows and notes too."""
+    file = tmp_path / "pairs.jsonl"
+    rows = [
+        {"prompt": f"question {i} " * (i % 7), "chosen": "yes" * (i % 5), "rejected": f"no {i}"} for i in range(900)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = PrepareOptions(max_bad_rows=500, max_prompt_length=5, truncation_side="right", dataset_num_proc=processes)
+    whole = prepare_pairs(load_rows(str(file)), chat_tokenizer, options, name="all")
+    monkeypatch.setenv("ORPO_DIST_CACHE", str(tmp_path / "other"))
+    monkeypatch.setattr(streaming, "PART_BYTES", 1)
+    monkeypatch.setattr(streaming, "READ_ROWS", 250)
+    parts = prepare_pairs(load_rows(str(file)), chat_tokenizer, options, name="all")
+    assert parts.dataset[:] == whole.dataset[:]
+    assert replace(parts, dataset=whole.dataset) == whole
+    assert [row.row for row in parts.dropped] == list(range(1, 901, 5))
+    (note,) = parts.notes
+    # row 1 is bad
+    assert (note.kind, note.source, note.row, note.rows) == ("prompt cut", str(file), 2, parts.truncated_prompts)
 
 
 # -- what is given --
@@ -273,3 +295,17 @@ def test_rewording_a_format_keeps_the_cache(plain_tokenizer, monkeypatch):
     prepare_pairs(ROWS, plain_tokenizer, PrepareOptions())
     names = [name for name in built if name.startswith("pairs-")]
     assert len(names) == 2 and names[0] == names[1]
+
+
+def test_notes_of_rows_are_counted_with_the_first_of_them(chat_tokenizer, capsys):
+    thought = {"role": "assistant", "content": "<think>Greet.</think>Hello"}
+    turns = [{"role": "user", "content": "Hi"}, thought, {"role": "user", "content": "And?"}]
+    replies = {"chosen": [{"role": "assistant", "content": "a"}], "rejected": [{"role": "assistant", "content": "b"}]}
+    rows = [{"prompt": turns[:1], **replies}, {"prompt": turns, **replies}, {"prompt": turns, **replies}]
+    template = "{% for m in messages %}{{ m['content'].split('</think>')[-1] }}|{% endfor %}"
+    prepared = prepare_pairs(rows, chat_tokenizer, PrepareOptions(chat_template=template))
+    (note,) = prepared.notes
+    assert (note.rows, note.row) == (2, 1)
+    assert "train: 2 rows: the chat template leaves out the reasoning of earlier answers (first: train, row 1)" in (
+        capsys.readouterr().out
+    )

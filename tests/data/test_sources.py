@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
@@ -31,6 +32,23 @@ def test_a_changed_file_is_read_again(jsonl):
     assert load_rows(str(jsonl))[0]["chosen"] == "43"
 
 
+def test_a_file_is_not_held_in_memory_for_its_name(tmp_path, monkeypatch):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(
+        "".join(json.dumps({"prompt": "p", "chosen": "c" * 1000, "rejected": "r"}) + "\n" for _ in range(40_000))
+    )
+    monkeypatch.setenv("ORPO_DIST_CACHE", str(tmp_path / "cache"))
+    load_rows(str(path))
+    tracemalloc.start()
+    sources.digest(sources._contents([path]))
+    name_peak = tracemalloc.get_traced_memory()[1]
+    monkeypatch.setenv("ORPO_DIST_CACHE", str(tmp_path / "other"))
+    load_rows(str(path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert max(name_peak, peak) < 34 << 20 < path.stat().st_size, (name_peak, peak)
+
+
 def test_formats_of_rows_survive(tmp_path):
     path = tmp_path / "a.json"
     rows = [{"chosen": "42"}, {"chosen": 42}, {"chosen": [{"role": "assistant", "content": "x"}]}]
@@ -56,6 +74,14 @@ def test_save_to_disk_folders(tmp_path):
     assert len(load_rows(str(tmp_path / "splits"), split="test")) == 3
     with pytest.raises(UserError, match=r"no split `dev`\. Splits found: train, test"):
         load_rows(str(tmp_path / "splits"), split="dev")
+
+
+def test_another_word_for_a_split(tmp_path, jsonl, capsys):
+    DatasetDict({"train": Dataset.from_list(ROWS), "valid": Dataset.from_list(ROWS[:3])}).save_to_disk(tmp_path / "set")
+    assert len(load_rows(str(tmp_path / "set"), split="dev")) == 3
+    assert "the split `dev` is `valid` there" in capsys.readouterr().out
+    assert len(load_rows(str(jsonl), split="test")) == 20
+    assert "all of its rows are read as the split `test`" in capsys.readouterr().out
 
 
 def test_max_samples_and_slices(jsonl):
@@ -111,6 +137,19 @@ def hub(monkeypatch):
 def test_names_configurations_and_splits(hub, arguments, call):
     assert len(load_rows(**arguments)) == 20
     assert hub == [call]
+
+
+def test_another_word_for_a_split_of_the_hub(monkeypatch, capsys):
+    def load_dataset(name, config, *, split, streaming, token):
+        if split != "validation":
+            raise ValueError(f"Unknown split \"{split}\". Should be one of ['train', 'validation'].")
+        return Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(sources, "load_dataset", load_dataset)
+    assert len(load_rows("a/b", split="dev")) == 20
+    assert "a/b: the split `dev` is `validation` there" in capsys.readouterr().out
+    with pytest.raises(UserError, match="Unknown split"):
+        load_rows("a/b", split="test")
 
 
 def test_contradicting_configurations(hub):

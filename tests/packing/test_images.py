@@ -14,6 +14,7 @@ from orpo_dist.packing.images import (
     ImageRules,
     MropePositions,
     PromptImages,
+    image_counts,
     process_prompts,
     shortest_with_images,
 )
@@ -124,3 +125,11 @@ def test_the_shortest_prompt_with_images():
     assert shortest_with_images(rows)["index"] == 5
     assert shortest_with_images(ROWS) is None and shortest_with_images(None) is None
     assert shortest_with_images(datasets.Dataset.from_list([{"prompt_ids": [1]}])) is None
+
+
+def test_a_column_of_images_without_any_image():
+    """All None, the column is of Arrow's type null."""
+    row = {"prompt_ids": [5], "chosen_ids": [6], "rejected_ids": [7]}
+    for nothing in (None, []):
+        rows = datasets.Dataset.from_list([{**row, "images": nothing}] * 2)
+        assert image_counts(rows) == [0, 0] and shortest_with_images(rows) is None

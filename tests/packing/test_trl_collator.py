@@ -37,7 +37,7 @@ def test_a_collator_written_for_trl_gives_the_same_batch(rows):
 
 def test_a_batch_without_what_the_loss_needs_is_refused():
     collator = TRLCollator(lambda rows: {"chosen_input_ids": torch.ones(2, 3)}, pad_token_id=0, nll_scope="sequence")
-    with pytest.raises(UserError, match="data_collator returned no chosen_attention_mask, chosen_labels, rejected_"):
+    with pytest.raises(UserError, match="data_collator did not return chosen_attention_mask, chosen_labels, rejected_"):
         collator(ROWS)
 
 

@@ -41,8 +41,8 @@ def test_an_empty_file(read):
     ("text", "message"),
     [
         ("beta: 0.1\nseed: 1\nbeta: 0.2\n", "`beta` is set twice, on lines 1 and 3"),
-        ("- beta\n", "this is a list"),
-        ("beta\n", "this is a single value"),
+        ("- beta\n", "not a list"),
+        ("beta\n", "not a single value"),
         ("beta: [1\n", "line 2: not valid YAML"),
         ("seed: 1\nenv: [A]\n", "line 2: `env` must be a mapping"),
     ],

@@ -12,14 +12,15 @@ from orpo_dist.errors import SaveError
 from orpo_dist.run.checkpoint import verify
 from orpo_dist.training.checkpoint_writer import CheckpointWriter
 from orpo_dist.training.progress import Progress
+from tests.trainer_runs import config
 
 ALONE = Environment(0, 1, 0, 0, 1, Sharding.REPLICATED)
 PROGRESS = Progress(torch.ones(3), torch.tensor(2.0), 1.5, 4, [0.5, 0.25])
 
 
 @pytest.fixture
-def writer():
-    return CheckpointWriter(2, {"model": {}}, ALONE, Accelerator(cpu=True))
+def writer(tmp_path):
+    return CheckpointWriter(config(tmp_path, save_total_limit=2), {"model": {}}, ALONE, Accelerator(cpu=True))
 
 
 def save(writer, run, step, best=None):
@@ -33,8 +34,8 @@ def save(writer, run, step, best=None):
 
 
 def test_a_checkpoint_is_whole_and_only_then_there(writer, tmp_path):
-    (published, seconds), _ = save(writer, tmp_path, 3)
-    assert published == tmp_path / "checkpoint-3" and seconds > 0 and writer.staging is None
+    published, _ = save(writer, tmp_path, 3)
+    assert published == tmp_path / "checkpoint-3" and writer.staging is None
     manifest = verify(published)
     assert (manifest.step, manifest.world_size) == (3, 1) and {"weights", "metrics_0.pt"} <= manifest.files.keys()
     saved = Progress(**torch.load(published / "metrics_0.pt", weights_only=True))
@@ -43,13 +44,23 @@ def test_a_checkpoint_is_whole_and_only_then_there(writer, tmp_path):
 
 def test_older_ones_go_and_the_best_stays(writer, tmp_path):
     for step in (1, 2, 3, 4):
-        (_, _), state = save(writer, tmp_path, step, best=1)
+        _, state = save(writer, tmp_path, step, best=1)
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
         "checkpoint-1",
         "checkpoint-3",
         "checkpoint-4",
     ]
     assert state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
+
+
+def test_a_limit_that_is_changed_later_applies(tmp_path):
+    args = config(tmp_path)
+    writer = CheckpointWriter(args, {"model": {}}, ALONE, Accelerator(cpu=True))
+    for step in (1, 2, 3):
+        save(writer, tmp_path, step)
+    args.save_total_limit = 2
+    save(writer, tmp_path, 4)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
 
 
 def test_a_full_disk_is_said_and_leaves_the_earlier_one(writer, tmp_path):

@@ -21,9 +21,9 @@ class IndexCollator:
 def loaders(folder, data_rank=0, data_ranks=1, vision_cost=0.0, **more):
     text = SimpleNamespace(hidden_size=8)
     model_config = SimpleNamespace(get_text_config=lambda: text, image_token_id=5)
-    layout = SimpleNamespace(vision_cost_per_token=vision_cost, collator=IndexCollator())
+    layout = SimpleNamespace(vision_cost_per_token=vision_cost, collator=IndexCollator(), model_config=model_config)
     environment = Environment(data_rank, data_ranks, data_rank, data_rank, data_ranks, Sharding.REPLICATED)
-    return PairLoaders(config(folder, **more), environment, layout, model_config, filler_id=0)
+    return PairLoaders(config(folder, **more), environment, layout, filler_id=0)
 
 
 def test_every_pair_once_per_epoch_over_all_data_ranks(tmp_path):

@@ -34,7 +34,7 @@ def test_a_finite_norm_is_applied_and_a_stop_request_stays(guard):
     step(guard, 0.5, number=2, wants_stop=True)
     step(guard, 0.5, number=3)
     assert guard.stops
-    guard.training_begins()
+    guard.training_begins(Accelerator(cpu=True))
     assert not guard.stops
 
 
@@ -89,3 +89,26 @@ def test_losses_survive_a_checkpoint(guard, tmp_path):
     other = StepGuard(tmp_path, config(tmp_path), ALONE, Accelerator(cpu=True), lambda index: {})
     other.restore_losses(guard.losses())
     assert other.losses() == [1.0, 2.0]
+
+
+def test_an_optimizer_that_is_guarded_twice_is_released_at_once(guard):
+    """auto_find_batch_size begins a second loop within one train(), with the same optimizer."""
+    optimizer = Accelerator(cpu=True).prepare_optimizer(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0))
+    before = vars(optimizer).keys() - {"_is_overflow"}
+    guard.guard(optimizer)
+    guard.guard(optimizer)
+    guard.release()
+    assert vars(optimizer).keys() - {"_is_overflow"} == before
+
+
+def test_the_accelerator_of_a_later_trial_is_asked(tmp_path):
+    """hyperparameter_search makes a new one per trial, and only that one knows whether DeepSpeed skipped the step."""
+
+    class Skipped(Accelerator):
+        optimizer_step_was_skipped = True
+
+    environment = Environment(0, 1, 0, 0, 1, Sharding.ZERO2)
+    guard = StepGuard(tmp_path, config(tmp_path), environment, Accelerator(cpu=True), lambda index: {})
+    guard.training_begins(Skipped(cpu=True))
+    step(guard, math.nan, number=1)  # else: DeepSpeed applied the step
+    assert guard.refused

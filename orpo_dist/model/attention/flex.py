@@ -1,8 +1,8 @@
-"""Packed attention by FlexAttention: the row as it lies, with softcap, sinks and windows, compiled to one kernel.
+"""Packed attention with FlexAttention: the whole row, with softcap, sinks and windows, compiled to one kernel.
 
-A query of the packed row sees two intervals of keys: the shared prompt's, and its own sequence's up to itself (in an
-image whose tokens see each other, up to the image's end). Both are computed on the device from the layout, once per
-micro-batch and window, and never read on the host.
+A query of the packed row sees two intervals of keys: those of the shared prompt, and those of its own sequence up to
+itself (or up to the end of an image with bidirectional attention). Both are computed on the device from the layout,
+once per micro-batch and window, and never read on the host.
 
 Shape legend: T tokens of the packed row, M blocks of the block mask, D head size, Hq query heads, Hk key heads.
 """
@@ -112,7 +112,7 @@ def _mask_mod(visible: VisibleKeys):
 
 
 def _ordered(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(M, M) bool to (1, 1, M) how many of each row are set and (1, 1, M, M) the columns of those, first."""
+    """(M, M) bool to (1, 1, M) number of set entries per row, and (1, 1, M, M) columns, those of set entries first."""
     columns = torch.argsort(blocks.int(), dim=1, descending=True, stable=True)
     return blocks.sum(1, dtype=torch.int32)[None, None], columns.to(torch.int32).contiguous()[None, None]
 

@@ -1,14 +1,14 @@
-"""Which CUDA kernel computes the packed attention of a layer. None is used before it has passed a trial here.
+"""Selects the CUDA kernel for the packed attention of a layer. Each kernel is tested on this device before it is used.
 
     plain or sliding window                   flash-attn 3, torch's varlen attention, flash-attn 2
     logit softcap (Gemma 2)                   flash-attn 3, flash-attn 2, FlexAttention
     sinks (GPT-OSS)                           FlexAttention
-    images that see themselves (Gemma 3)      FlexAttention
+    bidirectional images (Gemma 3)            FlexAttention
 
 The packed layout depends on how a kernel aligns a causal mask whose queries are fewer than its keys (bottom-right), on
 how a window is counted, on grouped heads: details that differ between versions and fail silently. So the first time
 that a kind of layer runs on a device, each candidate computes a small packed row there, forward and backward, and is
-compared with explicit maths in float64. The first that agrees is used from then on; one that fails is named in the log.
+compared with explicit maths in float64. The first that agrees is used from then on; failures are logged.
 
 Shape legend: T tokens of the packed row, K keys over all sequences, D head size, Hq query heads, Hk key heads.
 """
@@ -107,7 +107,7 @@ def first_that_passes(proposed: Iterable[Candidate], case: KernelCase) -> Candid
     for candidate in proposed:
         try:
             error = trial_error(candidate.kernel, case)
-        except Exception as failure:  # whatever a kernel, its compiler or its driver says: the next one may work
+        except Exception as failure:  # any error of a kernel, its compiler or its driver: the next candidate may work
             said = str(failure).strip().partition("\n")[0]
             logger.warning(
                 "%s is not used for attention (%s): %s: %s", candidate.name, case, type(failure).__name__, said
@@ -134,7 +134,7 @@ def _obstacle(case: KernelCase) -> str | None:
 
 
 def candidates(case: KernelCase) -> Iterator[Candidate]:
-    """In order of preference, from what is installed."""
+    """The installed candidates, in order of preference."""
     flash_fits = case.head_size == case.value_size and case.head_size % 8 == 0 and case.head_size <= _FLASH_HEAD_SIZE
     if flash_fits and not case.sinks and not case.prompt_blocks:
         if find_spec("flash_attn_interface") is not None:

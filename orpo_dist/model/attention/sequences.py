@@ -1,4 +1,4 @@
-"""Attention over a packed row, sequence by sequence: what runs anywhere, and the reference of every kernel.
+"""Attention over a packed row, sequence by sequence. It runs on any device and is the reference for every kernel.
 
     plain or sliding window   scaled_dot_product_attention
     softcap, sinks            explicit maths, in blocks of queries

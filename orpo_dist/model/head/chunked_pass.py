@@ -48,7 +48,7 @@ class ChunkedPass:
         scale = job.transform.scale
         self.hidden = hidden.to(dtype) if scale == 1 else hidden.to(dtype) * scale
         self.weight = weight.to(dtype)
-        # Adapters and bias are small: in float32 whatever the head's dtype is.
+        # Adapters and bias are small: float32, regardless of the head's dtype.
         self.extra_hidden = [x.to(self.wide) * scale for x in terms[2::2]]
         self.extra_weights = [w.to(self.wide) for w in terms[3::2]]
 

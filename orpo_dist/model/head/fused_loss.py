@@ -14,8 +14,8 @@ one, known when both completions of its pair have been scored:
   pair for the buffers, which win from 90 rows on.
 
 Only one chunk of logits ever exists, so the memory beyond (N, H) and (V, H) does not depend on the completions' length.
-Gradients are kept multiplied by `tokens`, the loss's denominator, in float32 until the backward: the small numbers of
-a large global batch are never half-precision operands.
+Until the backward, gradients are kept in float32 and multiplied by `tokens`, the loss's denominator, so that the small
+gradients of a large global batch do not underflow in half precision.
 
 Shape legend: B pairs, N scored rows, n rows of a chunk, H hidden, V vocabulary, r rank of an adapter.
 """

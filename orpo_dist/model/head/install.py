@@ -3,11 +3,11 @@
     the model's own forward, with a stand-in for its output layer -> hidden states of the packed row
     the output layer, called on the scored rows with fused_loss as its forward (head/call.py) -> loss, scores
 
-The model's own forward is used as it is, so whatever it does around its body (images, routers, scaling of the hidden
-states) stays. What it does to the logits afterwards is measured once, on the stand-in's output, instead of being read
-from one of the many names that configs have for it.
+The model's own forward is used unchanged, so everything it does around its body (images, routers, scaling of the hidden
+states) is kept. What it does to the logits afterwards is measured once, on the output of the stand-in, because configs
+have many names for it.
 
-Nothing is added to the model: names in its state dict stay, and adapters may be added before or after.
+Nothing is added to the model: names in its state dict do not change, and adapters may be added before or after.
 
 Shape legend: N scored rows, H hidden, V vocabulary.
 """
@@ -47,7 +47,7 @@ def install_head(
     share of the global one, and writes `layout.scores` (float32, no gradient). Under `torch.no_grad()` it does the
     same without forming gradients; without `tokens` and `pairs` it normalises by the row's own, routers left out.
 
-    A second call replaces the first. Returns the handle that takes the head off again.
+    A second call replaces the first. Returns the handle that removes the head.
 
     Args:
         model: a model, or one in a PeftModel.

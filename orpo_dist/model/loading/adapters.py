@@ -113,7 +113,7 @@ def add_adapter(
     if is_quantized(adapted):
         _keep_weights_unpacked(adapted)
     if zero3:
-        # Not peft's autocast_adapter_dtype=False: it leaves the adapters of quantised layers in float32.
+        # peft's autocast_adapter_dtype=False is no alternative: it keeps adapters of quantised layers in float32.
         # https://github.com/huggingface/peft/issues/2889
         dtype = cast(PreTrainedModel, adapted.get_base_model()).dtype
         for parameter in adapted.parameters():

@@ -1,4 +1,4 @@
-"""What can go wrong when a model or an adapter is fetched or read, in one line that says what to do."""
+"""Errors while fetching or reading a model or an adapter, as one line that says what to do."""
 
 import os
 from collections.abc import Iterator
@@ -47,10 +47,10 @@ _READERS = (
 
 @contextmanager
 def hub_errors(name: str, revision: str | None = None) -> Iterator[None]:
-    """Turn what the user can fix while `name` is fetched or read into a UserError of one line that says what to do.
+    """Convert errors that the user can fix while `name` is fetched or read into a one-line UserError.
 
-    Anything else goes up as it is, with its traceback and exit code 1: a bug of a library is not the user's, and
-    starting again after a full disk may help.
+    Other errors propagate unchanged, with a traceback and exit code 1: a library bug is not the user's fault, and a
+    restart after a full disk may help.
     """
     try:
         yield
@@ -63,11 +63,11 @@ def hub_errors(name: str, revision: str | None = None) -> Iterator[None]:
 
 
 def _can_be_fixed(error: Exception) -> bool:
-    """Whether the user can fix it: by what it is, and for a ValueError or ImportError by where it was raised."""
+    """Whether the user can fix it, judged by its type and, for a ValueError or ImportError, by where it was raised."""
     if any(isinstance(link, _ABOUT_THE_NAME) for link in _chain(error)):
         return True
     if isinstance(error, OSError):
-        # transformers' own have no errno; of the system's, a full disk or a broken device is not about the name.
+        # transformers raises OSErrors without errno. System errors such as a full disk are not about the name.
         return error.errno is None or isinstance(error, _ABOUT_THE_FILES)
     module = raised_in(error)
     if module == _BACKENDS:  # requires_backends; a ModuleNotFoundError is a broken import inside transformers
@@ -79,7 +79,7 @@ def _can_be_fixed(error: Exception) -> bool:
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """The error and what caused it."""
+    """The error and its causes."""
     chain: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in chain:

@@ -96,9 +96,9 @@ def load_model(
     token: str | bool | None = None,
     **model_init_kwargs: Any,
 ) -> PreTrainedModel:
-    """A causal, an encoder-decoder or a vision-language model, as its config says.
+    """A causal, an encoder-decoder or a vision-language model, depending on its config.
 
-    Of a vision-language model, quantisation takes the language model alone; tower and projector keep `dtype`.
+    Quantisation of a vision-language model applies to the language model only; tower and projector keep `dtype`.
 
     dtype None means float32, "auto" that of the checkpoint. On a GPU a quantised model goes to this process's device
     at once; every other one stays where transformers puts it, and the trainer moves or shards it. Under ZeRO-3 (once
@@ -151,7 +151,7 @@ def _unquantised_modules(config: PretrainedConfig) -> list[str]:
 
 @contextmanager
 def loading_whole_models() -> Iterator[None]:
-    """Within it, models are loaded whole although ZeRO-3 or FSDP is set up, for what one rank does alone."""
+    """Within this block models are loaded unsharded even under ZeRO-3 or FSDP, for work of a single rank."""
     no_deepspeed = replace_attribute(deepspeed_integration, "_hf_deepspeed_config_weak_ref", None, WHOLE_MODEL_LOADING)
     with no_deepspeed, fsdp_hidden():
         yield

@@ -1,4 +1,4 @@
-"""Merge a trained adapter into its base, verify that the logits stay the same, write a plain model."""
+"""Merges a trained adapter into its base, verifies that the logits do not change, and writes a plain model."""
 
 import gc
 import json
@@ -71,13 +71,13 @@ def merge_run(
 ) -> MergeReport:
     """Merge the adapter of a run into its base and write a model that plain transformers loads.
 
-    The base is loaded in full precision, whatever it was quantised to in training, at the revision the adapter
-    records. Verification compares, in float32, (base + adapter) with the merged weights, and the merged weights with
-    the written model read back; it needs 4 bytes of memory per parameter, without it 2 are enough in 16 bits.
+    The base is loaded in full precision, even if it was quantised for training, at the revision recorded in the
+    adapter. Verification compares, in float32, (base + adapter) with the merged weights, and the merged weights with
+    the written model. It needs 4 bytes of memory per parameter; without it 16-bit models need 2.
 
     Args:
         run_folder: folder with adapter_config.json.
-        output: where to write, by default `RUN/merged`. An earlier merge there is replaced, anything else is not.
+        output: where to write, by default `RUN/merged`. Only an earlier merge is overwritten.
         dtype: `bfloat16`, `float16` or `float32`; by default the one the base is stored in.
         verify: compare logits before the result is moved to `output`.
         trust_remote_code: run Python code that the base's repository ships.
@@ -179,7 +179,7 @@ def _check_output(run_folder: Path, output: Path) -> None:
 def _load_base(name: str, revision: str | None, trust_remote_code: bool) -> PreTrainedModel:
     base = load_model(name, revision=revision, dtype="auto", trust_remote_code=trust_remote_code)
     if is_quantized(base):
-        # The base is stored quantised: its dequantised values are what the adapter was trained on.
+        # The base is stored quantised, and the adapter was trained on its dequantised values.
         base = base.dequantize()
         replace_attribute(base, "_weight_conversions", None, DEQUANTISED_WEIGHTS)
     return base.eval()

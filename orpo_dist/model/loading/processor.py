@@ -92,7 +92,7 @@ def set_image_sizes(processing_class: PreTrainedTokenizerBase | ProcessorMixin, 
     """Give the image processor the options of the run. They are saved with it, so that inference sees what was trained.
 
     Raises:
-        UserError: the processor has no such option, or refuses its value.
+        UserError: the processor has no such option, or rejects its value.
     """
     options = sizes.options()
     if not options:
@@ -119,7 +119,7 @@ def model_init_kwargs(args: ORPOConfig) -> dict[str, Any]:
     """The keyword arguments for from_pretrained.
 
     Raises:
-        UserError: they are a string that is not a JSON object.
+        UserError: model_init_kwargs is a string that is not a JSON object.
     """
     kwargs = args.model_init_kwargs
     if isinstance(kwargs, str):
@@ -128,7 +128,7 @@ def model_init_kwargs(args: ORPOConfig) -> dict[str, Any]:
 
 
 def is_encoder_decoder(model: Any, args: ORPOConfig) -> bool:
-    """Which kind of model it is, from the model, its config by name, or `args` with model_init.
+    """Whether it is an encoder-decoder model, from the model, its config by name, or `args` with model_init.
 
     Raises:
         UserError: model_init without is_encoder_decoder, or a model that does not exist.
@@ -147,7 +147,7 @@ def processing_class_of(model: Any, args: ORPOConfig, given: Any) -> PreTrainedT
     """The tokenizer or processor that was given, or the one that belongs to the model, with the run's image sizes.
 
     Raises:
-        UserError: the model does not say where it came from, there is no tokenizer, or it lacks an image option.
+        UserError: the source of the model is unknown, it has no tokenizer, or its processor lacks an image option.
     """
     sizes = image_sizes(args)
     if given is not None:

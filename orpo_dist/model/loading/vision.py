@@ -1,7 +1,7 @@
-"""Vision-language models: their parts, which parts train, and what their collator must know.
+"""Vision-language models: their parts, which parts train, and the rules for their collator.
 
     language model    text decoder, embeddings, output head          trained
-    projector         what brings image features to its width        frozen unless train_projector
+    projector         maps image features to its width               frozen unless train_projector
     vision tower      the rest                                       frozen unless train_vision_tower
 
 Shape legend: B pairs.
@@ -126,8 +126,8 @@ def freeze(base: PreTrainedModel, names: tuple[str, ...]) -> None:
 
 
 def without_parts(peft_config: PeftConfig | None, names: tuple[str, ...]) -> PeftConfig | None:
-    """The settings of an adapter, kept out of those parts; unchanged where they exclude modules themselves, and for
-    kinds of adapters that do not choose modules."""
+    """The adapter settings with those parts excluded; unchanged if they already set exclude_modules, and for adapter
+    types that do not select modules."""
     if not names or not isinstance(peft_config, LoraConfig) or peft_config.exclude_modules is not None:
         return peft_config
     config = copy.deepcopy(peft_config)
@@ -174,8 +174,8 @@ def vision_cost(base: PreTrainedModel, pixels: int, image_tokens: int) -> float:
 
 
 def name_present_layers(model: nn.Module) -> list[Patched]:
-    """Take the classes out of a model's `_no_split_modules` that it has no module of: FSDP2 wraps those that are named
-    there, and accelerate refuses a name it does not find (LLaVA names the text side of its CLIP tower)."""
+    """Remove classes without a module in the model from `_no_split_modules`: FSDP2 wraps the classes listed there, and
+    accelerate rejects a name that it does not find (LLaVA lists the text side of its CLIP tower)."""
     present = {type(module).__name__ for module in model.modules()}
     handles = []
     for module in model.modules():
@@ -186,7 +186,7 @@ def name_present_layers(model: nn.Module) -> list[Patched]:
 
 
 def image_rules(base: PreTrainedModel) -> ImageRules:
-    """What the collator must know about a bare model."""
+    """The rules for the collator of a bare model."""
     inner = base.base_model
     positions = MropePositions(type(inner), inner.config) if computes_mrope_positions(type(inner)) else None
     return ImageRules(positions, _BIDIRECTIONAL.get(base.config.model_type, CAUSAL))
@@ -199,8 +199,8 @@ def shares_features(base: PreTrainedModel) -> bool:
 
 @contextmanager
 def features_for_both(base: PreTrainedModel) -> Iterator[None]:
-    """Within it, a padded batch of 2B rows takes the pixels of B prompts: the features that the tower makes of them go
-    to the chosen rows and again to the rejected ones, which follow in the same order."""
+    """Within this block a padded batch of 2B rows takes the pixels of B prompts. The tower's features are used for the
+    chosen rows and again for the rejected ones, which follow in the same order."""
     inner: Any = base.base_model
     own = inner.get_image_features
 

@@ -1,10 +1,10 @@
-"""Which layout micro-batches have: packed where the model takes it, else padded.
+"""Chooses the layout of micro-batches: packed if the model supports it, else padded.
 
-    choose    when the model is known: can it take the packed layout, which collator follows from that
-    verify    with the model as it will run: both layouts on a tiny batch, and the padded one if they differ
+    choose    with the loaded model: whether it supports the packed layout, and the collator
+    verify    with the wrapped model: compares both layouts on a tiny batch, and falls back to padded if they differ
 
-The packed layout computes the prompt once, pads nothing and forms no logits beyond a chunk. The padded one is TRL's
-concatenated forward; it is the oracle, and the fallback where a model cannot take the other.
+The packed layout computes the prompt once, has no padding and forms the logits of one chunk at a time. The padded one
+is TRL's concatenated forward: the reference, and the fallback for models that do not support the packed layout.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -38,11 +38,11 @@ Collator = Callable[[Rows], dict[str, Any]]
 
 @dataclass(frozen=True)
 class ImageSetup:
-    """What a run with images adds.
+    """The settings of a run with images.
 
-    example: a row of the data set with images, the shortest: its prompt shows how images stand in a text.
-    partitioned: whether the ranks share the weights, so that all of them must run the vision tower.
-    world_size: ranks.
+    example: the row with images that has the shortest prompt, which shows how images appear in a text.
+    partitioned: whether the weights are sharded, so that all ranks must run the vision tower.
+    world_size: number of ranks.
     """
 
     processor: Any
@@ -53,11 +53,11 @@ class ImageSetup:
 
 @dataclass(frozen=True)
 class LayoutOptions:
-    """What of the config and the data the layout depends on.
+    """Options of the layout, from the config and the data.
 
-    trl_collator: a data collator that the user brought, which means the padded layout.
-    max_length: bound of P + C and P + R, None for none.
-    images: None where no row has any.
+    trl_collator: a data collator of the user, which requires the padded layout.
+    max_length: limit of P + C and P + R, or None.
+    images: None if no row has any.
     """
 
     objective: Objective
@@ -111,12 +111,18 @@ class LayoutChoice:
         return isinstance(self._layout_collator, PackedCollator) and self._layout_collator.prefix_sharing
 
     @property
+    def model_config(self) -> Any:
+        """Of the model that was chosen for."""
+        assert self._base is not None, "choose() comes first"
+        return self._base.config
+
+    @property
     def _layout_collator(self) -> Collator | None:
         chosen = self.collator.chosen
         return chosen.inner if isinstance(chosen, ImageCollator) else chosen
 
     def choose(self, model: nn.Module, *, router_aux_loss_coef: float) -> None:
-        """Decide the layout for `model` and switch it. With one log line when it cannot be the one asked for."""
+        """Choose the layout for `model` and switch to it. Logs one line if the requested one is not possible."""
         options = self.options
         self.router_aux_loss_coef = router_aux_loss_coef
         self._verified = not options.verify_layout

@@ -1,4 +1,4 @@
-"""Token mixers: the modules of a model in which one token sees another, and how each takes the packed layout.
+"""Token mixers: the modules in which tokens interact, and how each supports the packed layout.
 
 Everything else in a decoder works token by token and needs no change. A mixer that calls transformers' attention
 interface gets the packed attention; any other one (linear attention, Mamba, short convolutions, something unknown) is

@@ -1,4 +1,4 @@
-"""Does the packed layout compute what the padded one computes? Checked for every model before it trains."""
+"""Compares the packed with the padded layout, for every model before training."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

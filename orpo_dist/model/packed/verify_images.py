@@ -1,4 +1,4 @@
-"""Does a layout compute what the model itself computes with images? Checked for every such model at start-up."""
+"""Compares a layout with the model's own forward on images, for every vision-language model at start-up."""
 
 import io
 from collections.abc import Sequence

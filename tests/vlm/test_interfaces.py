@@ -1,4 +1,4 @@
-"""Rows with images through every face: a recipe, AutoTrain's class and flags, `data check` and `data stats`."""
+"""Rows with images through every interface: a recipe, AutoTrain's class and flags, `data check` and `data stats`."""
 
 import json
 import os

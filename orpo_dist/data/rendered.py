@@ -1,0 +1,67 @@
+"""Text that a chat template was applied to before: recognised by what templates write around the turns.
+
+Rendered again, its markers would stand twice in the tokens, and the model would learn to write them in its answers.
+"""
+
+import re
+
+from transformers import PreTrainedTokenizerBase
+
+# What public templates write and people do not: Llama 2 and Mistral, chatml, Llama 3, Gemma, Zephyr and Phi, DeepSeek,
+# Command R, gpt-oss.
+MARKERS = (
+    "[INST]",
+    "[/INST]",
+    "<<SYS>>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|begin_of_text|>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|system|>",
+    "<\uff5cUser\uff5c>",
+    "<\uff5cAssistant\uff5c>",
+    "<|START_OF_TURN_TOKEN|>",
+    "<|END_OF_TURN_TOKEN|>",
+    "<|start|>assistant",
+)
+MEDIA = ("image", "video", "audio", "vision")  # tokens for media, which place_images.py and its callers judge
+# Templates of words, which people write too: rendered is what starts with the user's marker and has the assistant's.
+DIALOGUES = (
+    re.compile(r"\s*### Human:.*### Assistant:", re.DOTALL),
+    re.compile(r"\s*Human:.*\n\s*Assistant:", re.DOTALL),
+    re.compile(r"\s*(?:USER|User):.*(?:ASSISTANT|Assistant):", re.DOTALL),
+    re.compile(r"\s*GPT4 Correct User:.*GPT4 Correct Assistant:", re.DOTALL),
+    re.compile(r"(?:\s*Below is an instruction.*?)?\s*### Instruction:.*### Response:", re.DOTALL),
+)
+
+
+class RenderedMarkers:
+    """The signs of a chat template in a text, for one tokenizer: those of public templates, and its own special tokens
+    as far as its template writes them, with EOS.
+
+    Args:
+        template: the chat template that would render the text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None):
+        own = [token for token in tokenizer.all_special_tokens if token in (template or "")]
+        own += [tokenizer.eos_token] if tokenizer.eos_token else []
+        markers = {*MARKERS, *(token for token in own if not any(word in token.lower() for word in MEDIA))}
+        # The longest first, so that the message names the whole marker.
+        self.pattern = re.compile("|".join(re.escape(m) for m in sorted(markers, key=lambda m: (-len(m), m))))
+
+    def find(self, text: str) -> str | None:
+        """The first marker in the text; None where it has none."""
+        found = self.pattern.search(text)
+        if found:
+            return found[0]
+        if "uman:" not in text and "ser:" not in text and "USER:" not in text and "### Instruction:" not in text:
+            return None
+        dialogue = next((match for dialogue in DIALOGUES if (match := dialogue.match(text))), None)
+        return dialogue[0].strip().split("\n")[0].split(":")[0] + ":" if dialogue else None
