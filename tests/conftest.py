@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tests.tiny_tokenizers import CHATML_WITH_TOOLS, train_bpe
+from tests.tiny_tokenizers import CHATML_WITH_TOOLS, beginning_with, train_bpe
 
 for helper in (
     "trainer_runs",
@@ -49,9 +49,12 @@ def chat_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def plain_tokenizer() -> PreTrainedTokenizerFast:
-    """BOS `<s>`, EOS `</s>`, PAD `<pad>`; no chat template."""
+    """BOS `<s>`, written before every text, EOS `</s>`, PAD `<pad>`; no chat template."""
     return PreTrainedTokenizerFast(
-        tokenizer_object=train_bpe(["<pad>", "<s>", "</s>"]), bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+        tokenizer_object=beginning_with(train_bpe(["<pad>", "<s>", "</s>"]), "<s>"),
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
     )
 
 

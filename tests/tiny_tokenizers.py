@@ -1,6 +1,6 @@
 """Byte-level tokenizers trained on a few sentences in this process, so that no test needs a hub."""
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 CHATML_WITH_TOOLS = (
     "{% if tools %}<|im_start|>system\nTools: {{ tools | tojson }}<|im_end|>\n{% endif %}"
@@ -30,4 +30,12 @@ def train_bpe(special_tokens: list[str], vocab_size: int = 512) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS * 4, trainer)
+    return tokenizer
+
+
+def beginning_with(tokenizer: Tokenizer, token: str) -> Tokenizer:
+    """The tokenizer, which now begins every text with `token`, as Llama's with BOS."""
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{token} $A", special_tokens=[(token, tokenizer.token_to_id(token))]
+    )
     return tokenizer

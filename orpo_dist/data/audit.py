@@ -27,6 +27,11 @@ ADVICE = {
     "rendered already": "Store the plain text of each turn, or rows of text with apply_chat_template unset: they are "
     "used as they are.",
     "chat template": "Correct the row, or use another chat_template.",
+    "template without a boundary": "The row is not to blame: use another chat_template.",
+    "dropped by the template": (
+        "Use a chat_template that renders it, or set allow_template_drops=true to train on what this one keeps."
+    ),
+    "bad template arguments": "Store chat_template_kwargs as an object with the template's own variables.",
     "missing image": "Correct the path (image_folder is the folder that paths start from), or take the row out.",
     "unreadable image": "Store the image as PNG, JPEG, WebP, GIF, BMP, TIFF, AVIF or JPEG 2000.",
     "truncated image": "Fetch or write the image again: it ends too early.",

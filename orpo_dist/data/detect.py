@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from orpo_dist.data.chat_template import TEMPLATE_KWARGS_COLUMN
 from orpo_dist.data.messages import decode, read_content
 from orpo_dist.data.pairs import SWIFT_CHOSEN, SWIFT_REJECTED, PairFormat
 from orpo_dist.data.place_images import has_images
@@ -60,6 +61,7 @@ def detect_format(columns: Sequence[str], sample: Sequence[dict[str, Any]], opti
         strings=strings,
         joined=joined,
         history=HISTORY if prompt and HISTORY in columns else None,
+        template_kwargs=TEMPLATE_KWARGS_COLUMN if TEMPLATE_KWARGS_COLUMN in columns else None,
     )
     return replace(found, description=_describe(found, style))
 
@@ -123,6 +125,8 @@ def _describe(found: PairFormat, style: str) -> str:
     images = found.image if found.has_images else None
     others = (("system message", found.system), ("tools", found.tools), ("images", images), ("turns", found.history))
     parts += [f"{role} in `{name}`" for role, name in others if name]
+    if found.template_kwargs:
+        parts.append(f"template variables in `{found.template_kwargs}`")
     if found.has_images and found.image is None:
         parts.append("images in the messages")
     if style == "text":

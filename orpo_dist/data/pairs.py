@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from orpo_dist.data.chat_template import read_template_kwargs
 from orpo_dist.data.messages import Message, decode, read_content, read_tools, text_of, visible
 from orpo_dist.data.place_images import Columns, has_images, place_images, without_images
 from orpo_dist.data.prompt_text import join_texts, read_history, without_repeat
@@ -31,6 +32,7 @@ class Pair:
     chosen: str | list[Message]
     rejected: str | list[Message]
     tools: list[Any] | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)  # variables of the chat template, of this row
     images: list[StoredImage] = field(default_factory=list)  # in the order of their places, see place_images
 
 
@@ -45,6 +47,7 @@ class PairFormat:
         history: column of the turns before the prompt.
         image: column of the images; "" takes them out of the messages too.
         has_images: one of the first rows has an image.
+        template_kwargs: column of variables for the chat template, as in TRL.
     """
 
     description: str
@@ -61,6 +64,7 @@ class PairFormat:
     strings: dict[str, Strings] = field(default_factory=dict)
     joined: tuple[str, ...] = ()
     history: str | None = None
+    template_kwargs: str | None = None
 
     @property
     def columns(self) -> list[str]:
@@ -74,6 +78,7 @@ class PairFormat:
             self.system,
             self.tools,
             self.image,
+            self.template_kwargs,
         )
         return list(dict.fromkeys(name for name in names if name))
 
@@ -84,9 +89,11 @@ class PairFormat:
             BadRow: anything about the row that makes it unfit for training and needs no tokenizer to see.
         """
         pair = self._pair(row)
+        if self.template_kwargs is not None:
+            pair = self._with_template_kwargs(pair, decode(row[self.template_kwargs]))
         if self.image == "":
             prompt, chosen, rejected = map(without_images, (pair.prompt, pair.chosen, pair.rejected))
-            return Pair(prompt, chosen, rejected, pair.tools)
+            return replace(pair, prompt=prompt, chosen=chosen, rejected=rejected)
         for column, side in ((self.chosen, pair.chosen), (self.rejected, pair.rejected)):
             if has_images(side):
                 raise BadRow("image in a completion", column, "an image after the prompt")
@@ -135,6 +142,14 @@ class PairFormat:
         if text and not self.apply_chat_template:
             raise BadRow("needs a template", self.history, "only a chat template can render earlier turns before text")
         return [*history, {"role": "user", "content": prompt or ""}]
+
+    def _with_template_kwargs(self, pair: Pair, value: Any) -> Pair:
+        given = read_template_kwargs(value, self.template_kwargs)
+        if given and isinstance(pair.prompt, str):
+            raise BadRow(
+                "needs a template", self.template_kwargs, "only a chat template reads it, and text is used as it is"
+            )
+        return replace(pair, template_kwargs=given)
 
     def _system(self, row: dict[str, Any]) -> str | None:
         if self.system is None:

@@ -26,7 +26,7 @@ from orpo_dist.data.detect import SAMPLE, detect_format
 from orpo_dist.data.messages import decode
 from orpo_dist.data.objects import rows_of
 from orpo_dist.data.pairs import Pair, PairFormat
-from orpo_dist.data.prepared_file import Note, PreparedWriter, read_prepared
+from orpo_dist.data.prepared_file import NOTED, Note, PreparedWriter, read_prepared
 from orpo_dist.data.rows import (
     ROW_COLUMN,
     SOURCE_COLUMN,
@@ -47,16 +47,18 @@ from orpo_dist.version import __version__
 __all__ = ["DroppedRow", "PrepareOptions", "PreparedPairs", "prepare_pairs"]
 
 TOKEN_COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids"]
+CONTEXT_COLUMNS = ["chosen_context", "rejected_context"]  # see TokenizedPair
 BATCH, IMAGE_BATCH = 256, 16  # rows; decoded photographs are large
 IMAGE_COLUMNS = ["images", "prompt_text", "prompt_places", "image_sizes", "image_tokens"]
 
-LAYOUT = 2  # of a folder in the cache, see prepared_file.py
+LAYOUT = 3  # of a folder in the cache, see prepared_file.py
 
 Rows: TypeAlias = Dataset | IterableDataset | Sequence[dict[str, Any]]
 
 _FEATURES = Features(
     {
-        **{name: ListOf(Value("int32")) for name in TOKEN_COLUMNS},
+        **{name: ListOf(Value("int32")) for name in [*TOKEN_COLUMNS, *CONTEXT_COLUMNS]},
+        "notes": ListOf(Value("string")),
         "row": Value("int64"),
         "truncated_prompt": Value("bool"),
         "truncated_completions": Value("int8"),
@@ -82,7 +84,8 @@ _IMAGE_FEATURES = Features(
 @dataclass(frozen=True)
 class PreparedPairs:
     """Tokenised pairs and what became of the rows. `rows`: before the audit. `truncated_completions` counts
-    completions (at most two per pair), `truncated_prompts` prompts."""
+    completions (at most two per pair), `truncated_prompts` prompts. `notes`: what is worth knowing of pairs that are
+    trained on."""
 
     dataset: Dataset
     dropped: list[DroppedRow]
@@ -102,7 +105,13 @@ class PreparedPairs:
             parts.append(f"{self.truncated_prompts} prompts cut")
         if self.truncated_completions:
             parts.append(f"{self.truncated_completions} completions cut")
-        return f"{name}: {self.format}\n{name}: {', '.join(parts)}"
+        lines = [self.format, ", ".join(parts)]
+        lines += [
+            f"{note.rows} rows: {note.kind} (first: {note.source}, row {note.row})"
+            for note in self.notes
+            if note.kind not in NOTED.values()
+        ]
+        return "\n".join(f"{name}: {line}" for line in lines)
 
 
 def prepare_pairs(
@@ -310,7 +319,7 @@ class _Step:
         self.name = name
         self.has_images = isinstance(tokenize, ImagePairTokenizer)
         self.features = _IMAGE_FEATURES if self.has_images else _FEATURES
-        self.columns = [*TOKEN_COLUMNS, "row", *(IMAGE_COLUMNS if self.has_images else [])]
+        self.columns = [*TOKEN_COLUMNS, *CONTEXT_COLUMNS, "row", *(IMAGE_COLUMNS if self.has_images else [])]
 
     def __call__(self, batch: dict[str, list[Any]], indices: list[int], start: int = 0) -> dict[str, list[Any]]:
         """`start`: the index of the first row of the part that `map` was given."""

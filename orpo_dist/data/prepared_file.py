@@ -5,7 +5,7 @@ Not `save_to_disk`: it reads what it copies through a memory mapping that stays 
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -94,6 +94,8 @@ class PreparedWriter:
             self.rows, self.kept = self.rows + table.num_rows, self.kept + good.num_rows
             for column in NOTED:
                 self._note(good, column)
+            if "notes" in good.column_names:
+                self._note_texts(good)
 
     def _note(self, good: pyarrow.Table, column: str) -> None:
         numbers = good[column].cast(pyarrow.int64())
@@ -106,6 +108,15 @@ class PreparedWriter:
             return
         first = good.filter(pyarrow.compute.greater(numbers, 0)).slice(0, 1).select(["source", "row"]).to_pylist()[0]
         self.notes[column] = Note(NOTED[column], rows, **first)
+
+    def _note_texts(self, good: pyarrow.Table) -> None:
+        """Counts the notes that rows bring themselves, see TokenizedPair.notes."""
+        if not len(pyarrow.compute.list_flatten(good["notes"])):
+            return
+        for row in good.select(["notes", "source", "row"]).to_pylist():
+            for text in row["notes"]:
+                before = self.notes.get(text, Note(text, 0, row["source"], row["row"]))
+                self.notes[text] = replace(before, rows=before.rows + 1)
 
 
 def read_prepared(folder: Path) -> PreparedFile:

@@ -7,47 +7,41 @@ characters of the prompt with the first of the completion, and a model that gene
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
-from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
-
 from orpo_dist.data.cache import digest
-from orpo_dist.data.chat_template import ProcessingClass, resolve_chat_template
-from orpo_dist.data.messages import Message, text_of
-from orpo_dist.data.pairs import Pair, PairFormat, common_length
-from orpo_dist.data.rendered import RenderedMarkers
-from orpo_dist.errors import BadRow, UserError
-from orpo_dist.images.decode import StoredImage
-from orpo_dist.options.data import PrepareOptions
+from orpo_dist.data.chat_template import ProcessingClass
+from orpo_dist.data.pairs import Pair, common_length
+from orpo_dist.data.render_pair import PairRenderer, RenderedPair
+from orpo_dist.errors import BadRow
 
 # What a saved tokenizer says of where it was loaded from, and of what its last call padded or truncated to.
 TRANSIENT_SETTINGS = ("name_or_path", "is_local", "local_files_only", "padding", "truncation")
+
+NO_EOS_NOTE = "add_eos_token adds nothing, since the tokenizer has no EOS token: these answers have no end"
 
 
 @dataclass(frozen=True)
 class TokenizedPair:
     """Token ids of a pair. The model sees prompt_ids + chosen_ids (P + C tokens) and prompt_ids + rejected_ids (P + R);
-    BOS and EOS are in them. For an encoder-decoder model the completions are the decoder's labels."""
+    BOS and EOS are in them. For an encoder-decoder model the completions are the decoder's labels.
+
+    Attributes:
+        chosen_context, rejected_context: the tokens of a completion that the model did not write (turns of the user or
+            of a tool), as [start, stop, start, stop, ...]: the model sees them, the loss and the mean do not.
+        notes: what is worth knowing of a pair that is trained on, as `PreparedPairs.notes` counts it.
+    """
 
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
     truncated_prompt: bool
     truncated_completions: int
-
-
-@dataclass(frozen=True)
-class RenderedPair:
-    """A pair as text. `generation_prompt` is the header of the assistant's turn at the end of `prompt`. `images` stand
-    in the prompt, in this order."""
-
-    prompt: str
-    chosen: str
-    rejected: str
-    generation_prompt: str = ""
-    images: list[StoredImage] = field(default_factory=list)
+    chosen_context: list[int] = field(default_factory=list, kw_only=True)
+    rejected_context: list[int] = field(default_factory=list, kw_only=True)
+    notes: list[str] = field(default_factory=list, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -72,37 +66,24 @@ def tokenizer_digest(processing_class: ProcessingClass) -> str:
     parts = []
     with tempfile.TemporaryDirectory() as folder:
         processing_class.save_pretrained(folder)
-        for file in sorted(Path(folder).iterdir()):
+        for file in sorted(file for file in Path(folder).rglob("*") if file.is_file()):
             content = file.read_bytes()
             if file.suffix == ".json":
                 settings = json.loads(content)
                 if isinstance(settings, dict):
                     settings = {key: value for key, value in settings.items() if key not in TRANSIENT_SETTINGS}
                 content = json.dumps(settings, sort_keys=True).encode()
-            parts += [file.name.encode(), content]
+            parts += [file.relative_to(folder).as_posix().encode(), content]
     return digest(parts)
 
 
-class PairTokenizer:
+class PairTokenizer(PairRenderer):
     """Tokenises pairs of one format with one tokenizer.
 
     Raises:
         UserError: a contradiction between the format, the tokenizer and the options (at construction or, for message
             lists without any chat template, at the first of them).
     """
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        pair_format: PairFormat,
-        options: PrepareOptions,
-        chat_template: str | None = None,
-    ):
-        self.tokenizer = tokenizer
-        self.format = pair_format
-        self.options = options
-        self.chat_template = chat_template or resolve_chat_template(options.chat_template, tokenizer)
-        self.markers = RenderedMarkers(tokenizer, self.chat_template)
 
     def __call__(self, pairs: Sequence[Pair]) -> list[TokenizedPair | BadRow]:
         """Tokenises the pairs in one call of the tokenizer; a pair that proves unfit comes back as its BadRow."""
@@ -128,73 +109,6 @@ class PairTokenizer:
             return self.render(pair)
         except BadRow as bad:
             return bad
-
-    def render(self, pair: Pair) -> RenderedPair:
-        """The pair as text, through the chat template where it is made of messages.
-
-        Raises:
-            BadRow: the template refuses the row, or renders its prompt differently once an answer follows; an image.
-            UserError: messages, and no chat template.
-        """
-        if pair.images:
-            raise BadRow("images without a processor", self._image_column, "the row has an image, the model reads text")
-        return self._render(pair)
-
-    @property
-    def _image_column(self) -> str:
-        return self.format.image or self.format.prompt or self.format.chosen
-
-    def _render(self, pair: Pair) -> RenderedPair:
-        if isinstance(pair.prompt, str):
-            assert isinstance(pair.chosen, str) and isinstance(pair.rejected, str)
-            return RenderedPair(pair.prompt, pair.chosen, pair.rejected)
-        assert isinstance(pair.chosen, list) and isinstance(pair.rejected, list)
-        if self.chat_template is None:
-            raise UserError(
-                "The rows are lists of messages, and the tokenizer has no chat template. Set chat_template=chatml (or "
-                "zephyr, or a Jinja file)."
-            )
-        self._refuse_rendered_text(pair.prompt, pair.chosen, self.format.chosen)
-        self._refuse_rendered_text(pair.prompt, pair.rejected, self.format.rejected)
-        prompt = self._apply(pair.prompt, pair, add_generation_prompt=True)
-        with_chosen = self._apply(pair.prompt + pair.chosen, pair)
-        with_rejected = self._apply(pair.prompt + pair.rejected, pair)
-        # Some templates write more after the generation prompt than an answer has there (DeepSeek-R1's <think>), so
-        # the prompt is what all three share: TRL's apply_chat_template does the same.
-        shared = prompt[: common_length(prompt, with_chosen, with_rejected)]
-        # Common with the prompt, not equal to its start: Phi's templates end a conversation without header with EOS.
-        header = common_length(prompt, self._apply(pair.prompt, pair))
-        if len(shared) < header:
-            raise BadRow(
-                "chat template",
-                self.format.prompt,
-                "the chat template renders the prompt differently once an answer follows, so that it has no end",
-            )
-        return RenderedPair(shared, with_chosen[len(shared) :], with_rejected[len(shared) :], shared[header:])
-
-    def _apply(self, messages: list[Message], pair: Pair, add_generation_prompt: bool = False) -> str:
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages,
-                tools=pair.tools,
-                chat_template=self.chat_template,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
-        except (TemplateError, TypeError, KeyError, ValueError, RecursionError) as error:
-            raise BadRow("chat template", self.format.prompt, f"the chat template refuses it: {error}") from None
-        assert isinstance(text, str)
-        return text
-
-    def _refuse_rendered_text(self, prompt: list[Message], completion: list[Message], column: str) -> None:
-        places = [(self.format.prompt or column, text_of(message["content"])) for message in prompt]
-        places += [(column, text_of(message["content"])) for message in completion]
-        question = places[len(prompt) - 1][1] if prompt else ""
-        places.append((column, f"{question}\n{places[len(prompt)][1]}"))  # a marker in each of the two
-        for place, text in places:
-            if marker := self.markers.find(text):
-                reason = f"the text contains `{marker}`, so a chat template has been applied to it before"
-                raise BadRow("rendered already", place, reason)
 
     # -- tokens --
 
@@ -223,8 +137,9 @@ class PairTokenizer:
             if not ids:
                 raise BadRow("empty completion", column, "the tokenizer makes no token of it")
         chosen, rejected = pair.chosen, pair.rejected
-        if options.add_eos_token:
+        if options.add_eos_token and not text.templated:
             chosen, rejected = self._with_eos(chosen), self._with_eos(rejected)
+        no_eos = options.add_eos_token and not text.templated and self.tokenizer.eos_token_id is None
 
         kept = list(range(len(pair.prompt)))
         if options.max_prompt_length is not None and len(kept) > options.max_prompt_length:
@@ -240,7 +155,31 @@ class PairTokenizer:
                 f"the completions differ only after their first {len(cut_chosen)} tokens, where they are cut",
             )
         cut = (len(cut_chosen) < len(chosen)) + (len(cut_rejected) < len(rejected))
-        return self._result(text, pair, kept, cut_chosen, cut_rejected, cut)
+        contexts = [
+            self._context_tokens(stretches, text.prompt, completion, whole, cut)
+            for stretches, completion, whole, cut in (
+                (text.chosen_context, text.chosen, chosen, cut_chosen),
+                (text.rejected_context, text.rejected, rejected, cut_rejected),
+            )
+        ]
+        result = self._result(text, pair, kept, cut_chosen, cut_rejected, cut)
+        return replace(
+            result, chosen_context=contexts[0], rejected_context=contexts[1], notes=text.notes + [NO_EOS_NOTE] * no_eos
+        )
+
+    def _context_tokens(
+        self, stretches: list[tuple[int, int]], prompt: str, completion: str, whole: list[int], cut: list[int]
+    ) -> list[int]:
+        """`TokenizedPair.chosen_context` of a completion of the ids `whole`, of which `cut` is kept."""
+        if not stretches:
+            return []
+        prompt = "" if self.options.is_encoder_decoder else prompt
+        texts = [prompt + completion[:place] for stretch in stretches for place in stretch]
+        ids, *heads = self._ids([prompt + completion, *texts])
+        # A token with both an answer and another's turn in it is scored as part of the answer that it begins.
+        places = [min(common_length(ids, head) - (len(ids) - len(whole)), len(cut)) for head in heads]
+        spans = zip(places[::2], places[1::2], strict=True)
+        return [place for start, stop in spans if start < stop for place in (start, stop)]
 
     def _result(
         self, text: RenderedPair, pair: SplitPair, kept: list[int], chosen: list[int], rejected: list[int], cut: int
@@ -254,15 +193,24 @@ class PairTokenizer:
         if self.options.is_encoder_decoder:
             return SplitPair(prompt, with_chosen, with_rejected)
         length = common_length(prompt, with_chosen, with_rejected)
-        return SplitPair(self._with_bos(with_chosen[:length]), with_chosen[length:], with_rejected[length:])
+        return SplitPair(self._begun(text, with_chosen[:length]), with_chosen[length:], with_rejected[length:])
 
-    def _with_bos(self, prompt: list[int]) -> list[int]:
-        bos = self.tokenizer.bos_token_id
-        if bos is not None and prompt[:1] != [bos]:
-            return [bos, *prompt]
+    def _begun(self, text: RenderedPair, prompt: list[int]) -> list[int]:
+        """The prompt as the model reads it: text as the tokenizer itself begins it, a rendering as it is."""
+        if not text.templated and prompt[: len(self.beginning)] != self.beginning:
+            prompt = [*self.beginning, *prompt]
+        if not prompt and self.tokenizer.bos_token_id is not None:
+            prompt = [self.tokenizer.bos_token_id]  # a completion needs a token that predicts its first one
         if not prompt:
             raise BadRow("empty prompt", self.format.prompt, "the prompt has no token")
         return prompt
+
+    @cached_property
+    def beginning(self) -> list[int]:
+        """What the tokenizer writes before every text: BOS for Llama's, nothing for GPT-2's and Qwen's."""
+        bare, whole = self._ids(["a"])[0], list(self.tokenizer("a", verbose=False)["input_ids"])
+        places = [place for place in range(len(whole)) if whole[place : place + len(bare)] == bare]
+        return whole[: places[0]] if places else []
 
     def _with_eos(self, completion: list[int]) -> list[int]:
         eos = self.tokenizer.eos_token_id

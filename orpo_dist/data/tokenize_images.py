@@ -18,7 +18,8 @@ from orpo_dist.data.chat_template import resolve_chat_template
 from orpo_dist.data.messages import Message
 from orpo_dist.data.pairs import Pair, PairFormat, common_length
 from orpo_dist.data.place_images import PLACEHOLDER
-from orpo_dist.data.tokenize import PairTokenizer, RenderedPair, SplitPair, TokenizedPair
+from orpo_dist.data.render_pair import RenderedPair
+from orpo_dist.data.tokenize import PairTokenizer, SplitPair, TokenizedPair
 from orpo_dist.errors import BadRow, UserError
 from orpo_dist.images.decode import StoredImage, open_image
 from orpo_dist.images.source import fetch_all, is_url
@@ -71,6 +72,7 @@ class ImagePairTokenizer(PairTokenizer):
     def __init__(self, processor: ProcessorMixin, pair_format: PairFormat, options: PrepareOptions):
         template = resolve_chat_template(options.chat_template, processor)
         super().__init__(processor.tokenizer, pair_format, options, template)
+        self.tools_template = resolve_chat_template(options.chat_template, processor, tools=True)
         self.processor = processor
         placeholder = vars(processor).get("image_token")
         if not isinstance(placeholder, str):
@@ -188,10 +190,10 @@ class ImagePairTokenizer(PairTokenizer):
             whole, chosen, rejected = processed[:length], both[0][length:], both[1][length:]
         fixed = self._image_places(whole, prompt)
         places = tuple(range(len(whole)))
-        bos = self.tokenizer.bos_token_id
-        if bos is not None and bos not in whole:
-            whole, places = [bos, *whole], (ADDED, *places)
-            fixed = {place + 1 for place in fixed}
+        begun = self.beginning
+        if begun and not text.templated and not set(begun) & set(whole):
+            whole, places = [*begun, *whole], (*(ADDED for _ in begun), *places)
+            fixed = {place + len(begun) for place in fixed}
         return SplitImagePair(
             prompt=whole,
             chosen=chosen,

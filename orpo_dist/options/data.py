@@ -81,7 +81,12 @@ class DataOptions:
         "Unset: message lists get the template, strings do not. True: strings become a user and an assistant turn. "
         "False: message lists are refused.",
     )
-    add_eos_token: bool = _option(True, "End each completion with EOS if it does not end with it already.")
+    allow_template_drops: bool = _option(
+        False, "Train on rows of which the chat template leaves something out, as it renders them."
+    )
+    add_eos_token: bool = _option(
+        True, "End each completion of plain text with EOS if it does not end with it already."
+    )
     prompt_column: str | None = _option(None, "Column of the prompt. Unset: detected.")
     chosen_column: str | None = _option(None, "Column of the chosen completion or conversation. Unset: detected.")
     rejected_column: str | None = _option(None, "Column of the rejected completion or conversation. Unset: detected.")

@@ -30,7 +30,8 @@ class PackedCollator:
         orpo_layout.key_index      [0, 1, 2, 3,  0, 1, 4, 5, 6,  7, 8, 9,  7, 10, 11]
 
     With prefix_sharing=False the row is [P C][P R] [P C][P R]; with nll_scope="completion" the rows that predict
-    prompt tokens (row 0 above) are not scored.
+    prompt tokens (row 0 above) are not scored. Tokens that `chosen_context` and `rejected_context` name, as
+    [start, stop, ...] within their completion, are in the row and not scored: turns that the model did not write.
 
     Raises:
         ValueError: a prompt or a completion without tokens; the data step drops such pairs.
@@ -54,6 +55,8 @@ class PackedCollator:
                     rejected=len(rejected),
                     prompt_copies=1 if self.prefix_sharing else 2,
                     nll_prompt=len(prompt) - 1 if self.nll_scope == "sequence" else 0,
+                    chosen_context=row.get("chosen_context") or (),
+                    rejected_context=row.get("rejected_context") or (),
                 )
             )
             ids += prompt + chosen + (rejected if self.prefix_sharing else prompt + rejected)

@@ -28,6 +28,8 @@ class PairSegment:
     prompt, chosen, rejected: lengths P, C, R, at least 1 each.
     prompt_copies: 1 when [P C R] shares the prompt, 2 when the row holds [P C][P R].
     nll_prompt: scored rows that predict prompt tokens: P - 1, or 0 when the NLL is the completion's alone.
+    chosen_context, rejected_context: tokens of a completion that the model did not write and that are not scored, as
+        [start, stop, start, stop, ...]. Never the first token.
     """
 
     start: int
@@ -36,6 +38,8 @@ class PairSegment:
     rejected: int
     prompt_copies: int
     nll_prompt: int
+    chosen_context: Sequence[int] = ()
+    rejected_context: Sequence[int] = ()
 
     @property
     def tokens(self) -> int:
@@ -43,8 +47,17 @@ class PairSegment:
 
     @property
     def scored(self) -> int:
-        """Scored rows of the pair: nll_prompt, then C of the chosen, then R of the rejected completion."""
-        return self.nll_prompt + self.chosen + self.rejected
+        """Scored rows of the pair: nll_prompt, then scored_chosen, then scored_rejected."""
+        return self.nll_prompt + self.scored_chosen + self.scored_rejected
+
+    @property
+    def scored_chosen(self) -> int:
+        """Tokens of the chosen completion that the model wrote: C where it has one turn."""
+        return self.chosen - context_tokens(self.chosen_context)
+
+    @property
+    def scored_rejected(self) -> int:
+        return self.rejected - context_tokens(self.rejected_context)
 
     @property
     def rejected_start(self) -> int:
@@ -137,7 +150,7 @@ class PackedLayout:
 
     def counts(self) -> torch.Tensor:
         """(2,) float64 NLL tokens and pairs of this micro-batch. Called before `to`: no device sync."""
-        tokens = torch.tensor([s.nll_prompt + s.chosen for s in self.segments], dtype=torch.float64)
+        tokens = torch.tensor([s.nll_prompt + s.scored_chosen for s in self.segments], dtype=torch.float64)
         return torch.stack([(tokens * self.weight).sum(), self.weight.sum().double()])
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "PackedLayout":
@@ -174,9 +187,28 @@ def _scored_rows(segments: Sequence[PairSegment]) -> tuple[torch.Tensor, torch.T
         chosen = torch.arange(s.start + first, s.start + s.prompt + s.chosen - 1)
         rejected = torch.arange(s.rejected_start, s.rejected_start + s.rejected)
         last_of_prompt = s.start + s.prompt - 1 if s.prompt_copies == 1 else s.rejected_start - 1
-        rows += [chosen, torch.tensor([last_of_prompt]), rejected[:-1]]
+        of_rejected = torch.cat([torch.tensor([last_of_prompt]), rejected[:-1]])
+        if s.chosen_context:
+            chosen = chosen[_outside(s.chosen_context, len(chosen), s.nll_prompt)]
+        if s.rejected_context:
+            outside = _outside(s.rejected_context, s.rejected)
+            of_rejected, rejected = of_rejected[outside], rejected[outside]
+        rows += [chosen, of_rejected]
         targets += [chosen + 1, rejected]
     return torch.cat(rows), torch.cat(targets)
+
+
+def context_tokens(context: Sequence[int]) -> int:
+    """Tokens in stretches [start, stop, start, stop, ...]."""
+    return sum(context[1::2]) - sum(context[::2])
+
+
+def _outside(context: Sequence[int], length: int, before: int = 0) -> torch.Tensor:
+    """(length,) bool: False in the stretches of `context`, which count from place `before`."""
+    mask = torch.ones(length, dtype=torch.bool)
+    for start, stop in zip(context[::2], context[1::2], strict=True):
+        mask[before + start : before + stop] = False
+    return mask
 
 
 def _sequences(s: PairSegment) -> tuple[torch.Tensor, torch.Tensor]:

@@ -96,7 +96,8 @@ class PaddedCollator:
         5 3 2 0 0       1 1 1 0 0        3 2 0 0 0      x x . . .
 
     Row t predicts token t + 1, so the row before a completion scores its first token. With nll_scope="completion" the
-    NLL rows are the chosen completion's.
+    NLL rows are the chosen completion's. Tokens that `chosen_context` and `rejected_context` name are not scored, see
+    PackedCollator.
     """
 
     pad_token_id: int
@@ -113,6 +114,10 @@ class PaddedCollator:
             completion[i, first : len(sequence) - 1] = True
             if i < len(rows):
                 nll[i, (0 if self.nll_scope == "sequence" else first) : len(sequence) - 1] = True
+            for start, stop in _contexts(rows, i):
+                completion[i, first + start : first + stop] = False
+                if i < len(rows):
+                    nll[i, first + start : first + stop] = False
         layout = PaddedLayout(targets, completion, nll, _weights(rows), [row["index"] for row in rows])
         return {"input_ids": input_ids, "attention_mask": attention_mask, "orpo_layout": layout}
 
@@ -135,6 +140,9 @@ class EncoderDecoderCollator:
         shifted = [[self.decoder_start_token_id, *completion[:-1]] for completion in completions]
         decoder_input_ids, _ = pad_right(shifted, self.pad_token_id)
         completion = scored.bool()
+        for i in range(len(completions)):
+            for start, stop in _contexts(rows, i):
+                completion[i, start:stop] = False
         layout = PaddedLayout(
             targets, completion, completion[: len(rows)].clone(), _weights(rows), [row["index"] for row in rows]
         )
@@ -152,6 +160,12 @@ def pad_right(sequences: list[list[int]], value: int, length: int | None = None)
     ids = torch.tensor([sequence + [value] * (width - len(sequence)) for sequence in sequences])
     mask = torch.tensor([[1] * len(sequence) + [0] * (width - len(sequence)) for sequence in sequences])
     return ids, mask
+
+
+def _contexts(rows: Sequence[dict[str, Any]], i: int) -> list[tuple[int, int]]:
+    """The stretches of completion number i of the 2B that are not scored."""
+    context = rows[i % len(rows)].get("chosen_context" if i < len(rows) else "rejected_context") or ()
+    return list(zip(context[::2], context[1::2], strict=True))
 
 
 def _weights(rows: Sequence[dict[str, Any]]) -> torch.Tensor:

@@ -47,7 +47,9 @@ class TRLCollator:
         chosen = len(rows)
         nll = completion[:chosen].clone()
         if self.nll_scope == "sequence":
-            nll[:, :-1] = (attention_mask[:chosen, 1:] == 1) & (attention_mask[:chosen, :-1] == 1)
+            seen = (attention_mask[:chosen, 1:] == 1) & (attention_mask[:chosen, :-1] == 1)
+            # Of the completion what the labels keep: they leave out the turns that the model did not write.
+            nll[:, :-1] = seen & (nll[:, :-1] | (nll[:, :-1].cumsum(1) == 0))
         weight = torch.tensor([row["weight"] for row in rows], dtype=torch.float32)
         scored = completion.clone()
         scored[:chosen] |= nll
@@ -62,7 +64,11 @@ def _trl_columns(row: dict[str, Any]) -> dict[str, list[int]]:
         completion = row[f"{side}_ids"]
         columns[f"{side}_input_ids"] = prompt + completion
         columns[f"{side}_attention_mask"] = [1] * (len(prompt) + len(completion))
-        columns[f"{side}_labels"] = [-100] * len(prompt) + completion
+        labels = list(completion)
+        context = row.get(f"{side}_context") or ()
+        for start, stop in zip(context[::2], context[1::2], strict=True):
+            labels[start:stop] = [-100] * (stop - start)
+        columns[f"{side}_labels"] = [-100] * len(prompt) + labels
     return columns
 
 

@@ -32,6 +32,7 @@ MAPPED = {
     "image_folder": ("photos", {}, {"image_folder": "photos"}),
     "allow_image_urls": (True, {}, {"allow_image_urls": True}),
     "allow_outside_image_folder": (True, {}, {"allow_outside_image_folder": True}),
+    "allow_template_drops": (True, {}, {"allow_template_drops": True}),
     "chat_template": ("chatml", {}, {"chat_template": "chatml"}),
     "apply_chat_template": (True, {}, {"apply_chat_template": True}),
     "add_eos_token": (False, {}, {"add_eos_token": False}),

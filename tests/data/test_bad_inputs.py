@@ -75,6 +75,10 @@ REFUSING = (
     "{% for m in messages %}{% if m['content'] == 'No' %}{{ raise_exception('roles') }}{% endif %}"
     "{{ m['content'] }}{% endfor %}"
 )
+CUTS_THOUGHTS = "{% for m in messages %}{{ m['content'].split('</think>')[-1] }} {% endfor %}"
+FORGETS = "{% if messages[-1]['role'] == 'assistant' %}{{ messages[-1]['content'] }}{% else %}Q: Hi{% endif %}"
+THOUGHT = {"role": "assistant", "content": "<think>Greet.</think>Hello"}
+WEATHER = [{"type": "function", "function": {"name": "get_weather"}}]
 INPUTS = {
     "a completion that is empty text": second(TEXT, chosen=""),
     "a completion of white space": second(TEXT, rejected=" \n"),
@@ -121,6 +125,17 @@ INPUTS = {
     ),
     "a row the template refuses": second(
         CHAT, options={"chat_template": REFUSING}, prompt=[{"role": "user", "content": "No"}]
+    ),
+    "reasoning in an answer that the template drops": second(
+        CHAT, options={"chat_template": CUTS_THOUGHTS}, chosen=[THOUGHT]
+    ),
+    "tools that the template drops": second(
+        {**CHAT, "tools": []}, options={"chat_template": CUTS_THOUGHTS}, tools=WEATHER
+    ),
+    "a prompt that the template forgets": Input([CHAT], {"chat_template": FORGETS}),
+    "template variables that are no object": second({**CHAT, "chat_template_kwargs": "{}"}, chat_template_kwargs="[1]"),
+    "template variables beside plain text": second(
+        {**TEXT, "chat_template_kwargs": "{}"}, chat_template_kwargs='{"brief": true}'
     ),
     "an image column for a text-only model": Input([PICTURE]),
     "an image in a message, text-only model": second(CHAT, prompt=[{"role": "user", "content": [{"type": "image"}]}]),
@@ -218,7 +233,7 @@ def test_message(what, chat_tokenizer, plain_tokenizer, tmp_path, monkeypatch, c
         (path.parent / "README.md").write_text(f"---\nconfigs: {json.dumps(case.card)}\n---\n")
     tokenizer = {"chat": chat_tokenizer, "plain": plain_tokenizer, "vlm": qwen_processor()}.get(case.tokenizer)
     if tokenizer is None:
-        tokenizer = copy.deepcopy(plain_tokenizer)
+        tokenizer = copy.deepcopy(chat_tokenizer)
         tokenizer.bos_token = None
 
     with pytest.raises(UserError) as caught:

@@ -15,7 +15,7 @@ from PIL import Image as pillow
 from orpo_dist.data import prepare
 from orpo_dist.data.detect import detect_format
 from orpo_dist.data.pairs import Pair
-from orpo_dist.data.prepare import IMAGE_COLUMNS, TOKEN_COLUMNS, prepare_pairs
+from orpo_dist.data.prepare import CONTEXT_COLUMNS, IMAGE_COLUMNS, TOKEN_COLUMNS, prepare_pairs
 from orpo_dist.data.sources import load_rows
 from orpo_dist.errors import BadRow, UserError
 from orpo_dist.images.decode import open_image
@@ -99,7 +99,7 @@ def check(rows, options: PrepareOptions | None = None) -> Dataset:
     """The rows give one pair: the picture, then the question."""
     prepared = prepare_pairs(rows, qwen_processor(), options or PrepareOptions())
     assert prepared.dropped == []
-    assert prepared.dataset.column_names == [*TOKEN_COLUMNS, "row", *IMAGE_COLUMNS]
+    assert prepared.dataset.column_names == [*TOKEN_COLUMNS, *CONTEXT_COLUMNS, "row", *IMAGE_COLUMNS]
     for row in prepared.dataset:
         place = "<|vision_start|><|image_pad|><|vision_end|>"
         assert row["prompt_text"] == f"<|im_start|>user\n{place}What is it?<|im_end|>\n<|im_start|>assistant\n"

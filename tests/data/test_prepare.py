@@ -7,7 +7,7 @@ from datasets import Dataset, DatasetDict, IterableDataset
 
 from orpo_dist.config import ORPOConfig
 from orpo_dist.data import prepare, streaming
-from orpo_dist.data.prepare import TOKEN_COLUMNS, DroppedRow, prepare_pairs
+from orpo_dist.data.prepare import CONTEXT_COLUMNS, TOKEN_COLUMNS, DroppedRow, prepare_pairs
 from orpo_dist.data.sources import load_rows
 from orpo_dist.errors import UserError
 from orpo_dist.options.data import PrepareOptions
@@ -52,7 +52,7 @@ def stream(rows=ROWS) -> IterableDataset:
 
 def test_the_data_set_a_trainer_gets(plain_tokenizer):
     prepared = prepare_pairs(ROWS, plain_tokenizer, PrepareOptions())
-    assert prepared.dataset.column_names == [*TOKEN_COLUMNS, "row"]
+    assert prepared.dataset.column_names == [*TOKEN_COLUMNS, *CONTEXT_COLUMNS, "row"]
     assert (prepared.rows, prepared.dropped, len(prepared.dataset)) == (10, [], 10)
     assert prepared.format == "prompt in `prompt`, text, `chosen` over `rejected`, no chat template"
     row = prepared.dataset[3]
@@ -85,7 +85,7 @@ def test_messages(chat_tokenizer):
     prepared = prepare_pairs(CHAT, chat_tokenizer, PrepareOptions())
     assert prepared.format.startswith("implicit prompt (the common beginning), messages")
     row = prepared.dataset[0]
-    assert chat_tokenizer.decode(row["prompt_ids"]) == "<s><|im_start|>user\nQ0<|im_end|>\n<|im_start|>assistant\n"
+    assert chat_tokenizer.decode(row["prompt_ids"]) == "<|im_start|>user\nQ0<|im_end|>\n<|im_start|>assistant\n"
     assert chat_tokenizer.decode(row["chosen_ids"]) == "yes<|im_end|>\n"
 
 
@@ -202,7 +202,7 @@ def test_rows_in_many_parts_are_those_of_one(chat_tokenizer, tmp_path, monkeypat
         {"prompt": f"question {i} " * (i % 7), "chosen": "yes" * (i % 5), "rejected": f"no {i}"} for i in range(900)
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = PrepareOptions(max_bad_rows=500, max_prompt_length=6, truncation_side="right", dataset_num_proc=processes)
+    options = PrepareOptions(max_bad_rows=500, max_prompt_length=5, truncation_side="right", dataset_num_proc=processes)
     whole = prepare_pairs(load_rows(str(file)), chat_tokenizer, options, name="all")
     monkeypatch.setenv("ORPO_DIST_CACHE", str(tmp_path / "other"))
     monkeypatch.setattr(streaming, "PART_BYTES", 1)
@@ -295,3 +295,17 @@ def test_rewording_a_format_keeps_the_cache(plain_tokenizer, monkeypatch):
     prepare_pairs(ROWS, plain_tokenizer, PrepareOptions())
     names = [name for name in built if name.startswith("pairs-")]
     assert len(names) == 2 and names[0] == names[1]
+
+
+def test_notes_of_rows_are_counted_with_the_first_of_them(chat_tokenizer, capsys):
+    thought = {"role": "assistant", "content": "<think>Greet.</think>Hello"}
+    turns = [{"role": "user", "content": "Hi"}, thought, {"role": "user", "content": "And?"}]
+    replies = {"chosen": [{"role": "assistant", "content": "a"}], "rejected": [{"role": "assistant", "content": "b"}]}
+    rows = [{"prompt": turns[:1], **replies}, {"prompt": turns, **replies}, {"prompt": turns, **replies}]
+    template = "{% for m in messages %}{{ m['content'].split('</think>')[-1] }}|{% endfor %}"
+    prepared = prepare_pairs(rows, chat_tokenizer, PrepareOptions(chat_template=template))
+    (note,) = prepared.notes
+    assert (note.rows, note.row) == (2, 1)
+    assert "train: 2 rows: the chat template leaves out the reasoning of earlier answers (first: train, row 1)" in (
+        capsys.readouterr().out
+    )

@@ -3,12 +3,14 @@ from types import SimpleNamespace
 
 import pytest
 from tokenizers import AddedToken
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from orpo_dist.data.chat_template import resolve_chat_template
 from orpo_dist.data.pairs import Pair, PairFormat
-from orpo_dist.data.tokenize import PairTokenizer, TokenizedPair, tokenizer_digest
+from orpo_dist.data.tokenize import NO_EOS_NOTE, PairTokenizer, TokenizedPair, tokenizer_digest
 from orpo_dist.errors import BadRow, UserError
 from orpo_dist.options.data import PrepareOptions
+from tests.tiny_tokenizers import beginning_with, train_bpe
 
 FORMAT = PairFormat("", "prompt", "chosen", "rejected", None, None, False, None)
 USER = {"role": "user", "content": "Two and two?"}
@@ -72,7 +74,7 @@ def test_a_merge_moves_the_last_prompt_token_into_the_completions(plain_tokenize
 def test_nothing_is_doubled(chat_tokenizer):
     result = tokenize(chat_tokenizer, Pair([USER], reply("Four."), reply("Five.")))
     assert chat_tokenizer.decode(result.prompt_ids) == (
-        "<s><|im_start|>user\nTwo and two?<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>user\nTwo and two?<|im_end|>\n<|im_start|>assistant\n"
     )
     assert chat_tokenizer.decode(result.chosen_ids) == "Four.<|im_end|>\n"
     assert chat_tokenizer.decode(result.rejected_ids) == "Five.<|im_end|>\n"
@@ -100,9 +102,7 @@ def test_system_and_tools_are_rendered(chat_tokenizer):
     tools = [{"type": "function", "function": {"name": "add"}}]
     pair = Pair([{"role": "system", "content": "Be brief."}, USER], reply("Four."), reply("Five."), tools)
     text = chat_tokenizer.decode(tokenize(chat_tokenizer, pair).prompt_ids)
-    assert text.startswith(
-        '<s><|im_start|>system\nTools: [{"type": "function", "function": {"name": "add"}}]<|im_end|>'
-    )
+    assert text.startswith('<|im_start|>system\nTools: [{"type": "function", "function": {"name": "add"}}]<|im_end|>')
     assert "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nTwo and two?" in text
 
 
@@ -123,10 +123,22 @@ def test_a_template_that_ends_conversations_with_eos(chat_tokenizer):
     assert chat_tokenizer.decode(result.chosen_ids) == "Four.<|im_end|>\n<|im_end|>"
 
 
-def test_a_template_that_changes_the_prompt_is_a_bad_row(chat_tokenizer):
+def test_a_template_that_changes_the_prompt_is_cut_at_the_end_of_its_last_message(chat_tokenizer):
     template = "{{ messages | length }}" + chat_tokenizer.chat_template
-    with pytest.raises(BadRow, match="renders the prompt differently"):
+    result = tokenize(chat_tokenizer, Pair([USER], reply("Four."), reply("Five.")), chat_template=template)
+    assert chat_tokenizer.decode(result.prompt_ids).startswith("1<|im_start|>user\nTwo and two?")
+    assert chat_tokenizer.decode(result.chosen_ids) == "Four.<|im_end|>\n"
+
+
+def test_a_prompt_without_an_end_is_a_bad_row_and_the_template_is_blamed(chat_tokenizer):
+    """Once an answer follows, this template forgets the question."""
+    template = (
+        "{% if messages[-1].role == 'assistant' %}{{ messages[-1].content }}"
+        "{% else %}Q: {{ messages[0].content }}{% endif %}"
+    )
+    with pytest.raises(BadRow, match="renders the prompt differently once an answer follows") as caught:
         tokenize(chat_tokenizer, Pair([USER], reply("Four."), reply("Five.")), chat_template=template)
+    assert caught.value.kind == "template without a boundary"
 
 
 def test_a_template_that_refuses_a_row(chat_tokenizer):
@@ -150,10 +162,34 @@ def test_text_that_is_rendered_already_is_not_rendered_again(chat_tokenizer):
 
 def test_a_prompt_of_no_tokens(plain_tokenizer):
     assert tokenize(plain_tokenizer, Pair("", "one", "two")).prompt_ids == [plain_tokenizer.bos_token_id]
-    without_bos = copy.deepcopy(plain_tokenizer)
-    without_bos.bos_token = None
+    without_bos = PreTrainedTokenizerFast(tokenizer_object=train_bpe(["<pad>", "</s>"]), eos_token="</s>")
     with pytest.raises(BadRow, match="the prompt has no token"):
         tokenize(without_bos, Pair("", "one", "two"))
+
+
+def test_text_begins_as_the_tokenizer_begins_it():
+    """GPT-2's BOS separates documents: neither the tokenizer nor a template writes it before a text."""
+    pair = Pair("What is the capital of France?", " Paris.", " Nice.")
+    for vocabulary, begun in ((train_bpe(["<s>"]), []), (beginning_with(train_bpe(["<s>"]), "<s>"), [0])):
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=vocabulary, bos_token="<s>", eos_token="<s>")
+        prompt = tokenizer("What is the capital of France?", add_special_tokens=False)["input_ids"]
+        assert tokenize(tokenizer, pair).prompt_ids == begun + prompt
+
+
+def test_a_tokenizer_without_eos_is_a_note():
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=train_bpe(["<s>"]), bos_token="<s>")
+    assert tokenize(tokenizer, TEXTS[0]).notes == [NO_EOS_NOTE]
+    assert tokenize(tokenizer, TEXTS[0], add_eos_token=False).notes == []
+
+
+@pytest.mark.parametrize("template", [None, "zephyr", "{% for m in messages %}{{ m.content }} {% endfor %}"])
+def test_a_rendering_is_the_tokens_of_apply_chat_template(chat_tokenizer, template):
+    pair = Pair([USER], reply("Four."), reply("Five."))
+    result = tokenize(chat_tokenizer, pair, chat_template=template)
+    text = chat_tokenizer.apply_chat_template(
+        [USER, *reply("Four.")], chat_template=resolve_chat_template(template, chat_tokenizer), tokenize=False
+    )
+    assert result.prompt_ids + result.chosen_ids == chat_tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 # -- lengths --

@@ -32,8 +32,8 @@ def chosen(model, **changes):
     return layout
 
 
-def run(layout, model, totals=True):
-    batch = layout.collator(ROWS)
+def run(layout, model, totals=True, rows=ROWS):
+    batch = layout.collator(rows)
     made = batch["orpo_layout"]
     if totals:
         made.tokens, made.pairs = made.counts().float().unbind()
@@ -50,6 +50,42 @@ def test_packed_is_padded(tiny_llama):
     theirs.loss.backward()
     for one, other in zip(packed.parameters(), padded.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
+
+
+def with_turns(tokens: list[int]) -> list[dict]:
+    """The rows with turns that the model did not write, of these tokens, in both completions."""
+    size = len(tokens)
+    return [
+        {
+            **row,
+            "chosen_ids": row["chosen_ids"] + tokens + [7, 8, *tokens, 9],
+            "chosen_context": [len(row["chosen_ids"]), len(row["chosen_ids"]) + size,
+                               len(row["chosen_ids"]) + size + 2, len(row["chosen_ids"]) + 2 * size + 2],
+            "rejected_ids": [6, *tokens, *row["rejected_ids"]],
+            "rejected_context": [1, 1 + size],
+        }
+        for row in ROWS
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("nll_scope", ["sequence", "completion"])
+@pytest.mark.parametrize("prefix_sharing", [True, False])
+def test_packed_is_padded_with_turns_that_are_not_scored(tiny_llama, prefix_sharing, nll_scope):
+    packed, padded = tiny_llama(64), tiny_llama(64)
+    rows, options = with_turns([11, 12, 13]), {"nll_scope": nll_scope}
+    ours = run(chosen(packed, prefix_sharing=prefix_sharing, **options), packed, rows=rows)
+    theirs = run(chosen(padded, padding_free=False, **options), padded, rows=rows)
+    assert ours.loss.item() == pytest.approx(theirs.loss.item(), rel=1e-5)
+    torch.testing.assert_close(ours.scores.chosen_logps, theirs.scores.chosen_logps)
+    torch.testing.assert_close(ours.scores.rejected_logps, theirs.scores.rejected_logps)
+    ours.loss.backward()
+    theirs.loss.backward()
+    for one, other in zip(packed.parameters(), padded.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
+    everything = [{**row, "chosen_context": [], "rejected_context": []} for row in rows]
+    assert run(chosen(packed, **options), packed, rows=everything).loss.item() != pytest.approx(
+        ours.loss.item(), rel=1e-3
+    )
 
 
 def test_without_totals_the_padded_layout_has_scores_alone(tiny_llama):

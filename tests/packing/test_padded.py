@@ -49,3 +49,21 @@ def test_encoder_decoder_rows_are_not_shifted_twice():
     layout = batch["orpo_layout"]
     assert layout.targets.tolist() == [[7, 2, 0], [4, 2, 0], [8, 9, 2], [3, 2, 0]]
     assert layout.counts().tolist() == [4, 2]
+
+
+# The second pair's chosen completion: an answer, a turn of the user, an answer.
+TURNS = [
+    ROWS[0],
+    {"prompt_ids": [5, 1], "chosen_ids": [4, 2, 8, 8, 9, 3], "chosen_context": [2, 4], "rejected_ids": [3, 7, 2],
+     "rejected_context": [1, 2], "weight": 1.0, "index": 1},
+]  # fmt: skip
+
+
+def test_turns_that_the_model_did_not_write_are_not_scored():
+    layout = PaddedCollator(pad_token_id=0, nll_scope="sequence")(TURNS)["orpo_layout"]
+    assert layout.completion.tolist()[1::2] == crosses([". x x . . x x .", ". x . x . . . ."])
+    assert layout.nll.tolist() == crosses(["x x x . . . . .", "x x x . . x x ."])
+    assert layout.counts().tolist() == [3 + 5, 2]
+    layout = EncoderDecoderCollator(pad_token_id=0, decoder_start_token_id=1)(TURNS)["orpo_layout"]
+    assert layout.completion.tolist() == crosses(["x x . . . .", "x x . . x x", "x x x . . .", "x . x . . ."])
+    assert layout.counts().tolist() == [2 + 4, 2]

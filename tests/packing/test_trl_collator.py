@@ -13,18 +13,26 @@ ROWS = [
 ]
 
 
-def test_a_collator_written_for_trl_gives_the_same_batch():
+WITH_TURNS = [
+    ROWS[0],
+    {**ROWS[1], "chosen_ids": [4, 2, 8, 9, 3], "chosen_context": [2, 4], "rejected_context": [1, 2]},
+]
+
+
+@pytest.mark.parametrize("rows", [ROWS, WITH_TURNS])
+def test_a_collator_written_for_trl_gives_the_same_batch(rows):
     from trl.experimental.utils import DPODataCollatorWithPadding
 
-    ours = PaddedCollator(pad_token_id=0, nll_scope="sequence")(ROWS)
-    theirs = TRLCollator(DPODataCollatorWithPadding(pad_token_id=0), pad_token_id=0, nll_scope="sequence")(ROWS)
+    ours = PaddedCollator(pad_token_id=0, nll_scope="sequence")(rows)
+    theirs = TRLCollator(DPODataCollatorWithPadding(pad_token_id=0), pad_token_id=0, nll_scope="sequence")(rows)
     assert torch.equal(ours["input_ids"], theirs["input_ids"])
     assert torch.equal(ours["attention_mask"], theirs["attention_mask"])
     for name in ("completion", "nll", "weight"):
         assert torch.equal(getattr(ours["orpo_layout"], name), getattr(theirs["orpo_layout"], name)), name
     completion = ours["orpo_layout"].completion
     assert torch.equal(ours["orpo_layout"].targets[completion], theirs["orpo_layout"].targets[completion])
-    assert torch.equal(ours["orpo_layout"].targets[:2], theirs["orpo_layout"].targets[:2])
+    nll = ours["orpo_layout"].nll
+    assert torch.equal(ours["orpo_layout"].targets[:2][nll], theirs["orpo_layout"].targets[:2][nll])
 
 
 def test_a_batch_without_what_the_loss_needs_is_refused():

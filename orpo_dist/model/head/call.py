@@ -75,7 +75,7 @@ def _call_linear(
             rows,
             head.weight,
             layout.targets,
-            [PairRows(s.nll_prompt, s.chosen, s.rejected) for s in layout.segments],
+            [PairRows(s.nll_prompt, s.scored_chosen, s.scored_rejected) for s in layout.segments],
             layout.weight,
             options.objective,
             bias=head.bias,
