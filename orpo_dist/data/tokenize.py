@@ -4,25 +4,18 @@ What the model sees is tokenised as a whole (prompt + completion), and then cut 
 characters of the prompt with the first of the completion, and a model that generates never sees such a prompt token.
 """
 
-import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from orpo_dist.data.cache import digest
-from orpo_dist.data.chat_template import ProcessingClass, resolve_chat_template
+from orpo_dist.data.chat_template import resolve_chat_template
 from orpo_dist.data.messages import Message, text_of
 from orpo_dist.data.pairs import Pair, PairFormat, common_length
 from orpo_dist.errors import BadRow, UserError
 from orpo_dist.images.decode import StoredImage
 from orpo_dist.options.data import PrepareOptions
-
-# What a saved tokenizer says of where it was loaded from, and of what its last call padded or truncated to.
-TRANSIENT_SETTINGS = ("name_or_path", "is_local", "local_files_only", "padding", "truncation")
 
 
 @dataclass(frozen=True)
@@ -63,23 +56,6 @@ class SplitPair:
     rejected: list[int]
     fixed: frozenset[int] = frozenset()
     after_text: int = 0
-
-
-def tokenizer_digest(processing_class: ProcessingClass) -> str:
-    """A name for what a tokenizer or processor does: equal vocabulary, merges, special tokens and image settings, equal
-    name."""
-    parts = []
-    with tempfile.TemporaryDirectory() as folder:
-        processing_class.save_pretrained(folder)
-        for file in sorted(Path(folder).iterdir()):
-            content = file.read_bytes()
-            if file.suffix == ".json":
-                settings = json.loads(content)
-                if isinstance(settings, dict):
-                    settings = {key: value for key, value in settings.items() if key not in TRANSIENT_SETTINGS}
-                content = json.dumps(settings, sort_keys=True).encode()
-            parts += [file.name.encode(), content]
-    return digest(parts)
 
 
 class PairTokenizer:

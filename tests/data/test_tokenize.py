@@ -2,11 +2,9 @@ import copy
 from types import SimpleNamespace
 
 import pytest
-from tokenizers import AddedToken
-from transformers import AutoTokenizer
 
 from orpo_dist.data.pairs import Pair, PairFormat
-from orpo_dist.data.tokenize import PairTokenizer, TokenizedPair, tokenizer_digest
+from orpo_dist.data.tokenize import PairTokenizer, TokenizedPair
 from orpo_dist.errors import BadRow, UserError
 from orpo_dist.options.data import PrepareOptions
 
@@ -250,14 +248,3 @@ def test_encoder_decoder_lengths(t5_tokenizer):
     left = tokenize(t5_tokenizer, LONG, is_encoder_decoder=True, max_prompt_length=4)
     right = tokenize(t5_tokenizer, LONG, is_encoder_decoder=True, max_prompt_length=4, truncation_side="right")
     assert left.prompt_ids == full[-4:] and right.prompt_ids == [*full[:3], t5_tokenizer.eos_token_id]
-
-
-def test_tokenizer_digest(chat_tokenizer, plain_tokenizer, tmp_path):
-    digest = tokenizer_digest(chat_tokenizer)
-    assert digest != tokenizer_digest(plain_tokenizer)
-    chat_tokenizer.save_pretrained(tmp_path)
-    reloaded = AutoTokenizer.from_pretrained(tmp_path)
-    reloaded(["a", "b c"], padding=True, truncation=True, max_length=7)
-    assert tokenizer_digest(reloaded) == digest
-    reloaded.add_tokens(AddedToken("<new>"))
-    assert tokenizer_digest(reloaded) != digest
