@@ -6,6 +6,7 @@ characters of the prompt with the first of the completion, and a model that gene
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from orpo_dist.data.chat_template import resolve_chat_template
 from orpo_dist.data.messages import Message, text_of
 from orpo_dist.data.pairs import Pair, PairFormat, common_length
+from orpo_dist.data.truncation import WrittenTokens, kept_places, tail_tokens, written_after_text
 from orpo_dist.errors import BadRow, UserError
 from orpo_dist.images.decode import StoredImage
 from orpo_dist.options.data import PrepareOptions
@@ -86,13 +88,13 @@ class PairTokenizer:
         texts = [text for item in rendered if isinstance(item, RenderedPair) for text in self._texts(item)]
         ids = iter(self._ids(texts))
         result: list[TokenizedPair | BadRow] = []
-        for item in rendered:
+        for source, item in zip(pairs, rendered, strict=True):
             if isinstance(item, BadRow):
                 result.append(item)
                 continue
             prompt, chosen, rejected = next(ids), next(ids), next(ids)
             try:
-                result.append(self._assemble(item, prompt, chosen, rejected))
+                result.append(self._assemble(source, item, prompt, chosen, rejected))
             except BadRow as bad:
                 result.append(bad)
         return result
@@ -191,12 +193,17 @@ class PairTokenizer:
         )["input_ids"]
 
     def _assemble(
-        self, text: RenderedPair, prompt: list[int], with_chosen: list[int], with_rejected: list[int]
+        self,
+        source: Pair,
+        text: RenderedPair,
+        prompt: list[int],
+        with_chosen: list[int],
+        with_rejected: list[int],
     ) -> TokenizedPair:
         options = self.options
         pair = self._split(text, prompt, with_chosen, with_rejected)
         for column, ids in ((self.format.chosen, pair.chosen), (self.format.rejected, pair.rejected)):
-            if not ids:
+            if not ids or (options.is_encoder_decoder and self._written.is_empty(ids)):
                 raise BadRow("empty completion", column, "the tokenizer makes no token of it")
         chosen, rejected = pair.chosen, pair.rejected
         if options.add_eos_token:
@@ -204,7 +211,7 @@ class PairTokenizer:
 
         kept = list(range(len(pair.prompt)))
         if options.max_prompt_length is not None and len(kept) > options.max_prompt_length:
-            kept = self._kept(pair, text.generation_prompt, options.max_prompt_length)
+            kept = self._kept(source, text, pair, options.max_prompt_length)
         room = self._room(len(kept), len(pair.fixed))
         cut_chosen, cut_rejected = self._cut_completion(chosen, room), self._cut_completion(rejected, room)
         if cut_chosen == cut_rejected:
@@ -242,7 +249,7 @@ class PairTokenizer:
 
     def _with_eos(self, completion: list[int]) -> list[int]:
         eos = self.tokenizer.eos_token_id
-        if eos is None:
+        if eos is None or (self.options.is_encoder_decoder and self._written.ends_with(completion, eos)):
             return completion
         end = len(completion)
         while end > 0 and completion[end - 1] != eos and self._is_white_space(completion[end - 1]):
@@ -253,32 +260,46 @@ class PairTokenizer:
     def _is_white_space(self, token: int) -> bool:
         return not str(self.tokenizer.decode([token])).strip()
 
-    def _kept(self, pair: SplitPair, generation_prompt: str, limit: int) -> list[int]:
+    @cached_property
+    def _written(self) -> WrittenTokens:
+        return WrittenTokens.by(self.tokenizer)
+
+    def _kept(self, source: Pair, text: RenderedPair, pair: SplitPair, limit: int) -> list[int]:
         """Places of the prompt's tokens that stay when it is cut to `limit` tokens. Images stay whole."""
-        prompt, bos = pair.prompt, self.tokenizer.bos_token_id
-        first, end, from_left = 0, len(prompt), self.options.truncation_side == "left"
-        if from_left:
-            first = int(prompt[0] == bos)
-        else:
+        prompt, bos, side = pair.prompt, self.tokenizer.bos_token_id, self.options.truncation_side
+        head, tail = int(side == "left" and prompt[0] == bos), 0
+        if self.options.is_encoder_decoder:
+            head, tail = self._written.around(prompt)
+            if head + tail >= limit:
+                raise BadRow(
+                    "prompt too long",
+                    self.format.prompt,
+                    f"max_prompt_length={limit} leaves no room beside the {head + tail} tokens that the tokenizer "
+                    "writes around every text",
+                )
+        elif side == "right":
             # A right cut would take away the header of the assistant's turn, and with it what makes the reply a reply.
-            tail = len(self._ids([generation_prompt])[0]) if generation_prompt else 0
-            if self.options.is_encoder_decoder:
-                tail = int(prompt[-1] == self.tokenizer.eos_token_id)
-            tail += pair.after_text
-            end, from_left = (end - tail, False) if tail < limit else (end, True)
-        excess = len(prompt) - limit
-        free = [place for place in range(first, end) if place not in pair.fixed]
-        if len(free) < excess:
+            tail = tail_tokens(self._ids, text.prompt, self._tail(source, text)) + pair.after_text
+            side, tail = ("right", tail) if tail < limit else ("left", 0)
+        kept = kept_places(len(prompt), limit, side, head, tail, pair.fixed)
+        if kept is None:
             raise BadRow(
                 "images too long",
                 self._image_column,
                 f"the images take {len(pair.fixed)} tokens of the prompt, which are never cut: more than "
                 f"max_prompt_length={limit} leaves",
             )
-        gone = set(free[:excess] if from_left else free[len(free) - excess :])
-        kept = [place for place in range(len(prompt)) if place not in gone]
         # BOS may be what starts a turn, as SmolLM2's: no second one.
-        return kept[1:] if first and len(kept) > 1 and prompt[kept[1]] == bos else kept
+        return kept[1:] if head and len(kept) > 1 and prompt[0] == prompt[kept[1]] == bos else kept
+
+    def _tail(self, source: Pair, text: RenderedPair) -> str:
+        """What the template writes at the end of the prompt, after the text of its last message."""
+        if isinstance(source.prompt, str) or not source.prompt:
+            return text.generation_prompt
+        tail = written_after_text(
+            lambda messages: self._apply(messages, source, add_generation_prompt=True), source.prompt, text.prompt
+        )
+        return text.generation_prompt if tail is None else tail
 
     def _room(self, prompt_length: int, image_tokens: int) -> int | None:
         """Most tokens that a completion may have after a prompt of this length; None where nothing bounds it."""
@@ -301,6 +322,6 @@ class PairTokenizer:
     def _cut_completion(self, completion: list[int], room: int | None) -> list[int]:
         if room is None or len(completion) <= room:
             return completion
-        if self.options.is_encoder_decoder and completion[-1] == self.tokenizer.eos_token_id:
-            return [*completion[: room - 1], completion[-1]]  # as the tokenizer's own truncation, which TRL uses
+        if self.options.is_encoder_decoder:
+            return self._written.cut(completion, room, self.tokenizer.eos_token_id)
         return completion[:room]

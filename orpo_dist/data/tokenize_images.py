@@ -164,6 +164,10 @@ class ImagePairTokenizer(PairTokenizer):
         found = text[start : len(text) - end]
         return found if found.count(self.placeholder) == 1 else self.placeholder
 
+    def _tail(self, source: Pair, text: RenderedPair) -> str:
+        # Up to the last image it stays anyway, and has another number of tokens than its text.
+        return super()._tail(source, text).rpartition(self.placeholder)[2]
+
     # -- tokens --
 
     def _split(

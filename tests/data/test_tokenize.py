@@ -174,11 +174,13 @@ def test_max_prompt_length(plain_tokenizer, max_prompt_length, side):
 
 
 def test_a_right_cut_keeps_the_header_of_the_reply(chat_tokenizer):
+    """And the end of the user's turn, without which the header would stand inside of it."""
     pair = Pair([{"role": "user", "content": LONG.prompt}], reply("Four."), reply("Five."))
     full = tokenize(chat_tokenizer, pair).prompt_ids
-    header = chat_tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
-    result = tokenize(chat_tokenizer, pair, max_prompt_length=9, truncation_side="right")
-    assert result.prompt_ids == full[: 9 - len(header)] + header
+    tail = chat_tokenizer("<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
+    limit = len(tail) + 5
+    result = tokenize(chat_tokenizer, pair, max_prompt_length=limit, truncation_side="right")
+    assert result.prompt_ids == full[:5] + tail
 
 
 def test_max_completion_length(plain_tokenizer):
