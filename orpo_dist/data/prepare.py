@@ -10,7 +10,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -55,6 +55,7 @@ Rows: TypeAlias = Dataset | IterableDataset | Sequence[dict[str, Any]]
 _FEATURES = Features(
     {
         **{name: ListOf(Value("int32")) for name in TOKEN_COLUMNS},
+        "notes": ListOf(Value("string")),
         "row": Value("int64"),
         "truncated_prompt": Value("bool"),
         "truncated_completions": Value("int8"),
@@ -80,7 +81,8 @@ _IMAGE_FEATURES = Features(
 @dataclass(frozen=True)
 class PreparedPairs:
     """Tokenised pairs and what became of the rows. `rows`: before the audit. `truncated_completions` counts
-    completions (at most two per pair), `truncated_prompts` prompts."""
+    completions (at most two per pair), `truncated_prompts` prompts. `notes`: what is worth knowing of pairs that are
+    trained on, with how many there are and the first of them."""
 
     dataset: Dataset
     dropped: list[DroppedRow]
@@ -88,6 +90,7 @@ class PreparedPairs:
     rows: int
     truncated_completions: int
     truncated_prompts: int
+    notes: list[str] = field(default_factory=list)
 
     def summary(self, name: str) -> str:
         """The counts as one or two lines for the terminal."""
@@ -99,7 +102,7 @@ class PreparedPairs:
             parts.append(f"{self.truncated_prompts} prompts cut")
         if self.truncated_completions:
             parts.append(f"{self.truncated_completions} completions cut")
-        return f"{name}: {self.format}\n{name}: {', '.join(parts)}"
+        return "\n".join(f"{name}: {line}" for line in (self.format, ", ".join(parts), *self.notes))
 
 
 def prepare_pairs(
@@ -281,11 +284,21 @@ def _build(folder: Path, rows: Dataset, step: "_Step", options: PrepareOptions, 
         "rows": len(rows),
         "truncated_prompts": sum(kept["truncated_prompt"]),
         "truncated_completions": sum(kept["truncated_completions"]),
+        "notes": _row_notes(kept),
         "dropped": list(bad.select_columns([f.name for f in fields(DroppedRow)])),
     }
     (folder / "report.json").write_text(json.dumps(report, ensure_ascii=False), encoding="utf-8")
     for file in folder.glob("audited*.arrow"):
         file.unlink()
+
+
+def _row_notes(kept: Dataset) -> list[str]:
+    """One line per kind of note: how many rows have it, and which is the first."""
+    rows: dict[str, list[int]] = {}
+    for number, notes in zip(kept["row"], kept["notes"], strict=True):
+        for note in notes:
+            rows.setdefault(note, []).append(number)
+    return [f"{len(found)} rows: {note} (first: row {found[0]})" for note, found in rows.items()]
 
 
 def _read(folder: Path, name: str) -> PreparedPairs:
@@ -300,6 +313,7 @@ def _read(folder: Path, name: str) -> PreparedPairs:
         rows=report["rows"],
         truncated_completions=report["truncated_completions"],
         truncated_prompts=report["truncated_prompts"],
+        notes=report["notes"],
     )
 
 

@@ -5,7 +5,7 @@ characters of the prompt with the first of the completion, and a model that gene
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from jinja2 import TemplateError
@@ -15,6 +15,7 @@ from orpo_dist.data.chat_template import resolve_chat_template
 from orpo_dist.data.messages import Message, text_of
 from orpo_dist.data.pairs import Pair, PairFormat, common_length
 from orpo_dist.data.truncation import WrittenTokens, kept_places, tail_tokens, written_after_text
+from orpo_dist.data.typed_tokens import TextTokenizer, TokenNotes
 from orpo_dist.errors import BadRow, UserError
 from orpo_dist.images.decode import StoredImage
 from orpo_dist.options.data import PrepareOptions
@@ -23,13 +24,18 @@ from orpo_dist.options.data import PrepareOptions
 @dataclass(frozen=True)
 class TokenizedPair:
     """Token ids of a pair. The model sees prompt_ids + chosen_ids (P + C tokens) and prompt_ids + rejected_ids (P + R);
-    BOS and EOS are in them. For an encoder-decoder model the completions are the decoder's labels."""
+    BOS and EOS are in them. For an encoder-decoder model the completions are the decoder's labels.
+
+    Attributes:
+        notes: what is worth knowing of a pair that is trained on, as `PreparedPairs.notes` counts it.
+    """
 
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
     truncated_prompt: bool
     truncated_completions: int
+    notes: list[str] = field(default_factory=list, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -80,10 +86,13 @@ class PairTokenizer:
         self.options = options
         self.chat_template = chat_template or resolve_chat_template(options.chat_template, tokenizer)
         template = self.chat_template or ""
+        self._text_tokenizer = TextTokenizer(tokenizer) if options.split_special_tokens else None
         self.turn_tokens = [token for token in tokenizer.all_special_tokens if token in template]
 
     def __call__(self, pairs: Sequence[Pair]) -> list[TokenizedPair | BadRow]:
         """Tokenises the pairs in one call of the tokenizer; a pair that proves unfit comes back as its BadRow."""
+        if self._text_tokenizer is not None:
+            pairs = [self._text_tokenizer.hide(pair) for pair in pairs]
         rendered = [self._render_or_bad(pair) for pair in pairs]
         texts = [text for item in rendered if isinstance(item, RenderedPair) for text in self._texts(item)]
         ids = iter(self._ids(texts))
@@ -94,10 +103,19 @@ class PairTokenizer:
                 continue
             prompt, chosen, rejected = next(ids), next(ids), next(ids)
             try:
-                result.append(self._assemble(source, item, prompt, chosen, rejected))
+                result.append(self._noted(source, self._assemble(source, item, prompt, chosen, rejected)))
             except BadRow as bad:
                 result.append(bad)
         return result
+
+    def _noted(self, source: Pair, result: TokenizedPair) -> TokenizedPair:
+        ids = (result.prompt_ids, result.chosen_ids, result.rejected_ids)
+        notes = self._token_notes.of(source, ids, self.format)
+        return replace(result, notes=[*result.notes, *notes]) if notes else result
+
+    @cached_property
+    def _token_notes(self) -> TokenNotes:
+        return TokenNotes(self.tokenizer, typed=self._text_tokenizer is None)
 
     # -- text --
 
@@ -181,14 +199,15 @@ class PairTokenizer:
             return [pair.prompt, pair.chosen, pair.rejected]
         return [pair.prompt, pair.prompt + pair.chosen, pair.prompt + pair.rejected]
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
+        if self._text_tokenizer is not None:
+            return self._text_tokenizer.ids(texts, add_special_tokens=self.options.is_encoder_decoder)
         return self.tokenizer(
-            texts,
+            list(texts),
             add_special_tokens=self.options.is_encoder_decoder,
             return_attention_mask=False,
-            return_token_type_ids=False,
             verbose=False,  # no warning about texts longer than the model: lengths are this module's job
         )["input_ids"]
 
@@ -204,7 +223,7 @@ class PairTokenizer:
         pair = self._split(text, prompt, with_chosen, with_rejected)
         for column, ids in ((self.format.chosen, pair.chosen), (self.format.rejected, pair.rejected)):
             if not ids or (options.is_encoder_decoder and self._written.is_empty(ids)):
-                raise BadRow("empty completion", column, "the tokenizer makes no token of it")
+                raise BadRow("empty completion", column, "the tokenizer makes no token of it: it knows no character")
         chosen, rejected = pair.chosen, pair.rejected
         if options.add_eos_token:
             chosen, rejected = self._with_eos(chosen), self._with_eos(rejected)
@@ -237,14 +256,25 @@ class PairTokenizer:
         if self.options.is_encoder_decoder:
             return SplitPair(prompt, with_chosen, with_rejected)
         length = common_length(prompt, with_chosen, with_rejected)
-        return SplitPair(self._with_bos(with_chosen[:length]), with_chosen[length:], with_rejected[length:])
+        whole = self._with_bos(with_chosen[:length])
+        if not whole:
+            raise self._empty_prompt(text, prompt)
+        return SplitPair(whole, with_chosen[length:], with_rejected[length:])
+
+    def _empty_prompt(self, text: RenderedPair, prompt: list[int]) -> BadRow:
+        """Why nothing is left of the prompt, for a tokenizer without BOS."""
+        if prompt:
+            reason = f"the tokenizer merges all of the prompt, {text.prompt!r}, with the beginning of the completions"
+        elif text.prompt.strip():
+            reason = f"the tokenizer knows no character of the prompt {text.prompt[:40]!r}"
+        else:
+            reason = "the prompt has no token"
+        return BadRow("empty prompt", self.format.prompt, reason)
 
     def _with_bos(self, prompt: list[int]) -> list[int]:
         bos = self.tokenizer.bos_token_id
         if bos is not None and prompt[:1] != [bos]:
             return [bos, *prompt]
-        if not prompt:
-            raise BadRow("empty prompt", self.format.prompt, "the prompt has no token")
         return prompt
 
     def _with_eos(self, completion: list[int]) -> list[int]:

@@ -19,6 +19,7 @@ from orpo_dist.data.messages import Message
 from orpo_dist.data.pairs import Pair, PairFormat, common_length
 from orpo_dist.data.place_images import PLACEHOLDER
 from orpo_dist.data.tokenize import PairTokenizer, RenderedPair, SplitPair, TokenizedPair
+from orpo_dist.data.typed_tokens import TokenNotes
 from orpo_dist.errors import BadRow, UserError
 from orpo_dist.images.decode import StoredImage, open_image
 from orpo_dist.images.source import fetch_all, is_url
@@ -69,6 +70,11 @@ class ImagePairTokenizer(PairTokenizer):
     """
 
     def __init__(self, processor: ProcessorMixin, pair_format: PairFormat, options: PrepareOptions):
+        if options.split_special_tokens:
+            raise UserError(
+                "split_special_tokens=true: not for a vision-language model, whose processor reads the special tokens "
+                "of its images in the text."
+            )
         template = resolve_chat_template(options.chat_template, processor)
         super().__init__(processor.tokenizer, pair_format, options, template)
         self.processor = processor
@@ -84,6 +90,10 @@ class ImagePairTokenizer(PairTokenizer):
         outcomes = [_with_fetched(pair, fetched) for pair in pairs]
         results = iter(super().__call__([outcome for outcome in outcomes if isinstance(outcome, Pair)]))
         return [next(results) if isinstance(outcome, Pair) else outcome for outcome in outcomes]
+
+    @cached_property
+    def _token_notes(self) -> TokenNotes:
+        return TokenNotes(self.tokenizer, ignored=(self.placeholder, PLACEHOLDER))
 
     # -- text --
 

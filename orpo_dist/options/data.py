@@ -86,6 +86,10 @@ class DataOptions:
         "turn. False: strings only, message lists are refused.",
     )
     add_eos_token: bool = _option(True, "End every completion with EOS where it does not end with it already.")
+    split_special_tokens: bool = _option(
+        False,
+        "Special tokens that rows spell (`</s>` in an answer) stay text; what the chat template writes is special.",
+    )
 
 
 @dataclass
