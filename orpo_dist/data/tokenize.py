@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from orpo_dist.data.chat_template import resolve_chat_template
 from orpo_dist.data.messages import Message, text_of
@@ -91,6 +91,7 @@ class PairTokenizer:
 
     def __call__(self, pairs: Sequence[Pair]) -> list[TokenizedPair | BadRow]:
         """Tokenises the pairs in one call of the tokenizer; a pair that proves unfit comes back as its BadRow."""
+        self._check_renderer(pairs)
         if self._text_tokenizer is not None:
             pairs = [self._text_tokenizer.hide(pair) for pair in pairs]
         rendered = [self._render_or_bad(pair) for pair in pairs]
@@ -107,6 +108,17 @@ class PairTokenizer:
             except BadRow as bad:
                 result.append(bad)
         return result
+
+    def _check_renderer(self, pairs: Sequence[Pair]) -> None:
+        """mistral-common renders messages to token ids by code of its own, and takes no chat template."""
+        renders = isinstance(self.tokenizer, PreTrainedTokenizer | PreTrainedTokenizerFast)
+        if not renders and not all(isinstance(pair.prompt, str) for pair in pairs):
+            raise UserError(
+                f"The rows are lists of messages, and {type(self.tokenizer).__name__} takes no chat template: the "
+                "model has a tekken.json and no tokenizer.json, so that mistral-common reads it. Write a "
+                "tokenizer.json beside it: convert_tekken_tokenizer('tekken.json').save_pretrained('.'), from "
+                "transformers.integrations.mistral."
+            )
 
     def _noted(self, source: Pair, result: TokenizedPair) -> TokenizedPair:
         ids = (result.prompt_ids, result.chosen_ids, result.rejected_ids)
