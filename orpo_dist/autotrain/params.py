@@ -91,6 +91,7 @@ class LLMTrainingParams:
         None, "Put string prompts and answers into turns. Unset: where the tokenizer has a chat template."
     )
     allow_template_drops: bool = _data_option("allow_template_drops")
+    split_special_tokens: bool = _data_option("split_special_tokens")
     add_eos_token: bool = _data_option("add_eos_token")
     padding: str = _option("right", "Side of the padding; ORPO's loss does not depend on it.")
     block_size: int | tuple[int, ...] = _option(

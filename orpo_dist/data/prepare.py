@@ -35,8 +35,9 @@ from orpo_dist.data.rows import (
     undecoded,
 )
 from orpo_dist.data.streaming import content_digest, each_row, in_parts
-from orpo_dist.data.tokenize import PairTokenizer, TokenizedPair, tokenizer_digest
+from orpo_dist.data.tokenize import PairTokenizer, TokenizedPair
 from orpo_dist.data.tokenize_images import ImagePairTokenizer
+from orpo_dist.data.tokenizer_identity import tokenizer_digest
 from orpo_dist.distributed.once import built_on_first_rank, is_first_rank
 from orpo_dist.errors import BadRow, UserError
 from orpo_dist.images.decode import StoredImage, image_identity, open_image, require_pillow

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from orpo_dist.data.chat_template import resolve_chat_template
 from orpo_dist.data.messages import Message, text_of
@@ -61,7 +61,10 @@ class PairRenderer:
         self.options = options
         self.chat_template = chat_template or resolve_chat_template(options.chat_template, tokenizer)
         self.tools_template = chat_template or resolve_chat_template(options.chat_template, tokenizer, tools=True)
-        self.marks = [token.content for token in tokenizer.added_tokens_decoder.values()]
+        known = isinstance(
+            tokenizer, PreTrainedTokenizer | PreTrainedTokenizerFast
+        )  # mistral-common's has no such list
+        self.marks = [token.content for token in tokenizer.added_tokens_decoder.values()] if known else []
         self.markers = RenderedMarkers(tokenizer, self.chat_template)
 
     def render(self, pair: Pair) -> RenderedPair:

@@ -41,9 +41,13 @@ DIALOGUES = (
 )
 
 
+HTML_TAG = re.compile(r"</?([a-z]+)>")
+
+
 class RenderedMarkers:
     """The signs of a chat template in a text, for one tokenizer: those of public templates, and its own special tokens
-    as far as its template writes them, with EOS.
+    as far as its template writes them, with EOS. `<s>` and `</s>` are HTML too: they are signs at the beginning or the
+    end of a text that has only one of the two.
 
     Args:
         template: the chat template that would render the text.
@@ -52,7 +56,9 @@ class RenderedMarkers:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None):
         own = [token for token in tokenizer.all_special_tokens if token in (template or "")]
         own += [tokenizer.eos_token] if tokenizer.eos_token else []
-        markers = {*MARKERS, *(token for token in own if not any(word in token.lower() for word in MEDIA))}
+        own = [token for token in own if not any(word in token.lower() for word in MEDIA)]
+        self.tags = {token for token in own if HTML_TAG.fullmatch(token)}
+        markers = {*MARKERS, *own} - self.tags
         # The longest first, so that the message names the whole marker.
         self.pattern = re.compile("|".join(re.escape(m) for m in sorted(markers, key=lambda m: (-len(m), m))))
 
@@ -61,7 +67,17 @@ class RenderedMarkers:
         found = self.pattern.search(text)
         if found:
             return found[0]
+        if tag := next((tag for tag in self.tags if _ends_with_one(text.strip(), tag)), None):
+            return tag
         if "uman:" not in text and "ser:" not in text and "USER:" not in text and "### Instruction:" not in text:
             return None
         dialogue = next((match for dialogue in DIALOGUES if (match := dialogue.match(text))), None)
         return dialogue[0].strip().split("\n")[0].split(":")[0] + ":" if dialogue else None
+
+
+def _ends_with_one(text: str, tag: str) -> bool:
+    """Whether the tag stands at an end of the text, without its partner somewhere in it."""
+    if not text.startswith(tag) and not text.endswith(tag):
+        return False
+    partner = f"<{tag[2:]}" if tag[1] == "/" else f"</{tag[1:]}"
+    return partner not in text

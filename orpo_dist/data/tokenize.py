@@ -4,21 +4,18 @@ What the model sees is tokenised as a whole (prompt + completion), and then cut 
 characters of the prompt with the first of the completion, and a model that generates never sees such a prompt token.
 """
 
-import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 
-from orpo_dist.data.cache import digest
-from orpo_dist.data.chat_template import ProcessingClass
-from orpo_dist.data.pairs import Pair, common_length
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from orpo_dist.data.pairs import Pair, PairFormat, common_length
 from orpo_dist.data.render_pair import PairRenderer, RenderedPair
-from orpo_dist.errors import BadRow
-
-# What a saved tokenizer says of where it was loaded from, and of what its last call padded or truncated to.
-TRANSIENT_SETTINGS = ("name_or_path", "is_local", "local_files_only", "padding", "truncation")
+from orpo_dist.data.truncation import WrittenTokens, kept_places, tail_tokens, written_after_text
+from orpo_dist.data.typed_tokens import TextTokenizer, TokenNotes
+from orpo_dist.errors import BadRow, UserError
+from orpo_dist.options.data import PrepareOptions
 
 NO_EOS_NOTE = "add_eos_token adds nothing, since the tokenizer has no EOS token: these answers have no end"
 
@@ -60,23 +57,6 @@ class SplitPair:
     after_text: int = 0
 
 
-def tokenizer_digest(processing_class: ProcessingClass) -> str:
-    """A name for what a tokenizer or processor does: equal vocabulary, merges, special tokens and image settings, equal
-    name."""
-    parts = []
-    with tempfile.TemporaryDirectory() as folder:
-        processing_class.save_pretrained(folder)
-        for file in sorted(file for file in Path(folder).rglob("*") if file.is_file()):
-            content = file.read_bytes()
-            if file.suffix == ".json":
-                settings = json.loads(content)
-                if isinstance(settings, dict):
-                    settings = {key: value for key, value in settings.items() if key not in TRANSIENT_SETTINGS}
-                content = json.dumps(settings, sort_keys=True).encode()
-            parts += [file.relative_to(folder).as_posix().encode(), content]
-    return digest(parts)
-
-
 class PairTokenizer(PairRenderer):
     """Tokenises pairs of one format with one tokenizer.
 
@@ -85,22 +65,55 @@ class PairTokenizer(PairRenderer):
             lists without any chat template, at the first of them).
     """
 
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        pair_format: PairFormat,
+        options: PrepareOptions,
+        chat_template: str | None = None,
+    ):
+        super().__init__(tokenizer, pair_format, options, chat_template)
+        self._text_tokenizer = TextTokenizer(tokenizer) if options.split_special_tokens else None
+
     def __call__(self, pairs: Sequence[Pair]) -> list[TokenizedPair | BadRow]:
         """Tokenises the pairs in one call of the tokenizer; a pair that proves unfit comes back as its BadRow."""
+        self._check_renderer(pairs)
+        if self._text_tokenizer is not None:
+            pairs = [self._text_tokenizer.hide(pair) for pair in pairs]
         rendered = [self._render_or_bad(pair) for pair in pairs]
         texts = [text for item in rendered if isinstance(item, RenderedPair) for text in self._texts(item)]
         ids = iter(self._ids(texts))
         result: list[TokenizedPair | BadRow] = []
-        for item in rendered:
+        for source, item in zip(pairs, rendered, strict=True):
             if isinstance(item, BadRow):
                 result.append(item)
                 continue
             prompt, chosen, rejected = next(ids), next(ids), next(ids)
             try:
-                result.append(self._assemble(item, prompt, chosen, rejected))
+                result.append(self._noted(source, self._assemble(source, item, prompt, chosen, rejected)))
             except BadRow as bad:
                 result.append(bad)
         return result
+
+    def _check_renderer(self, pairs: Sequence[Pair]) -> None:
+        """mistral-common renders messages to token ids by code of its own, and takes no chat template."""
+        renders = isinstance(self.tokenizer, PreTrainedTokenizer | PreTrainedTokenizerFast)
+        if not renders and not all(isinstance(pair.prompt, str) for pair in pairs):
+            raise UserError(
+                f"The rows are lists of messages, and {type(self.tokenizer).__name__} takes no chat template: the "
+                "model has a tekken.json and no tokenizer.json, so that mistral-common reads it. Write a "
+                "tokenizer.json beside it: convert_tekken_tokenizer('tekken.json').save_pretrained('.'), from "
+                "transformers.integrations.mistral."
+            )
+
+    def _noted(self, source: Pair, result: TokenizedPair) -> TokenizedPair:
+        ids = (result.prompt_ids, result.chosen_ids, result.rejected_ids)
+        notes = self._token_notes.of(source, ids, self.format)
+        return replace(result, notes=[*result.notes, *notes]) if notes else result
+
+    @cached_property
+    def _token_notes(self) -> TokenNotes:
+        return TokenNotes(self.tokenizer, typed=self._text_tokenizer is None)
 
     # -- text --
 
@@ -117,25 +130,31 @@ class PairTokenizer(PairRenderer):
             return [pair.prompt, pair.chosen, pair.rejected]
         return [pair.prompt, pair.prompt + pair.chosen, pair.prompt + pair.rejected]
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
+        if self._text_tokenizer is not None:
+            return self._text_tokenizer.ids(texts, add_special_tokens=self.options.is_encoder_decoder)
         return self.tokenizer(
-            texts,
+            list(texts),
             add_special_tokens=self.options.is_encoder_decoder,
             return_attention_mask=False,
-            return_token_type_ids=False,
             verbose=False,  # no warning about texts longer than the model: lengths are this module's job
         )["input_ids"]
 
     def _assemble(
-        self, text: RenderedPair, prompt: list[int], with_chosen: list[int], with_rejected: list[int]
+        self,
+        source: Pair,
+        text: RenderedPair,
+        prompt: list[int],
+        with_chosen: list[int],
+        with_rejected: list[int],
     ) -> TokenizedPair:
         options = self.options
         pair = self._split(text, prompt, with_chosen, with_rejected)
         for column, ids in ((self.format.chosen, pair.chosen), (self.format.rejected, pair.rejected)):
-            if not ids:
-                raise BadRow("empty completion", column, "the tokenizer makes no token of it")
+            if not ids or (options.is_encoder_decoder and self._written.is_empty(ids)):
+                raise BadRow("empty completion", column, "the tokenizer makes no token of it: it knows no character")
         chosen, rejected = pair.chosen, pair.rejected
         if options.add_eos_token and not text.templated:
             chosen, rejected = self._with_eos(chosen), self._with_eos(rejected)
@@ -143,7 +162,7 @@ class PairTokenizer(PairRenderer):
 
         kept = list(range(len(pair.prompt)))
         if options.max_prompt_length is not None and len(kept) > options.max_prompt_length:
-            kept = self._kept(pair, text.generation_prompt, options.max_prompt_length)
+            kept = self._kept(source, text, pair, options.max_prompt_length)
         room = self._room(len(kept), len(pair.fixed))
         cut_chosen, cut_rejected = self._cut_completion(chosen, room), self._cut_completion(rejected, room)
         if cut_chosen == cut_rejected:
@@ -193,28 +212,38 @@ class PairTokenizer(PairRenderer):
         if self.options.is_encoder_decoder:
             return SplitPair(prompt, with_chosen, with_rejected)
         length = common_length(prompt, with_chosen, with_rejected)
-        return SplitPair(self._begun(text, with_chosen[:length]), with_chosen[length:], with_rejected[length:])
+        return SplitPair(self._begun(text, prompt, with_chosen[:length]), with_chosen[length:], with_rejected[length:])
 
-    def _begun(self, text: RenderedPair, prompt: list[int]) -> list[int]:
-        """The prompt as the model reads it: text as the tokenizer itself begins it, a rendering as it is."""
-        if not text.templated and prompt[: len(self.beginning)] != self.beginning:
-            prompt = [*self.beginning, *prompt]
+    def _begun(self, text: RenderedPair, alone: list[int], prompt: list[int]) -> list[int]:
+        """The prompt as the model reads it: text as the tokenizer itself begins it, a rendering as it is.
+
+        Args:
+            alone: the ids of the prompt's text by itself.
+        """
+        beginning = self._written.before
+        if not text.templated and prompt[: len(beginning)] != beginning:
+            prompt = [*beginning, *prompt]
         if not prompt and self.tokenizer.bos_token_id is not None:
             prompt = [self.tokenizer.bos_token_id]  # a completion needs a token that predicts its first one
         if not prompt:
-            raise BadRow("empty prompt", self.format.prompt, "the prompt has no token")
+            raise self._empty_prompt(text, alone)
         return prompt
 
-    @cached_property
-    def beginning(self) -> list[int]:
-        """What the tokenizer writes before every text: BOS for Llama's, nothing for GPT-2's and Qwen's."""
-        bare, whole = self._ids(["a"])[0], list(self.tokenizer("a", verbose=False)["input_ids"])
-        places = [place for place in range(len(whole)) if whole[place : place + len(bare)] == bare]
-        return whole[: places[0]] if places else []
+    def _empty_prompt(self, text: RenderedPair, prompt: list[int]) -> BadRow:
+        """Why nothing is left of the prompt, for a tokenizer without BOS."""
+        if prompt:
+            reason = f"the tokenizer merges all of the prompt, {text.prompt!r}, with the beginning of the completions"
+        elif text.prompt.strip():
+            reason = f"the tokenizer knows no character of the prompt {text.prompt[:40]!r}"
+        else:
+            reason = "the prompt has no token"
+        return BadRow("empty prompt", self.format.prompt, reason)
+
+        return prompt
 
     def _with_eos(self, completion: list[int]) -> list[int]:
         eos = self.tokenizer.eos_token_id
-        if eos is None:
+        if eos is None or (self.options.is_encoder_decoder and self._written.ends_with(completion, eos)):
             return completion
         end = len(completion)
         while end > 0 and completion[end - 1] != eos and self._is_white_space(completion[end - 1]):
@@ -225,32 +254,46 @@ class PairTokenizer(PairRenderer):
     def _is_white_space(self, token: int) -> bool:
         return not str(self.tokenizer.decode([token])).strip()
 
-    def _kept(self, pair: SplitPair, generation_prompt: str, limit: int) -> list[int]:
+    @cached_property
+    def _written(self) -> WrittenTokens:
+        return WrittenTokens.by(self.tokenizer)
+
+    def _kept(self, source: Pair, text: RenderedPair, pair: SplitPair, limit: int) -> list[int]:
         """Places of the prompt's tokens that stay when it is cut to `limit` tokens. Images stay whole."""
-        prompt, bos = pair.prompt, self.tokenizer.bos_token_id
-        first, end, from_left = 0, len(prompt), self.options.truncation_side == "left"
-        if from_left:
-            first = int(prompt[0] == bos)
-        else:
+        prompt, bos, side = pair.prompt, self.tokenizer.bos_token_id, self.options.truncation_side
+        head, tail = int(side == "left" and prompt[0] == bos), 0
+        if self.options.is_encoder_decoder:
+            head, tail = self._written.around(prompt)
+            if head + tail >= limit:
+                raise BadRow(
+                    "prompt too long",
+                    self.format.prompt,
+                    f"max_prompt_length={limit} leaves no room beside the {head + tail} tokens that the tokenizer "
+                    "writes around every text",
+                )
+        elif side == "right":
             # A right cut would take away the header of the assistant's turn, and with it what makes the reply a reply.
-            tail = len(self._ids([generation_prompt])[0]) if generation_prompt else 0
-            if self.options.is_encoder_decoder:
-                tail = int(prompt[-1] == self.tokenizer.eos_token_id)
-            tail += pair.after_text
-            end, from_left = (end - tail, False) if tail < limit else (end, True)
-        excess = len(prompt) - limit
-        free = [place for place in range(first, end) if place not in pair.fixed]
-        if len(free) < excess:
+            tail = tail_tokens(self._ids, text.prompt, self._tail(source, text)) + pair.after_text
+            side, tail = ("right", tail) if tail < limit else ("left", 0)
+        kept = kept_places(len(prompt), limit, side, head, tail, pair.fixed)
+        if kept is None:
             raise BadRow(
                 "images too long",
                 self._image_column,
                 f"the images take {len(pair.fixed)} tokens of the prompt, which are never cut: more than "
                 f"max_prompt_length={limit} leaves",
             )
-        gone = set(free[:excess] if from_left else free[len(free) - excess :])
-        kept = [place for place in range(len(prompt)) if place not in gone]
         # BOS may be what starts a turn, as SmolLM2's: no second one.
-        return kept[1:] if first and len(kept) > 1 and prompt[kept[1]] == bos else kept
+        return kept[1:] if head and len(kept) > 1 and prompt[0] == prompt[kept[1]] == bos else kept
+
+    def _tail(self, source: Pair, text: RenderedPair) -> str:
+        """What the template writes at the end of the prompt, after the text of its last message."""
+        if isinstance(source.prompt, str) or not source.prompt:
+            return text.generation_prompt
+        tail = written_after_text(
+            lambda messages: self._apply(messages, source, add_generation_prompt=True), source.prompt, text.prompt
+        )
+        return text.generation_prompt if tail is None else tail
 
     def _room(self, prompt_length: int, image_tokens: int) -> int | None:
         """Most tokens that a completion may have after a prompt of this length; None where nothing bounds it."""
@@ -273,6 +316,6 @@ class PairTokenizer(PairRenderer):
     def _cut_completion(self, completion: list[int], room: int | None) -> list[int]:
         if room is None or len(completion) <= room:
             return completion
-        if self.options.is_encoder_decoder and completion[-1] == self.tokenizer.eos_token_id:
-            return [*completion[: room - 1], completion[-1]]  # as the tokenizer's own truncation, which TRL uses
+        if self.options.is_encoder_decoder:
+            return self._written.cut(completion, room, self.tokenizer.eos_token_id)
         return completion[:room]

@@ -20,6 +20,7 @@ from orpo_dist.data.pairs import Pair, PairFormat, common_length
 from orpo_dist.data.place_images import PLACEHOLDER
 from orpo_dist.data.render_pair import RenderedPair
 from orpo_dist.data.tokenize import PairTokenizer, SplitPair, TokenizedPair
+from orpo_dist.data.typed_tokens import TokenNotes
 from orpo_dist.errors import BadRow, UserError
 from orpo_dist.images.decode import StoredImage, open_image
 from orpo_dist.images.source import fetch_all, is_url
@@ -70,6 +71,11 @@ class ImagePairTokenizer(PairTokenizer):
     """
 
     def __init__(self, processor: ProcessorMixin, pair_format: PairFormat, options: PrepareOptions):
+        if options.split_special_tokens:
+            raise UserError(
+                "split_special_tokens=true: not for a vision-language model, whose processor reads the special tokens "
+                "of its images in the text."
+            )
         template = resolve_chat_template(options.chat_template, processor)
         super().__init__(processor.tokenizer, pair_format, options, template)
         self.tools_template = resolve_chat_template(options.chat_template, processor, tools=True)
@@ -86,6 +92,10 @@ class ImagePairTokenizer(PairTokenizer):
         outcomes = [_with_fetched(pair, fetched) for pair in pairs]
         results = iter(super().__call__([outcome for outcome in outcomes if isinstance(outcome, Pair)]))
         return [next(results) if isinstance(outcome, Pair) else outcome for outcome in outcomes]
+
+    @cached_property
+    def _token_notes(self) -> TokenNotes:
+        return TokenNotes(self.tokenizer, ignored=(self.placeholder, PLACEHOLDER))
 
     # -- text --
 
@@ -166,6 +176,10 @@ class ImagePairTokenizer(PairTokenizer):
         found = text[start : len(text) - end]
         return found if found.count(self.placeholder) == 1 else self.placeholder
 
+    def _tail(self, source: Pair, text: RenderedPair) -> str:
+        # Up to the last image it stays anyway, and has another number of tokens than its text.
+        return super()._tail(source, text).rpartition(self.placeholder)[2]
+
     # -- tokens --
 
     def _split(
@@ -190,7 +204,7 @@ class ImagePairTokenizer(PairTokenizer):
             whole, chosen, rejected = processed[:length], both[0][length:], both[1][length:]
         fixed = self._image_places(whole, prompt)
         places = tuple(range(len(whole)))
-        begun = self.beginning
+        begun = self._written.before
         if begun and not text.templated and not set(begun) & set(whole):
             whole, places = [*begun, *whole], (*(ADDED for _ in begun), *places)
             fixed = {place + len(begun) for place in fixed}

@@ -87,6 +87,10 @@ class DataOptions:
     add_eos_token: bool = _option(
         True, "End each completion of plain text with EOS if it does not end with it already."
     )
+    split_special_tokens: bool = _option(
+        False,
+        "Special tokens that rows spell (`</s>` in an answer) stay text; what the chat template writes stays special.",
+    )
     prompt_column: str | None = _option(None, "Column of the prompt. Unset: detected.")
     chosen_column: str | None = _option(None, "Column of the chosen completion or conversation. Unset: detected.")
     rejected_column: str | None = _option(None, "Column of the rejected completion or conversation. Unset: detected.")

@@ -33,6 +33,7 @@ MAPPED = {
     "allow_image_urls": (True, {}, {"allow_image_urls": True}),
     "allow_outside_image_folder": (True, {}, {"allow_outside_image_folder": True}),
     "allow_template_drops": (True, {}, {"allow_template_drops": True}),
+    "split_special_tokens": (True, {}, {"split_special_tokens": True}),
     "chat_template": ("chatml", {}, {"chat_template": "chatml"}),
     "apply_chat_template": (True, {}, {"apply_chat_template": True}),
     "add_eos_token": (False, {}, {"add_eos_token": False}),

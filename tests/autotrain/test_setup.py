@@ -127,7 +127,7 @@ def test_the_prompt_is_written_once(chat_tokenizer):
     options = Recipe.from_mapping(mapping).training.prepare_options(is_encoder_decoder=False)
     pair = prepare_pairs([ROW], chat_tokenizer, options).dataset[0]
     chosen = chat_tokenizer.decode(pair["prompt_ids"] + pair["chosen_ids"])
-    rendered = "<s><|im_start|>user\nWhat is six times seven?<|im_end|>\n<|im_start|>assistant\n42<|im_end|>\n"
+    rendered = "<|im_start|>user\nWhat is six times seven?<|im_end|>\n<|im_start|>assistant\n42<|im_end|>\n"
     assert chosen == rendered
 
 

@@ -97,6 +97,9 @@ INPUTS = {
     ),
     "a prompt that leaves no room": second(TEXT, options={"max_length": 16}, prompt="one two three " * 9),
     "an empty prompt, no BOS token": second(TEXT, "no bos", prompt=""),
+    "a prompt that merges with the answers, no BOS token": second(
+        TEXT, "no bos", prompt=" a", chosen="ccount", rejected="nswer"
+    ),
     "whole dialogues without a common beginning": second(DIALOGUE, chosen="4"),
     "whole conversations without a common beginning": second(CONVERSATION, chosen=[HELLO]),
     "a message without role": second(CHAT, prompt=[{"content": "Hi"}]),

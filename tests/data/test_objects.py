@@ -59,7 +59,7 @@ def parquet_frame(folder) -> pandas.DataFrame:
 def test_the_same_tokens_whatever_the_container(make, chat_tokenizer, tmp_path):
     prepared = prepare_pairs(make(tmp_path), chat_tokenizer, PrepareOptions())
     texts = [chat_tokenizer.decode(row["prompt_ids"]) for row in prepared.dataset]
-    assert texts == [f"<s><|im_start|>user\nQ{n}<|im_end|>\n<|im_start|>assistant\n" for n in range(3)]
+    assert texts == [f"<|im_start|>user\nQ{n}<|im_end|>\n<|im_start|>assistant\n" for n in range(3)]
 
 
 def test_numpy_values():

@@ -61,3 +61,18 @@ def test_messages_that_were_rendered_are_not_rendered_again(chat_tokenizer, prom
     (outcome,) = tokenize([pair])
     assert isinstance(outcome, BadRow)
     assert (outcome.kind, outcome.column) == ("rendered already", column)
+
+
+@pytest.mark.parametrize(
+    ("text", "marker"),
+    [
+        ("Hello.</s>\n", "</s>"),
+        ("</s> strikes nothing", "</s>"),
+        ("Hello</s> again", None),
+        ("use <s>old</s>", None),
+        ("<s>old</s> means gone", None),
+    ],
+)
+def test_html_that_is_a_special_token(plain_tokenizer, text, marker):
+    """The EOS that an earlier rendering left at the end, and people's HTML."""
+    assert RenderedMarkers(plain_tokenizer, None).find(text) == marker

@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from orpo_dist.data.pairs import Pair, PairFormat
-from orpo_dist.data.tokenize import tokenizer_digest
 from orpo_dist.data.tokenize_images import ADDED, ImagePairTokenizer, TokenizedImagePair
+from orpo_dist.data.tokenizer_identity import tokenizer_digest
 from orpo_dist.errors import BadRow
 from orpo_dist.images.decode import encode_image, open_image
 from orpo_dist.options.data import PrepareOptions

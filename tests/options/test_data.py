@@ -54,7 +54,7 @@ def test_every_data_option_reaches_the_data_step(tmp_path):
     other = {
         "max_length": 99, "max_prompt_length": 9, "max_completion_length": 8, "truncation_side": "right",
         "on_bad_row": "error", "max_bad_rows": 3.0, "chat_template": "chatml", "apply_chat_template": True,
-        "allow_template_drops": True, "add_eos_token": False,
+        "allow_template_drops": True, "add_eos_token": False, "split_special_tokens": True,
         "prompt_column": "p", "chosen_column": "c", "rejected_column": "r",
         "system_column": "s", "tools_column": "t", "image_column": "i", "image_folder": "f", "allow_image_urls": True,
         "allow_outside_image_folder": True, "dataset_num_proc": 2,
