@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from orpo_dist.data.media_columns import find_media
 from orpo_dist.data.messages import decode, read_content
 from orpo_dist.data.pairs import SWIFT_CHOSEN, SWIFT_REJECTED, PairFormat
 from orpo_dist.data.place_images import has_images
@@ -14,7 +15,6 @@ from orpo_dist.options.data import PrepareOptions
 PROMPT_COLUMNS = ("prompt", "conversations", "conversation")
 # Columns that hold the prompt in public data sets under names too general to be taken without being asked.
 LIKELY_PROMPT_COLUMNS = ("question", "instruction", "input", "query", "messages", "context")
-IMAGE_COLUMNS = ("images", "image")
 SAMPLE = 200  # rows looked at to detect the format
 
 
@@ -35,12 +35,8 @@ def detect_format(columns: Sequence[str], sample: Sequence[dict[str, Any]], opti
     prompt = _column(columns, "prompt", options.prompt_column, PROMPT_COLUMNS)
     system = _column(columns, "system", options.system_column, ("system",))
     tools = _column(columns, "tools", options.tools_column, ("tools",))
-    image = "" if options.image_column == "" else _column(columns, "image", options.image_column, IMAGE_COLUMNS)
-    if image != "" and any(decode(row.get("rejected_images")) for row in sample):
-        raise UserError(
-            "`rejected_images`: the images of a pair belong to its prompt, and are the same for both answers. Remove "
-            "the column, or ignore all images with image_column=''."
-        )
+    media = find_media(columns, sample, options.image_column, (prompt, chosen, rejected, system, tools))
+    image = media.image
     illustrated = image != "" and any(_has_image(row, image, prompt, chosen) for row in sample)
 
     styles = Counter(_style(row, prompt, chosen) for row in sample).most_common()
@@ -72,6 +68,7 @@ def detect_format(columns: Sequence[str], sample: Sequence[dict[str, Any]], opti
     parts += [f"{role} in `{name}`" for role, name in others if name]
     if illustrated and image is None:
         parts.append("images in the messages")
+    parts += [f"not read: `{name}`, which looks like images" for name in media.lookalikes]
     if style == "text":
         parts.append("chat template applied" if options.apply_chat_template else "no chat template")
     return PairFormat(
@@ -84,6 +81,7 @@ def detect_format(columns: Sequence[str], sample: Sequence[dict[str, Any]], opti
         repeats_prompt=repeats,
         apply_chat_template=options.apply_chat_template,
         image=image,
+        media=media,
         image_source=ImageSource(options.image_folder, options.allow_image_urls, options.allow_outside_image_folder),
         has_images=illustrated,
     )

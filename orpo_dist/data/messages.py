@@ -1,7 +1,8 @@
 """Values of a row -> text or a list of messages, whatever spelling they came in.
 
 A message's `content` is text; where it holds images, a list of parts: {"type": "text", "text": ...}, {"type": "image"}
-for an image of the image column, and {"type": "image", "image": ...} for one that the message carries itself.
+for the next image of the image column, {"type": "image", "index": 1} for the second one, and
+{"type": "image", "image": ...} for one that the message carries itself.
 """
 
 import ast
@@ -63,7 +64,7 @@ def read_content(value: Any, column: str) -> str | list[Message]:
         return [read_message(value, column)]
     if isinstance(value, list):
         return [read_message(message, column) for message in value]
-    raise BadRow("wrong type", column, f"{value!r} is neither text nor a list of messages")
+    raise BadRow("wrong type", column, f"{_short(value)} is neither text nor a list of messages")
 
 
 def read_message(value: Any, column: str) -> Message:
@@ -134,8 +135,12 @@ def _content(content: Any, message: Message, column: str) -> str | list[dict[str
         kind = part.get("type")
         if kind in IMAGE_PARTS:
             image = embedded_image({key: value for key, value in part.items() if key not in ("type", "text")})
-            parts.append({"type": "image"} if image is None else {"type": "image", "image": image})
+            # `index`: which image of the column, as in HuggingFaceH4/rlaif-v_formatted.
+            place = {"type": "image"} if part.get("index") is None else {"type": "image", "index": part["index"]}
+            parts.append(place if image is None else {"type": "image", "image": image})
         elif kind in TEXT_PARTS:
+            if embedded_image({key: value for key, value in part.items() if key not in ("type", "text")}) is not None:
+                raise BadRow("wrong type", column, f"a message holds an image in a part of type {kind}")
             parts.append({"type": "text", "text": _text(part.get("text"), message, column)})
         else:
             raise BadRow("wrong type", column, f"a message holds {kind}; text and images are supported here")
@@ -178,5 +183,5 @@ def _without_none(value: Any) -> Any:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    text = repr(value[:80] if isinstance(value, bytes) else value)
     return text if len(text) <= 80 else text[:77] + "..."

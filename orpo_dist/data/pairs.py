@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from orpo_dist.data.media_columns import MediaColumns, check_messages, check_unread
 from orpo_dist.data.messages import Message, decode, read_content, read_tools, text_of
 from orpo_dist.data.place_images import Columns, has_images, place_images, without_images
 from orpo_dist.data.rows import SOURCE_COLUMN
@@ -39,6 +40,7 @@ class PairFormat:
     Attributes:
         repeats_prompt: completions as text start with the prompt, which is taken off.
         image: column of the images; "" takes them out of the messages too.
+        media: columns of media that is not read.
         has_images: one of the first rows has an image.
     """
 
@@ -51,13 +53,14 @@ class PairFormat:
     repeats_prompt: bool
     apply_chat_template: bool | None
     image: str | None = None
+    media: MediaColumns = field(default_factory=lambda: MediaColumns(None))
     image_source: ImageSource = field(default_factory=ImageSource)
     has_images: bool = False
 
     @property
     def columns(self) -> list[str]:
         """The columns that are read."""
-        names = (self.prompt, self.chosen, self.rejected, self.system, self.tools, self.image)
+        names = (self.prompt, self.chosen, self.rejected, self.system, self.tools, self.image, *self.media.unread)
         return list(dict.fromkeys(name for name in names if name))
 
     def pair(self, row: dict[str, Any]) -> Pair:
@@ -70,7 +73,10 @@ class PairFormat:
         if self.image == "":
             prompt, chosen, rejected = map(without_images, (pair.prompt, pair.chosen, pair.rejected))
             return Pair(prompt, chosen, rejected, pair.tools)
+        check_unread(row, self.media.unread)
+        check_messages(pair.prompt, self.prompt or self.chosen, bool(self.image))
         for column, side in ((self.chosen, pair.chosen), (self.rejected, pair.rejected)):
+            check_messages(side, column, False)
             if has_images(side):
                 raise BadRow("image in a completion", column, "an image after the prompt")
         file = decode(row.get(SOURCE_COLUMN))
