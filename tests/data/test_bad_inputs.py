@@ -126,6 +126,7 @@ INPUTS = {
     ),
     "a place without an image": image(images=[], prompt=[{"role": "user", "content": "<image>Hi"}]),
     "the model's own image token in the text": image(prompt=[{"role": "user", "content": "Hi <|image_pad|>"}]),
+    "another token of the model's media in the text": image(prompt=[{"role": "user", "content": "Hi <|video_pad|>"}]),
     "an image in an answer": image(chosen=[{"role": "assistant", "content": [{"type": "image"}]}, HELLO]),
     "the model's image token in an answer": image(chosen=[{"role": "assistant", "content": "<|image_pad|>"}]),
     "an image that the processor refuses": image(images=["wide.png"]),

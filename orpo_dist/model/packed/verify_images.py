@@ -35,7 +35,7 @@ def drawn_row(example: dict[str, Any], processor: Any, first: int = 0) -> dict[s
     else:
         sizes = [_SIZES[(first + i) % len(_SIZES)] for i in range(len(example["images"]))]
     images = [_drawing(*size, first + i) for i, size in enumerate(sizes)]
-    made = processor(text=[example["prompt_text"]], images=[images], add_special_tokens=False)
+    made = processor(text=[example["prompt_text"]], images=[images], add_special_tokens=False, return_tensors="pt")
     return {
         "prompt_ids": list(map(int, made["input_ids"][0])),
         "images": [{"bytes": _png(image), "path": None} for image in images],
