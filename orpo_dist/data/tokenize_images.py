@@ -12,7 +12,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from transformers import ProcessorMixin
+from transformers import AddedToken, ProcessorMixin
 
 from orpo_dist.data.chat_template import resolve_chat_template
 from orpo_dist.data.content_spelling import WORDS, ContentSpelling
@@ -74,6 +74,7 @@ class ImagePairTokenizer(PairTokenizer):
         super().__init__(processor.tokenizer, pair_format, options, template)
         self.processor = processor
         placeholder = vars(processor).get("image_token")
+        placeholder = str(placeholder) if isinstance(placeholder, AddedToken) else placeholder  # BLIP-2's
         if not isinstance(placeholder, str):
             raise UserError(f"{type(processor).__name__} has no image_token: this model's images cannot be placed.")
         self.placeholder = placeholder
@@ -201,7 +202,7 @@ class ImagePairTokenizer(PairTokenizer):
         try:
             # As tensors: Ovis 2's and others' need them to place the images' tokens.
             made = self.processor(text=[text], images=[images], add_special_tokens=False, return_tensors="pt")
-        except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError) as error:
+        except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, AttributeError) as error:
             raise BadRow(
                 "image processor", self._image_column, f"the processor refuses the images: {short(str(error), 300)}"
             ) from None
