@@ -40,6 +40,9 @@ ADVICE = {
     "image URL": "Download the images first, or set allow_image_urls=true to fetch them once.",
     "image count": "Give the row as many images as it has placeholders, or no placeholder at all.",
     "image in a completion": "Images belong to the prompt: the model answers with text.",
+    "media not read": "Images are read from the image column and from messages. Take the rest out, or train on the "
+    "text alone with image_column=''.",
+    "media token": "Take the token out of the text: it stands for an image, a video or a sound that is not there.",
     "image processor": "Take the row out, or store the image in another size.",
     "images too long": "Lower the processor's image size (max_pixels), or raise the limit on tokens.",
     "images without a processor": "Choose a vision-language model, or ignore the images with image_column=''.",

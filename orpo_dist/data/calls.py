@@ -130,7 +130,7 @@ def _with_parameters(tool: Any) -> Any:
 def short(value: Any) -> str:
     """The value for a message, in at most 80 characters."""
     try:
-        text = repr(value)
+        text = repr(value[:80] if isinstance(value, bytes) else value)
     except RecursionError:
         text = f"a {type(value).__name__} that is nested too deeply"
     return text if len(text) <= 80 else text[:77] + "..."

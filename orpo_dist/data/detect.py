@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from orpo_dist.data.chat_template import TEMPLATE_KWARGS_COLUMN
+from orpo_dist.data.media_columns import find_media
 from orpo_dist.data.messages import decode, read_content
 from orpo_dist.data.pairs import SWIFT_CHOSEN, SWIFT_REJECTED, PairFormat
 from orpo_dist.data.place_images import has_images
@@ -21,7 +22,6 @@ PROMPT_COLUMNS = ("prompt", "conversations", "conversation")
 LIKELY_PROMPT_COLUMNS = ("question", "instruction", "input", "query", "messages", "context")
 # Alpaca's columns in LLaMA-Factory: https://llamafactory.readthedocs.io/en/latest/getting_started/data_preparation.html
 JOINED, HISTORY = ("instruction", "input"), "history"
-IMAGE_COLUMNS = ("images", "image")
 SAMPLE = 200  # rows looked at to detect the format
 
 
@@ -35,13 +35,8 @@ def detect_format(columns: Sequence[str], sample: Sequence[dict[str, Any]], opti
     prompt, chosen, rejected = _pair_columns(columns, options)
     system = _column(columns, "system", options.system_column, ("system",))
     tools = _column(columns, "tools", options.tools_column, ("tools",))
-    image = "" if options.image_column == "" else _column(columns, "image", options.image_column, IMAGE_COLUMNS)
-    if image != "" and any(decode(row.get("rejected_images")) for row in sample):
-        raise UserError(
-            "`rejected_images`: the images of a pair belong to its prompt, and are the same for both answers. Remove "
-            "the column, or ignore all images with image_column=''."
-        )
-    illustrated = image != "" and any(_has_image(row, image, prompt, chosen) for row in sample)
+    media = find_media(columns, sample, options.image_column, (prompt, chosen, rejected, system, tools))
+    illustrated = media.image != "" and any(_has_image(row, media.image, prompt, chosen) for row in sample)
     strings = column_strings(sample, prompt, chosen, rejected)
     style = _common_style(sample, prompt, chosen, strings)
     _check_style(columns, prompt, chosen, style, options)
@@ -55,7 +50,8 @@ def detect_format(columns: Sequence[str], sample: Sequence[dict[str, Any]], opti
         tools=tools,
         repeats_prompt=style == "text" and prompt is not None and _repeats_prompt(sample, prompt, chosen, rejected),
         apply_chat_template=options.apply_chat_template,
-        image=image,
+        image=media.image,
+        media=media,
         image_source=ImageSource(options.image_folder, options.allow_image_urls, options.allow_outside_image_folder),
         has_images=illustrated,
         strings=strings,
@@ -129,6 +125,7 @@ def _describe(found: PairFormat, style: str) -> str:
         parts.append(f"template variables in `{found.template_kwargs}`")
     if found.has_images and found.image is None:
         parts.append("images in the messages")
+    parts += [f"not read: `{name}`, which looks like images" for name in found.media.lookalikes]
     if style == "text":
         parts.append("chat template applied" if found.apply_chat_template else "no chat template")
     return ", ".join(parts)

@@ -1,7 +1,8 @@
 """Values of a row -> text or a list of messages, whatever spelling they came in.
 
 A message's `content` is text; where it holds images, a list of parts: {"type": "text", "text": ...}, {"type": "image"}
-for an image of the image column, and {"type": "image", "image": ...} for one that the message carries itself.
+for the next image of the image column, {"type": "image", "index": 1} for the second one, and
+{"type": "image", "image": ...} for one that the message carries itself.
 """
 
 import json
@@ -184,8 +185,12 @@ def _content(content: Any, message: Message, column: str) -> str | list[dict[str
         kind = part.get("type")
         if kind in IMAGE_PARTS:
             image = embedded_image({key: value for key, value in part.items() if key not in ("type", "text")})
-            parts.append({"type": "image"} if image is None else {"type": "image", "image": image})
+            # `index`: which image of the column, as in HuggingFaceH4/rlaif-v_formatted.
+            place = {"type": "image"} if part.get("index") is None else {"type": "image", "index": part["index"]}
+            parts.append(place if image is None else {"type": "image", "image": image})
         elif kind in TEXT_PARTS:
+            if embedded_image({key: value for key, value in part.items() if key not in ("type", "text")}) is not None:
+                raise BadRow("wrong type", column, f"a message holds an image in a part of type {kind}")
             parts.append({"type": "text", "text": _text(part.get("text"), message, column)})
         else:
             raise BadRow("wrong type", column, f"a message holds {kind}; text and images are supported here")

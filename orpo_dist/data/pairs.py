@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from orpo_dist.data.chat_template import read_template_kwargs
+from orpo_dist.data.media_columns import MediaColumns, check_messages, check_unread
 from orpo_dist.data.messages import Message, decode, read_content, read_tools, text_of, visible
 from orpo_dist.data.place_images import Columns, has_images, place_images, without_images
 from orpo_dist.data.prompt_text import join_texts, read_history, without_repeat
@@ -46,6 +47,7 @@ class PairFormat:
         joined: the columns whose texts make the prompt, where it is more than one.
         history: column of the turns before the prompt.
         image: column of the images; "" takes them out of the messages too.
+        media: columns of media that is not read.
         has_images: one of the first rows has an image.
         template_kwargs: column of variables for the chat template, as in TRL.
     """
@@ -59,6 +61,7 @@ class PairFormat:
     repeats_prompt: bool
     apply_chat_template: bool | None
     image: str | None = None
+    media: MediaColumns = field(default_factory=lambda: MediaColumns(None))
     image_source: ImageSource = field(default_factory=ImageSource)
     has_images: bool = False
     strings: dict[str, Strings] = field(default_factory=dict)
@@ -78,6 +81,7 @@ class PairFormat:
             self.system,
             self.tools,
             self.image,
+            *self.media.unread,
             self.template_kwargs,
         )
         return list(dict.fromkeys(name for name in names if name))
@@ -94,7 +98,10 @@ class PairFormat:
         if self.image == "":
             prompt, chosen, rejected = map(without_images, (pair.prompt, pair.chosen, pair.rejected))
             return replace(pair, prompt=prompt, chosen=chosen, rejected=rejected)
+        check_unread(row, self.media.unread)
+        check_messages(pair.prompt, self.prompt or self.chosen, bool(self.image))
         for column, side in ((self.chosen, pair.chosen), (self.rejected, pair.rejected)):
+            check_messages(side, column, False)
             if has_images(side):
                 raise BadRow("image in a completion", column, "an image after the prompt")
         file = decode(row.get(SOURCE_COLUMN))

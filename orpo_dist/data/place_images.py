@@ -37,7 +37,9 @@ def place_images(
         if places not in (0, len(given)):
             raise _count(columns, len(given), places)
         return PlacedImages(prompt, given)
-    parts = sum(part == {"type": "image"} for message in prompt for part in _parts(message))
+    if (indices := _indices(prompt, columns)) is not None:
+        given = _by_index(given, indices, columns)
+    parts = sum(part["type"] == "image" and "image" not in part for message in prompt for part in _parts(message))
     marks = sum(part.get("text", "").count(PLACEHOLDER) for message in prompt for part in _parts(message))
     if parts == len(given) and (parts or not columns.image):
         marks = 0  # `<image>` is a word of the text
@@ -86,6 +88,26 @@ def has_images(messages: str | list[Message]) -> bool:
 def _parts(message: Message) -> list[dict[str, Any]]:
     content = message["content"]
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _indices(prompt: list[Message], columns: Columns) -> list[Any] | None:
+    """The numbers that the parts give of their images; None where they give none."""
+    places = [part for message in prompt for part in _parts(message) if part["type"] == "image" and "image" not in part]
+    found = [part["index"] for part in places if "index" in part]
+    if found and len(found) < len(places):
+        raise BadRow("image count", columns.prompt, "some images have an `index`, and some have none")
+    return found or None
+
+
+def _by_index(given: list[StoredImage], indices: list[Any], columns: Columns) -> list[StoredImage]:
+    """The images in the order of their numbers, counted from 0; every image must have a place."""
+    for index in indices:
+        if type(index) is not int or not 0 <= index < len(given):
+            known = f"0 to {len(given) - 1}" if given else "no image at all"
+            raise BadRow("image count", columns.prompt, f"an image has `index` {index!r}, and the row has {known}")
+    if set(indices) != set(range(len(given))):
+        raise _count(columns, len(given), len(set(indices)))
+    return [given[index] for index in indices]
 
 
 def _in_front(prompt: list[Message], count: int) -> list[Message]:

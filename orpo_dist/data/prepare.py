@@ -23,6 +23,7 @@ from orpo_dist.data.audit import DroppedRow, check_bad_rows, count_kinds, stop_a
 from orpo_dist.data.cache import built_once, cache_root, digest
 from orpo_dist.data.chat_template import ProcessingClass, resolve_chat_template
 from orpo_dist.data.detect import SAMPLE, detect_format
+from orpo_dist.data.media_columns import refuse_lookalikes
 from orpo_dist.data.messages import decode
 from orpo_dist.data.objects import rows_of
 from orpo_dist.data.pairs import Pair, PairFormat
@@ -252,6 +253,7 @@ def _prepared_folder(dataset: Rows, tokenizer: ProcessingClass, options: Prepare
 def _check_images(pair_format: PairFormat, tokenizer: ProcessingClass, options: PrepareOptions, name: str) -> None:
     if isinstance(tokenizer, ProcessorMixin):
         require_pillow("A vision-language model")
+        refuse_lookalikes(pair_format.media, name)
     elif pair_format.has_images or options.image_column:
         where = f"image_column={pair_format.image}" if pair_format.image else "its messages"
         raise UserError(

@@ -30,7 +30,7 @@ MARKERS = (
     "<|END_OF_TURN_TOKEN|>",
     "<|start|>assistant",
 )
-MEDIA = ("image", "video", "audio", "vision")  # tokens for media, which place_images.py and its callers judge
+MEDIA = ("image", "img", "video", "audio", "vision")  # tokens for media, which place_images.py and its callers judge
 # Templates of words, which people write too: rendered is what starts with the user's marker and has the assistant's.
 DIALOGUES = (
     re.compile(r"\s*### Human:.*### Assistant:", re.DOTALL),

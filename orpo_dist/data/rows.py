@@ -7,7 +7,6 @@ the keys of all other calls) the column holds {"__json__": text}; messages.decod
 
 import base64
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +28,7 @@ from datasets.arrow_writer import ArrowWriter
 
 from orpo_dist.data.messages import JSON_KEY, without_nulls
 from orpo_dist.errors import UserError
-from orpo_dist.images.decode import encode_image
+from orpo_dist.images.decode import stored_in_memory
 
 SOURCE_COLUMN = "_source"  # the file a row came from
 ROW_COLUMN = "_row"  # its number there
@@ -242,22 +241,12 @@ def _encoded(value: Any) -> Any:
         return [_encoded(item) for item in value]
     if isinstance(value, Path):
         return str(value)
-    picture = _picture(value)
+    picture = stored_in_memory(value)
     if picture is not None:
-        return {"bytes": encode_image(picture), "path": None}
+        return picture
     if isinstance(value, numpy.ndarray | numpy.generic):  # records of a DataFrame that came from Parquet
         return _encoded(value.tolist())
     return value
-
-
-def _picture(value: Any) -> Any:
-    """The value as a PIL image, if it is one, or an array of pixels."""
-    if isinstance(value, numpy.ndarray) and value.dtype == numpy.uint8 and value.ndim in (2, 3):
-        from PIL.Image import fromarray
-
-        return fromarray(value)
-    pillow = sys.modules.get("PIL.Image")  # who has an image of Pillow's has imported it; text needs no Pillow
-    return value if pillow is not None and isinstance(value, pillow.Image) else None
 
 
 def _dumps(value: Any) -> str:
@@ -269,8 +258,8 @@ def _dumps(value: Any) -> str:
     return text
 
 
-def _in_json(value: Any) -> str:
+def _in_json(value: Any) -> Any:
     if isinstance(value, bytes):
         return f"data:;base64,{base64.b64encode(value).decode()}"
-    picture = _picture(value)
-    return repr(value) if picture is None else _in_json(encode_image(picture))  # repr: dates and the like
+    picture = stored_in_memory(value)
+    return repr(value) if picture is None else picture  # repr: dates and the like

@@ -6,15 +6,17 @@ tokenised as text (data/tokenize.py), so the pixels of a pair are processed once
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from jinja2 import TemplateError
-from transformers import ProcessorMixin
+from transformers import AddedToken, ProcessorMixin
 
 from orpo_dist.data.chat_template import resolve_chat_template
+from orpo_dist.data.content_spelling import WORDS, ContentSpelling
+from orpo_dist.data.media_tokens import MediaTokens
 from orpo_dist.data.messages import Message
 from orpo_dist.data.pairs import Pair, PairFormat, common_length
 from orpo_dist.data.place_images import PLACEHOLDER
@@ -22,7 +24,7 @@ from orpo_dist.data.render_pair import RenderedPair
 from orpo_dist.data.tokenize import PairTokenizer, SplitPair, TokenizedPair
 from orpo_dist.data.typed_tokens import TokenNotes
 from orpo_dist.errors import BadRow, UserError
-from orpo_dist.images.decode import StoredImage, open_image
+from orpo_dist.images.decode import StoredImage, open_image, short
 from orpo_dist.images.source import fetch_all, is_url
 from orpo_dist.options.data import PrepareOptions
 
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 ADDED = -1  # place of a token that the processor does not write: BOS
-_PROBE = ("Alpha", "Beta")
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,12 @@ class ImagePairTokenizer(PairTokenizer):
         self.tools_template = resolve_chat_template(options.chat_template, processor, tools=True)
         self.processor = processor
         placeholder = vars(processor).get("image_token")
+        placeholder = str(placeholder) if isinstance(placeholder, AddedToken) else placeholder  # BLIP-2's
         if not isinstance(placeholder, str):
             raise UserError(f"{type(processor).__name__} has no image_token: this model's images cannot be placed.")
         self.placeholder = placeholder
         self.placeholder_id = int(self.tokenizer.convert_tokens_to_ids(placeholder))  # type: ignore[arg-type]
-        self._spelling = self._find_spelling()
+        self._spelling = ContentSpelling(self._probe if self.chat_template else None, placeholder)
 
     def __call__(self, pairs: Sequence[Pair]) -> list[TokenizedPair | BadRow]:
         fetched = fetch_all([image for pair in pairs for image in pair.images], self._image_column)
@@ -105,6 +107,7 @@ class ImagePairTokenizer(PairTokenizer):
         Raises:
             BadRow: also where placeholders and images do not match, or a completion holds a placeholder.
         """
+        typed = pair
         if isinstance(pair.prompt, str):
             pair = replace(pair, prompt=self._in_text(pair.prompt, len(pair.images)))
         rendered = replace(self._render(pair), images=pair.images)
@@ -120,61 +123,37 @@ class ImagePairTokenizer(PairTokenizer):
                 self._image_column,
                 f"the row has {len(pair.images)} images, and its prompt as text {places} times `{self.placeholder}`",
             )
+        self._check_media_tokens(typed, rendered)
         return rendered
+
+    def _check_media_tokens(self, typed: Pair, rendered: RenderedPair) -> None:
+        sides = ((self.format.chosen, typed.chosen), (self.format.rejected, typed.rejected))
+        prompt_column = self.format.prompt or self.format.chosen
+        for column, side in ((prompt_column, typed.prompt), *sides):
+            if not isinstance(side, str):
+                self._media_tokens.check_messages(side, column)
+        completions = ((self.format.chosen, rendered.chosen), (self.format.rejected, rendered.rejected))
+        self._media_tokens.check_text(rendered.prompt, completions, prompt_column, bool(typed.images))
 
     def _in_text(self, prompt: str, images: int) -> str:
         if not images or prompt.count(self.placeholder) == images:
             return prompt
         if PLACEHOLDER in prompt:
-            return prompt.replace(PLACEHOLDER, self._image_text)
-        return self._image_text * images + prompt
+            return prompt.replace(PLACEHOLDER, self._spelling.image_text)
+        return self._spelling.image_text * images + prompt
 
     def _apply(self, messages: list[Message], pair: Pair, add_generation_prompt: bool = False) -> str:
-        spelled = [self._spelled(message, self._spelling) for message in messages]
-        return super()._apply(spelled, pair, add_generation_prompt)
-
-    def _spelled(self, message: Message, spelling: str) -> Message:
-        content = message["content"]
-        if spelling == "parts" and isinstance(content, str):
-            return {**message, "content": [{"type": "text", "text": content}]}
-        if spelling == "text" and not isinstance(content, str):
-            pieces = (self.placeholder if part["type"] == "image" else part["text"] for part in content)
-            return {**message, "content": "".join(pieces)}
-        return message
-
-    def _find_spelling(self) -> str:
-        """How the chat template takes a message's content: always as "parts", as parts only where there are images
-        ("mixed"), or as "text" with the placeholder in it. Given another, templates fail, or lose text or images."""
-        user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _PROBE[0]}]}
-        reply: Message = {"role": "assistant", "content": _PROBE[1]}
-        for spelling in ("parts", "mixed") if self.chat_template else ():
-            try:
-                text = self._probe([user, reply], spelling)
-            except (TemplateError, TypeError, KeyError, ValueError):
-                continue
-            if all(word in text for word in _PROBE) and text.count(self.placeholder) == 1 and "'type'" not in text:
-                return spelling
-        return "text"
-
-    def _probe(self, messages: list[Message], spelling: str) -> str:
-        text = self.tokenizer.apply_chat_template(
-            [self._spelled(message, spelling) for message in messages], chat_template=self.chat_template, tokenize=False
-        )
-        assert isinstance(text, str)
+        text = super()._apply([self._spelling.spelled(message) for message in messages], pair, add_generation_prompt)
+        if "{'type': '" in text and "{'type': '" not in str([message["content"] for message in messages]):
+            raise BadRow(
+                "chat template", self.format.prompt, "the chat template prints the parts of a message as a Python list"
+            )
         return text
 
-    @cached_property
-    def _image_text(self) -> str:
-        """What stands for an image in a text that no template renders: what the model's own template writes for one."""
-        if not self.chat_template or self._spelling == "text":
-            return self.placeholder
-        words = {"type": "text", "text": _PROBE[0]}
-        without = self._probe([{"role": "user", "content": [words]}], self._spelling)
-        text = self._probe([{"role": "user", "content": [{"type": "image"}, words]}], self._spelling)
-        start = common_length(text, without)
-        end = common_length(text[start:][::-1], without[start:][::-1])
-        found = text[start : len(text) - end]
-        return found if found.count(self.placeholder) == 1 else self.placeholder
+    def _probe(self, messages: list[Message]) -> str:
+        text = self.tokenizer.apply_chat_template(messages, chat_template=self.chat_template, tokenize=False)
+        assert isinstance(text, str)
+        return text
 
     def _tail(self, source: Pair, text: RenderedPair) -> str:
         # Up to the last image it stays anyway, and has another number of tokens than its text.
@@ -237,9 +216,12 @@ class ImagePairTokenizer(PairTokenizer):
 
     def _processed(self, text: str, images: "list[Image]") -> list[int]:
         try:
-            made = self.processor(text=[text], images=[images], add_special_tokens=False)
-        except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError) as error:
-            raise BadRow("image processor", self._image_column, f"the processor refuses the images: {error}") from None
+            # As tensors: Ovis 2's and others' need them to place the images' tokens.
+            made = self.processor(text=[text], images=[images], add_special_tokens=False, return_tensors="pt")
+        except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, AttributeError) as error:
+            raise BadRow(
+                "image processor", self._image_column, f"the processor refuses the images: {short(str(error), 300)}"
+            ) from None
         return [int(token) for token in made["input_ids"][0]]
 
     def _image_places(self, processed: list[int], prompt: list[int]) -> set[int]:
@@ -273,20 +255,35 @@ class ImagePairTokenizer(PairTokenizer):
         """Added tokens that stand at images only: not those that end or begin texts and turns."""
         tokenizer = self.tokenizer
         text = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
-        if self.chat_template:
-            turns = self._probe([{"role": "user", "content": _PROBE[0]}, {"role": "assistant", "content": _PROBE[1]}],
-                                self._spelling)  # fmt: skip
-            text |= set(self._ids([turns])[0])
-        return self._added - text
+        return self._added - text - self._turns
+
+    @cached_property
+    def _turns(self) -> set[int]:
+        """Tokens of a conversation without images."""
+        if not self.chat_template:
+            return set()
+        turns = [{"role": "user", "content": WORDS[0]}, {"role": "assistant", "content": WORDS[1]}]
+        return set(self._ids([self._spelling.render(turns)])[0])
+
+    @cached_property
+    def _media_tokens(self) -> MediaTokens:
+        written: list[int] = []
+        with suppress(BadRow):  # a processor that refuses the drawing has at least declared its tokens
+            written = self._drawn
+        return MediaTokens(self.processor, written, self._turns, self._spelling.image_text)
+
+    @cached_property
+    def _drawn(self) -> list[int]:
+        """What the processor makes of a drawn image and a word after it."""
+        from PIL import Image
+
+        return self._processed(f"{self._spelling.image_text}{WORDS[0]}", [Image.new("RGB", (64, 64), "red")])
 
     @cached_property
     def _ends_prompts(self) -> bool:
         """Whether the processor writes something after the prompt's text, as PaliGemma's line break. Completions are
         then tokenised by themselves, as its `suffix`."""
-        from PIL import Image
-
-        processed = self._processed(f"{self._image_text}{_PROBE[0]}", [Image.new("RGB", (64, 64), "red")])
-        return processed[-1] != self._ids([_PROBE[0]])[0][-1]
+        return self._drawn[-1] != self._ids([WORDS[0]])[0][-1]
 
 
 def _with_fetched(pair: Pair, fetched: dict[str, StoredImage | BadRow]) -> Pair | BadRow:

@@ -7,12 +7,16 @@ absolute path of a file. Pillow is imported where it is used: text needs none.
 import io
 import os
 import stat
+import sys
 import warnings
 from contextlib import suppress
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+import numpy
+
 from orpo_dist.errors import BadRow, UserError
+from orpo_dist.images.pixels import UNREADABLE, eight_bits, stored_pixels
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,8 +27,11 @@ MAX_BYTES = 128 << 20  # of one encoded image
 # Of one decoded image: where Pillow begins to warn of a decompression bomb. An RGB image of that size takes 256 MiB.
 # https://pillow.readthedocs.io/en/stable/reference/limits.html
 MAX_PIXELS = 89_478_485
+MAX_NAME = 300  # characters of a path in a message
 # Not every format Pillow knows: EPS starts Ghostscript, and others are rare enough to be an attack.
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+# Of 16 bits per colour Pillow keeps the upper 8, which are nearly black where only the lower 12 are used.
+DARKEST = 15
 _TRUNCATED = ("truncated", "unexpected end", "premature end", "not enough", "buffer is not large enough")
 
 
@@ -36,7 +43,7 @@ def require_pillow(what: str) -> None:
 
 def open_image(stored: StoredImage, column: str | None = None) -> "Image":
     """The decoded image in RGB: upright (EXIF orientation applied), the first frame of several, transparent parts
-    white, 16-bit grey scaled to 8 bits.
+    white, grey of more than 8 bits scaled to 8 (images/pixels.py).
 
     Raises:
         BadRow: "missing image", "unreadable image", "truncated image" or "image too large", in `column`.
@@ -53,7 +60,10 @@ def open_image(stored: StoredImage, column: str | None = None) -> "Image":
             image = Image.open(io.BytesIO(content), formats=known)
             if image.width * image.height > MAX_PIXELS:
                 raise BadRow("image too large", column, f"{where} has {image.width} x {image.height} pixels")
+            sixteen_bits = image.mode in ("RGB", "RGBA", "LA") and any(";16" in str(tile[3]) for tile in image.tile)
             image.load()
+            if sixteen_bits and numpy.asarray(image.convert("RGB")).max() <= DARKEST:
+                raise ValueError("of its 16 bits per colour only the lower 12 are used; store it with 8")
             return _upright_rgb(image)
     except BadRow:
         raise
@@ -64,7 +74,7 @@ def open_image(stored: StoredImage, column: str | None = None) -> "Image":
     except Exception as error:  # decoders raise whatever a broken file leads them to
         truncated = isinstance(error, EOFError) or any(word in str(error).lower() for word in _TRUNCATED)
         kind = "truncated image" if truncated else "unreadable image"
-        raise BadRow(kind, column, f"{where} cannot be decoded: {error}") from None
+        raise BadRow(kind, column, f"{where} cannot be decoded: {short(str(error))}") from None
 
 
 def read_bytes(stored: StoredImage, column: str | None = None) -> bytes:
@@ -86,15 +96,40 @@ def read_bytes(stored: StoredImage, column: str | None = None) -> bytes:
 
 
 def encode_image(image: "Image") -> bytes:
-    """A PIL image as PNG, upright: without loss, so that equal pixels are equal bytes."""
+    """A PIL image as PNG, upright: without loss, so that equal pixels are equal bytes.
+
+    Raises:
+        ValueError: values whose tones are not known.
+    """
     from PIL import ImageOps
+    from PIL.Image import fromarray
 
     upright = ImageOps.exif_transpose(image)
+    if upright.mode == "F" or (upright.mode.startswith("I") and upright.mode != "I;16"):
+        upright = fromarray(eight_bits(numpy.asarray(upright)))
     if upright.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
         upright = upright.convert("RGB")
     buffer = io.BytesIO()
     upright.save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()
+
+
+def stored_in_memory(value: Any) -> StoredImage | list[StoredImage] | None:
+    """A PIL image, or an array or tensor of pixels, as a stored image; several of four dimensions; None if it is
+    neither. What cannot be stored keeps its reason for the audit, under the key UNREADABLE."""
+    # Who has an image or a tensor has imported its library; text needs neither.
+    pillow, torch = sys.modules.get("PIL.Image"), sys.modules.get("torch")
+    if pillow is not None and isinstance(value, pillow.Image):
+        try:
+            return {"bytes": encode_image(value), "path": None}
+        except (ValueError, OSError) as error:
+            return {"bytes": None, "path": None, UNREADABLE: f"an image of mode {value.mode}: {error}"}
+    if torch is not None and isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+    if not isinstance(value, numpy.ndarray) or value.dtype.kind not in "biuf" or value.ndim not in (2, 3, 4):
+        return None
+    return [stored_pixels(item) for item in value] if value.ndim == 4 else stored_pixels(value)
 
 
 def image_identity(stored: StoredImage) -> list[bytes]:
@@ -116,14 +151,15 @@ def _read_file(path: str, column: str | None) -> bytes:
         with open(descriptor, "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
-                raise BadRow("unreadable image", column, f"{path} is not a file")
+                raise BadRow("unreadable image", column, f"{short(path, MAX_NAME)} is not a file")
             if status.st_size > MAX_BYTES:
-                raise BadRow("image too large", column, f"{path} has {status.st_size} bytes")
+                raise BadRow("image too large", column, f"{short(path, MAX_NAME)} has {status.st_size} bytes")
             return file.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise BadRow("missing image", column, f"{path}: no such file") from None
+        raise BadRow("missing image", column, f"{short(path, MAX_NAME)}: no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        raise BadRow("unreadable image", column, f"{path}: {getattr(error, 'strerror', None) or error}") from None
+        reason = short(str(getattr(error, "strerror", None) or error))
+        raise BadRow("unreadable image", column, f"{short(path, MAX_NAME)}: {reason}") from None
 
 
 def _upright_rgb(image: "Image") -> "Image":
@@ -131,8 +167,8 @@ def _upright_rgb(image: "Image") -> "Image":
 
     with suppress(Exception):  # broken metadata of a sound picture: it is taken as it lies
         ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I"):  # Pillow's own conversion cuts 16 bits at 255, which leaves a white page
-        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+    if image.mode == "F" or image.mode.startswith("I"):  # Pillow's own conversion cuts at 255: a white page
+        image = Image.fromarray(eight_bits(numpy.asarray(image)))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         layer = image.convert("RGBA")
         page = Image.new("RGBA", layer.size, "white")
@@ -142,4 +178,10 @@ def _upright_rgb(image: "Image") -> "Image":
 
 
 def _name(stored: StoredImage) -> str:
-    return str(stored["path"]) if stored.get("path") else "the image"
+    return short(stored["path"], MAX_NAME) if stored.get("path") else "the image"
+
+
+def short(value: Any, limit: int = 80) -> str:
+    """The value for a message, at most `limit` characters of it: an image's content is no help to anybody."""
+    text = value if isinstance(value, str) else repr(value[:limit] if isinstance(value, bytes) else value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."

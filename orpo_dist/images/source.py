@@ -9,6 +9,7 @@ import base64
 import binascii
 import json
 import os
+import re
 import time
 import urllib.error
 import urllib.request
@@ -21,11 +22,20 @@ from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
 from orpo_dist.errors import BadRow
-from orpo_dist.images.decode import MAX_BYTES, StoredImage
+from orpo_dist.images.decode import MAX_BYTES, StoredImage, short
+from orpo_dist.images.pixels import UNREADABLE, pixels_in_lists, stored_pixels
 
 # Keys under which public data sets and APIs keep the image in a mapping; `image_url` may hold a mapping again.
 REFERENCE_KEYS = ("bytes", "path", "image", "url", "image_url", "base64", "data")
 WEB = ("http", "https")
+_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif", ".jp2")
+MAX_NAME = 255  # characters of a file's name, on every common file system
+# First bytes of the formats in decode.FORMATS; PPM's two letters would be found in any text.
+_MAGIC = re.compile(
+    rb"\x89PNG\r\n|\xff\xd8\xff|RIFF....WEBP|GIF8[79]a|BM....\0\0\0\0|II\*\0|MM\0\*"
+    rb"|....ftypavi|\0\0\0\x0cjP  |\xff\x4f\xff\x51",
+    re.DOTALL,
+)
 URL_TIMEOUT = 20.0  # seconds without an answer, and until the whole image must be there
 URL_ATTEMPTS = 3
 URL_THREADS = 8
@@ -51,6 +61,8 @@ class ImageSource:
         """
         if isinstance(value, str):
             value = _list_in_text(value)
+        if pixels := pixels_in_lists(value):
+            return [self._one(stored_pixels(array), column, file) for array in pixels]
         if value is None or value == "" or value == []:
             return []
         values = value if isinstance(value, list | tuple) else [value]
@@ -58,6 +70,8 @@ class ImageSource:
 
     def _one(self, value: Any, column: str, file: str | None) -> StoredImage:
         if isinstance(value, dict):
+            if value.get(UNREADABLE):
+                raise BadRow("unreadable image", column, value[UNREADABLE])
             value = embedded_image(value)
         if isinstance(value, os.PathLike):
             value = os.fspath(value)
@@ -66,30 +80,34 @@ class ImageSource:
         if value is None or value == "":
             raise BadRow("missing image", column, "an image without content and without path")
         if not isinstance(value, str):
-            raise BadRow("wrong type", column, f"{_short(value)} is not an image")
+            raise BadRow("wrong type", column, f"{short(value)} is not an image")
         if value[:5].lower() == "data:":
             return {"bytes": _data_url(value, column), "path": None}
+        if (content := _in_base64(value)) is not None:
+            return {"bytes": content, "path": None}
         # A drive letter is one character, and a file name may hold a colon.
         scheme = value.split("://", 1)[0].lower() if "://" in value else ""
         if scheme in WEB:
             if not self.allow_urls:
-                raise BadRow("image URL", column, f"{_short(value)} is a web address, and allow_image_urls is off")
+                raise BadRow("image URL", column, f"{short(value)} is a web address, and allow_image_urls is off")
             return {"bytes": None, "path": value}
         if scheme == "file":
             value = url2pathname(urlsplit(value).path)
         elif scheme:
-            raise BadRow("wrong type", column, f"{_short(value)} is neither a path nor an address that is known here")
+            raise BadRow("wrong type", column, f"{short(value)} is neither a path nor an address that is known here")
         return {"bytes": None, "path": self._path(value, column, file)}
 
     def _path(self, value: str, column: str, file: str | None) -> str:
+        if max(map(len, value.split("/"))) > MAX_NAME:  # a file cannot have that name: it is some other text
+            raise BadRow("unreadable image", column, f"{short(value)} is neither a path nor an encoded image")
         folder = Path(self.folder).expanduser() if self.folder else Path(file).parent if file else Path.cwd()
         try:
             root, path = folder.resolve(), (folder / value).resolve()
         except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a null byte
-            raise BadRow("unreadable image", column, f"{_short(value)}: {error}") from None
+            raise BadRow("unreadable image", column, f"{short(value)}: {error}") from None
         roots = [root] if self.folder or file else [root, *_library_caches()]
         if not (self.allow_outside or any(path.is_relative_to(allowed) for allowed in roots)):
-            raise BadRow("image outside", column, f"{_short(value)} lies outside of {folder}")
+            raise BadRow("image outside", column, f"{short(value)} lies outside of {folder}")
         return str(path)
 
 
@@ -102,10 +120,36 @@ def embedded_image(value: dict[str, Any]) -> Any:
             continue
         if isinstance(found, dict):
             return embedded_image(found)
-        if key == "base64" and isinstance(found, str) and found[:5].lower() != "data:":
+        if key in ("bytes", "base64") and isinstance(found, str) and found[:5].lower() != "data:":
             return f"data:;base64,{found}"
+        if key in ("bytes", "data") and isinstance(found, list) and all(_is_byte(item) for item in found):
+            return bytes(found)  # as JSON.stringify writes a buffer
         return found
     return None
+
+
+def looks_like_picture(value: Any) -> bool:
+    """Whether a value, or each of a list, holds the content of an image."""
+    if isinstance(value, list | tuple):
+        return bool(value) and all(map(looks_like_picture, value))
+    if isinstance(value, dict):
+        return looks_like_picture(embedded_image(value))
+    if isinstance(value, bytes | bytearray):
+        return _MAGIC.match(value) is not None
+    return isinstance(value, str) and (value[:11].lower() == "data:image/" or _in_base64(value) is not None)
+
+
+def looks_like_image(value: Any) -> bool:
+    """As `looks_like_picture`, and the path or address of a file that is named like an image."""
+    if isinstance(value, str):
+        value = _list_in_text(value)
+    if isinstance(value, list | tuple):
+        return bool(value) and all(map(looks_like_image, value))
+    if isinstance(value, dict):
+        return looks_like_image(embedded_image(value))
+    if isinstance(value, str) and "\n" not in value and value.split("?")[0].lower().endswith(_EXTENSIONS):
+        return True
+    return looks_like_picture(value)
 
 
 def is_url(stored: StoredImage) -> bool:
@@ -141,7 +185,7 @@ def fetch(address: str, column: str) -> bytes:
         except (OSError, ValueError) as error:  # URLError, HTTPError and timeouts are OSErrors
             client_error = isinstance(error, urllib.error.HTTPError) and 400 <= error.code < 500 and error.code != 429
             if client_error or isinstance(error, ValueError) or attempt + 1 == URL_ATTEMPTS:
-                raise BadRow("missing image", column, f"{_short(address)} cannot be fetched: {error}") from None
+                raise BadRow("missing image", column, f"{short(address)} cannot be fetched: {error}") from None
             time.sleep(2**attempt / 2)
     raise AssertionError("unreachable")
 
@@ -163,7 +207,7 @@ def _fetch_once(address: str, column: str) -> bytes:
         while part := answer.read1(1 << 16):
             content += part
             if len(content) > MAX_BYTES:
-                raise BadRow("image too large", column, f"{_short(address)} has more than {MAX_BYTES} bytes")
+                raise BadRow("image too large", column, f"{short(address)} has more than {MAX_BYTES} bytes")
             if time.monotonic() > deadline:
                 raise TimeoutError(f"not complete after {URL_TIMEOUT:g} s")
     return bytes(content)
@@ -177,20 +221,39 @@ def _data_url(url: str, column: str) -> bytes:
         content = unquote_to_bytes(body)
         return base64.b64decode(content, validate=False) if header.lower().endswith(";base64") else content
     except (ValueError, binascii.Error) as error:
-        raise BadRow("unreadable image", column, f"{_short(url)} is not a data URL: {error}") from None
+        raise BadRow("unreadable image", column, f"{short(url)} is not a data URL: {error}") from None
+
+
+def _in_base64(text: str) -> bytes | None:
+    """The image that the text is in base64; None for a path, whose letters are those of base64 too."""
+    if len(text) < 60 or _MAGIC.match(_from_base64(text[:32])) is None:
+        return None
+    return _from_base64(text)
+
+
+def _from_base64(text: str) -> bytes:
+    plain = "".join(text.split()).translate({ord("-"): "+", ord("_"): "/"}).rstrip("=")
+    try:
+        return base64.b64decode(plain + "=" * (-len(plain) % 4))
+    except (ValueError, binascii.Error):
+        return b""
+
+
+def _is_byte(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 256
 
 
 def _list_in_text(text: str) -> Any:
-    """The list of paths that a CSV cell spells out in JSON or Python, or the text itself."""
+    """The list of paths, or the mapping, that a CSV cell spells out in JSON or Python, or the text itself."""
     stripped = text.strip()
-    if not (stripped.startswith("[") and stripped.endswith("]")):
+    if (stripped[:1], stripped[-1:]) not in (("[", "]"), ("{", "}")):
         return stripped
     for read in (json.loads, ast.literal_eval):
         try:
             value = read(stripped)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             continue
-        return value if isinstance(value, list) else stripped
+        return value if isinstance(value, list | dict) else stripped
     return stripped
 
 
@@ -200,8 +263,3 @@ def _library_caches() -> list[Path]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     return [Path(folder).resolve() for folder in (config.HF_DATASETS_CACHE, HF_HUB_CACHE)]
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -56,3 +56,33 @@ def test_messages_without_their_images():
     assert has_images(messages) and not has_images("text") and not has_images([user("a")])
     assert without_images(messages) == [user("ab")]
     assert without_images("text") == "text"
+
+
+def numbered(index):
+    return {"type": "image", "index": index}
+
+
+def test_the_index_of_a_part_says_which_image():
+    assert placed([user([numbered(1), words("or"), numbered(0)])], A, B).images == [B, A]
+    assert placed([user([numbered(0), numbered(1), words("or"), numbered(0)])], A, B).images == [A, B, A]
+    assert placed([user([numbered(0)])], A).prompt == [user([IMAGE])]
+
+
+@pytest.mark.parametrize(
+    ("parts", "reason"),
+    [
+        ([numbered(1)], "has `index` 1, and the row has 0 to 0"),
+        ([numbered(-1)], "has `index` -1"),
+        ([numbered("0")], "has `index` '0'"),
+        ([numbered(0), IMAGE], "some have none"),
+    ],
+)
+def test_an_index_without_its_image(parts, reason):
+    with pytest.raises(BadRow, match=reason) as bad:
+        placed([user(parts)], A)
+    assert bad.value.kind == "image count"
+
+
+def test_every_image_needs_an_index():
+    with pytest.raises(BadRow, match="has 2 images, and its prompt has places for 1"):
+        placed([user([numbered(1)])], A, B)

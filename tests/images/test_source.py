@@ -10,6 +10,7 @@ from PIL import Image
 
 from orpo_dist.errors import BadRow
 from orpo_dist.images import source as image_source
+from orpo_dist.images.decode import open_image
 from orpo_dist.images.source import ImageSource, fetch_all, is_url
 
 
@@ -60,6 +61,15 @@ DATA_URL = "data:image/png;base64," + base64.b64encode(png()).decode()
         {"type": "image_url", "image_url": {"url": DATA_URL}},
         {"base64": base64.b64encode(png()).decode()},
         {"image": png()},
+        base64.b64encode(png()).decode(),
+        [base64.b64encode(png()).decode()],
+        base64.urlsafe_b64encode(png()).decode().rstrip("="),
+        base64.encodebytes(png()).decode(),  # in lines
+        {"bytes": base64.b64encode(png()).decode()},
+        {"bytes": DATA_URL, "path": None},
+        {"bytes": list(png())},
+        {"type": "Buffer", "data": list(png())},
+        str({"bytes": png(), "path": None}),  # as pandas writes it to CSV
         "data:image/png," + "".join(f"%{byte:02x}" for byte in png()),
     ],
 )
@@ -242,3 +252,31 @@ def test_each_address_once_and_files_not_at_all(web):
     images = [{"bytes": None, "path": f"{web}/a.png"}] * 3 + [{"bytes": png(), "path": None}]
     assert list(fetch_all(images, "images")) == [f"{web}/a.png"]
     assert fetch_all(images[3:], "images") == {}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "/9j/" + "4AAQSkZJRgABAQAAAQABAAD" * 50_000,  # a JPEG that breaks off begins like an absolute path
+        "not an image " * 50_000,
+        {"bytes": "!" * 100_000},
+        {"path": "a" * 100_000},
+        "/" + "a" * 100_000,
+        b"x" * 100_000,
+        "data:image/png;base64" + "A" * 100_000,
+        [[0, 1, 2] * 50_000, [3]],
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_messages_are_short_and_blame_no_option(value, folder):
+    with pytest.raises(BadRow) as caught:
+        for image in stored(value, folder):
+            open_image(image, "images")
+    assert caught.value.kind in ("unreadable image", "truncated image", "wrong type")
+    assert len(caught.value.reason) < 400
+
+
+def test_paths_that_could_be_base64(folder):
+    (folder / "abcd").mkdir()
+    name = "abcd/" + "efgh" * 20
+    assert stored(name, folder) == [{"bytes": None, "path": str(folder / name)}]

@@ -9,6 +9,7 @@ from peft import LoraConfig
 from orpo_dist import ORPOConfig, ORPOTrainer
 from orpo_dist.errors import UserError
 from orpo_dist.model.loading import vision
+from orpo_dist.model.packed import verify_images
 from orpo_dist.packing.images import ImageCollator
 from orpo_dist.packing.sampler import GlobalBatchSampler
 from tests.model.tiny_vlms import drawing, image_row, image_rows, tiny_processor, tiny_vlm
@@ -110,6 +111,44 @@ def test_a_model_whose_features_cannot_be_shared_gets_the_pixels_twice(tmp_path,
     assert trainer.layout.collator.chosen.pixels_twice
     assert "The vision tower runs twice per pair: with images its hidden states differ" in caplog.text
     assert_same_weights(trainer, expected)
+
+
+@pytest.mark.parametrize("padding_free", [True, False])
+def test_a_model_whose_own_forward_fails_stops_before_training(tmp_path, monkeypatch, padding_free):
+    states = verify_images.last_hidden_states
+
+    def fails(model, base, batch):
+        if "orpo_layout" not in batch:
+            raise IndexError("index 3 is out of bounds")
+        return states(model, base, batch)
+
+    monkeypatch.setattr(verify_images, "last_hidden_states", fails)
+    with pytest.raises(UserError, match=r"LlavaForConditionalGeneration cannot compute pairs .*IndexError: index 3"):
+        trained(tmp_path, "llava", padding_free=padding_free)
+
+
+def test_images_by_cross_attention_are_refused(tmp_path):
+    model = tiny_vlm("llava")
+    model.config.text_config.cross_attention_layers = [0]  # as in Llama 3.2 Vision's config
+    with pytest.raises(UserError, match="reads images by cross-attention, which is not supported"):
+        ORPOTrainer(
+            model,
+            config(tmp_path),
+            train_dataset=image_rows("llava"),
+            processing_class=tiny_processor("llava"),
+        )
+
+
+def test_a_processor_that_refuses_drawings_is_checked_with_images_of_the_data():
+    class Refusing:
+        image_processor = tiny_processor("llava").image_processor
+
+        def __call__(self, **_):
+            raise ValueError("the image is too small")
+
+    row = image_rows("llava")[0]
+    own = verify_images.drawn_row(row, Refusing())
+    assert own == {name: row[name] for name in ("prompt_ids", "images", "prompt_text", "prompt_places") if name in row}
 
 
 def test_images_need_a_processor_that_makes_the_rows_tokens(tmp_path):

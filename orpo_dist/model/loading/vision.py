@@ -9,7 +9,7 @@ Shape legend: B pairs.
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from orpo_dist.errors import UserError
 from orpo_dist.model.patches import PRESENT_LAYERS, SHARED_FEATURES, Patched, replace_attribute
-from orpo_dist.model.upstream import computes_mrope_positions, has_image_features
+from orpo_dist.model.upstream import computes_mrope_positions, config_value, has_image_features
 from orpo_dist.packing.images import (
     CAUSAL,
     IMAGES_BIDIRECTIONAL,
@@ -31,7 +31,8 @@ from orpo_dist.packing.images import (
     MropePositions,
 )
 
-_PROJECTOR_WORDS = ("merger", "projector", "connector", "aligner", "newline", "embed_vision", "modality_projection")
+_IN_A_TOWER = ("merger", "projector", "modality_projection")  # projectors that lie within the tower's module (Qwen-VL)
+_PER_PATCH = 3 * 14 * 14  # numbers of a patch where the config does not say: CLIP's and SigLIP's usual size
 # Families whose image tokens see each other. A missing one shows at start-up (model/packed/verify_images.py).
 _BIDIRECTIONAL = {"gemma3": IMAGES_BIDIRECTIONAL, "paligemma": PROMPT_BIDIRECTIONAL}
 
@@ -53,15 +54,34 @@ class VisionParts:
 
 
 def vision_parts(base: PreTrainedModel) -> VisionParts:
-    """The parts of a bare model; both empty for a text model."""
+    """The parts of a bare model; both empty for a text model.
+
+    A tower is a model of its own with a config of its own (vision, audio, image codes); what lies beside it and is not
+    text is a projector, whatever its name.
+    """
     if not is_vision_language(base.config) or base.config.is_encoder_decoder:
         return VisionParts((), ())
-    text = set(map(id, _text_parameters(base)))
+    text, towers = set(map(id, _text_parameters(base))), _towers(base, _TOWER_CONFIGS)
     parts: dict[str, list[str]] = {"tower": [], "projector": []}
-    for name, part in _pure_parts(base, "", text):
+    for name, part in _pure_parts(base, "", text, towers):
         if part != "text":
             parts[part].append(name)
     return VisionParts(tuple(parts["tower"]), tuple(parts["projector"]))
+
+
+_OTHER_CONFIGS = ("audio", "vq")  # sounds, and the codes of generated images: nothing of a row passes through them
+_TOWER_CONFIGS = ("vision", *_OTHER_CONFIGS)
+
+
+def _towers(base: PreTrainedModel, kinds: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of the models within `base` whose config is one of these kinds."""
+    own = {name for name in base.config.sub_configs if any(kind in name for kind in kinds)}
+    configs = [config for name in own if (config := config_value(base.config, name)) is not None]
+    return tuple(
+        name
+        for name, module in base.named_modules()
+        if name and isinstance(module, PreTrainedModel) and any(isinstance(module.config, type(c)) for c in configs)
+    )
 
 
 def _text_parameters(base: PreTrainedModel) -> Iterator[nn.Parameter]:
@@ -70,24 +90,27 @@ def _text_parameters(base: PreTrainedModel) -> Iterator[nn.Parameter]:
             yield from part.parameters()
 
 
-def _pure_parts(module: nn.Module, path: str, text: set[int]) -> Iterator[tuple[str, str]]:
+def _pure_parts(module: nn.Module, path: str, text: set[int], towers: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     """(name, part) of the outermost modules and parameters that belong to one part as a whole."""
     for name, child in module.named_children():
         child_path = f"{path}.{name}" if path else name
-        kinds = {_part(f"{child_path}.{inner}", parameter, text) for inner, parameter in child.named_parameters()}
+        kinds = {
+            _part(f"{child_path}.{inner}", parameter, text, towers) for inner, parameter in child.named_parameters()
+        }
         if len(kinds) == 1:
             yield child_path, kinds.pop()
         elif kinds:
-            yield from _pure_parts(child, child_path, text)
+            yield from _pure_parts(child, child_path, text, towers)
     for name, parameter in module.named_parameters(recurse=False):
         parameter_path = f"{path}.{name}" if path else name
-        yield parameter_path, _part(parameter_path, parameter, text)
+        yield parameter_path, _part(parameter_path, parameter, text, towers)
 
 
-def _part(path: str, parameter: nn.Parameter, text: set[int]) -> str:
+def _part(path: str, parameter: nn.Parameter, text: set[int], towers: tuple[str, ...]) -> str:
     if id(parameter) in text:
         return "text"
-    return "projector" if any(word in path for word in _PROJECTOR_WORDS) else "tower"
+    inside = any(path.startswith(f"{tower}.") for tower in towers)
+    return "tower" if inside and not any(word in path for word in _IN_A_TOWER) else "projector"
 
 
 def frozen_parts(base: PreTrainedModel, *, train_vision_tower: bool, train_projector: bool) -> tuple[str, ...]:
@@ -103,19 +126,24 @@ def frozen_parts(base: PreTrainedModel, *, train_vision_tower: bool, train_proje
     ):
         if wanted and not names:
             raise UserError(f"{option}=true: {type(base).__name__} has no such part. Leave {option} out.")
-    frozen_tower = _behind_the_features(base, parts.tower) if train_vision_tower else parts.tower
+    frozen_tower = parts.tower
+    if train_vision_tower:
+        frozen_tower = _towers(base, _OTHER_CONFIGS) + _behind_the_features(base, parts.tower)
     return frozen_tower + (() if train_projector else parts.projector)
 
 
 def _behind_the_features(base: PreTrainedModel, tower: tuple[str, ...]) -> tuple[str, ...]:
-    """The parts of the tower after the layer whose output is used (LLaVA's `vision_feature_layer`). They never get a
-    gradient, and DDP would wait for one."""
-    taken = base.config.to_dict().get("vision_feature_layer")
+    """The parts of the tower after the last layer whose output is used (LLaVA's `vision_feature_layer`, which may be a
+    list, and VipLLaVA's `vision_feature_layers`). They never get a gradient, and DDP would wait for one."""
+    config = base.config.to_dict()
+    given = config.get("vision_feature_layer", config.get("vision_feature_layers"))
+    taken = [layer for layer in (given if isinstance(given, list | tuple) else [given]) if isinstance(layer, int)]
     inside = [name for name, _ in base.named_modules() if any(name.startswith(f"{part}.") for part in tower)]
     layers = [name for name in inside if re.search(r"encoder\.layers\.\d+$", name)]
-    if not isinstance(taken, int) or not layers:
+    if not layers or not taken:
         return ()
-    used = taken if taken >= 0 else len(layers) + 1 + taken  # hidden_states begins with the embeddings
+    # hidden_states begins with the embeddings
+    used = max(layer if layer >= 0 else len(layers) + 1 + layer for layer in taken)
     return (*layers[used:], *(name for name in inside if name.endswith("post_layernorm")))  # which hidden_states lack
 
 
@@ -156,10 +184,6 @@ def vision_cost(base: PreTrainedModel, pixels: int, image_tokens: int) -> float:
 
     pixels: numbers in the pixel values of an image of `image_tokens` tokens.
     """
-    config = base.config.vision_config
-    patch = config.patch_size
-    side = patch if isinstance(patch, int) else next(iter(patch.values() if isinstance(patch, dict) else patch))
-    per_patch = 3 * side * side * config.to_dict().get("temporal_patch_size", 1)  # of towers that take videos
     in_vision, trained = vision_modules(base), trains_vision(base)
     head = base.get_output_embeddings()
     vision = language = 0.0
@@ -170,7 +194,25 @@ def vision_cost(base: PreTrainedModel, pixels: int, image_tokens: int) -> float:
                 vision += weights * (3 if trained else 1)
             else:
                 language += weights * (3 if module.weight.requires_grad else 2)
-    return pixels / per_patch / image_tokens * vision / language
+    return pixels / _numbers_per_patch(base) / max(image_tokens, 1) * vision / language if language else 0.0
+
+
+def _numbers_per_patch(base: PreTrainedModel) -> int:
+    """Of a patch that the tower takes; a usual number where the config does not say, since this is an estimate."""
+    config = config_value(base.config, "vision_config")
+    patch = None if config is None else config_value(config, "patch_size")
+    sides = patch.values() if isinstance(patch, dict) else patch
+    side = next(iter(sides), None) if isinstance(sides, Iterable) else sides
+    if not isinstance(side, int):
+        return _PER_PATCH
+    times = config_value(config, "temporal_patch_size")  # of towers that take videos
+    return 3 * side * side * (times if isinstance(times, int) else 1)
+
+
+def reads_by_cross_attention(base: PreTrainedModel) -> bool:
+    """Whether layers of the language model look at the images from the side (Llama 3.2 Vision), with a mask per token
+    that neither layout writes."""
+    return bool(config_value(base.config.get_text_config(), "cross_attention_layers"))
 
 
 def name_present_layers(model: nn.Module) -> list[Patched]:

@@ -20,7 +20,14 @@ from orpo_dist.distributed.log import get_logger
 from orpo_dist.errors import UserError
 from orpo_dist.loss import Objective
 from orpo_dist.model.head.install import install_head
-from orpo_dist.model.loading.vision import features_for_both, image_rules, shares_features, trains_vision, vision_cost
+from orpo_dist.model.loading.vision import (
+    features_for_both,
+    image_rules,
+    reads_by_cross_attention,
+    shares_features,
+    trains_vision,
+    vision_cost,
+)
 from orpo_dist.model.packed.switch import PackingVerdict, use_packed_layout
 from orpo_dist.model.packed.verify import LayoutCheck, verify_layout
 from orpo_dist.model.packed.verify_images import drawn_row, verify_images
@@ -190,7 +197,7 @@ class LayoutChoice:
 
     def _verify_images(self, model: nn.Module) -> LayoutCheck:
         collator, images = self.collator.chosen, self.options.images
-        if images is None or not isinstance(collator, ImageCollator) or collator.pixels_twice:
+        if images is None or not isinstance(collator, ImageCollator):
             return LayoutCheck(0.0, 0.0)
         return verify_images(model, collator, images.example, self._verdict, compute_dtype=self.options.compute_dtype)
 
@@ -216,10 +223,17 @@ class LayoutChoice:
         images, base = self.options.images, self._base
         if images is None or base is None:
             return collator
+        if reads_by_cross_attention(base):
+            raise UserError(
+                f"{type(base).__name__} reads images by cross-attention, which is not supported in training. Choose "
+                "another vision-language model, or set image_column='' to train on the text alone."
+            )
         prompt = drawn_row(images.example, images.processor)
         made = process_prompts(images.processor, [{**prompt, "index": FILLER}])
-        image_tokens = prompt["prompt_ids"].count(base.config.image_token_id)
-        self.vision_cost_per_token = vision_cost(base, made.tensors["pixel_values"].numel(), image_tokens)
+        # An estimate for balancing batches: families name their tensors and tokens in their own way.
+        pixels = max((tensor.numel() for tensor in made.tensors.values() if tensor.is_floating_point()), default=0)
+        image_tokens = sum(map(prompt["prompt_ids"].count, images.processor.image_token_ids))
+        self.vision_cost_per_token = vision_cost(base, pixels, image_tokens)
         filler = None
         if images.world_size > 1 and (images.partitioned or trains_vision(base)):
             token = [self.options.pad_token_id]

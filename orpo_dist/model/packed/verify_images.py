@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from orpo_dist.errors import UserError
 from orpo_dist.model.loading.vision import features_for_both
 from orpo_dist.model.packed.switch import PackingVerdict
 from orpo_dist.model.packed.verify import (
@@ -23,11 +24,14 @@ from orpo_dist.packing.images import ImageCollator
 from orpo_dist.packing.layout import PackedLayoutError
 from orpo_dist.packing.padded import PaddedCollator
 
+# What a forward raises that cannot compute what it is given.
+_FAILURES = (ValueError, TypeError, RuntimeError, AttributeError, LookupError, AssertionError)
 _SIZES = ((40, 24), (24, 56), (32, 32), (64, 24))  # width, height of the drawn images, in turn
 
 
 def drawn_row(example: dict[str, Any], processor: Any, first: int = 0) -> dict[str, Any]:
-    """The prompt of a row of the data set with small drawn images in place of its own. No completions yet."""
+    """The prompt of a row of the data set with small drawn images in place of its own, or the row's own where the
+    processor refuses drawings. No completions yet."""
     from orpo_dist.images.decode import open_image
 
     if processor.image_processor.do_resize is False:  # its images must have the size that they have
@@ -35,7 +39,11 @@ def drawn_row(example: dict[str, Any], processor: Any, first: int = 0) -> dict[s
     else:
         sizes = [_SIZES[(first + i) % len(_SIZES)] for i in range(len(example["images"]))]
     images = [_drawing(*size, first + i) for i, size in enumerate(sizes)]
-    made = processor(text=[example["prompt_text"]], images=[images], add_special_tokens=False)
+    try:
+        made = processor(text=[example["prompt_text"]], images=[images], add_special_tokens=False, return_tensors="pt")
+    except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError):  # too small or too narrow for it
+        own = ("prompt_ids", "images", "prompt_text", "prompt_places")
+        return {name: example[name] for name in own if name in example}
     return {
         "prompt_ids": list(map(int, made["input_ids"][0])),
         "images": [{"bytes": _png(image), "path": None} for image in images],
@@ -52,10 +60,13 @@ def verify_images(
     compute_dtype: torch.dtype = torch.float32,
 ) -> LayoutCheck:
     """Run tiny pairs with and without images through `collator`'s layout and through the model's own forward of a
-    padded batch, and compare the last hidden states.
+    padded batch, and compare the last hidden states. Where the layout is that forward, it is only run.
 
     example: a row of the data set that has images; its prompt says where they stand. verdict: of the packed layout,
     None where the layout is padded. Every rank must call it.
+
+    Raises:
+        UserError: the model's own forward cannot compute such pairs.
     """
     base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
     rows = _rows(base, collator.processor, example)
@@ -72,13 +83,17 @@ def verify_images(
                 layout.tokens, layout.pairs = layout.counts().float().unbind()
                 states = last_hidden_states(model, base, batch)[0]
                 with verdict.paused():
-                    expected = last_hidden_states(model, base, reference)
+                    expected = _own_states(model, base, reference)
             else:
+                expected = _own_states(model, base, reference)
+                if collator.pixels_twice:
+                    return LayoutCheck(0.0, 0.0)
                 del batch["orpo_layout"]
                 with features_for_both(base):
                     states = last_hidden_states(model, base, batch)
-                expected = last_hidden_states(model, base, reference)
-    except (PackedLayoutError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+    except UserError:
+        raise
+    except (PackedLayoutError, *_FAILURES) as error:
         # With an unknown family anything may fail on the layout's path; the run then falls back to the model's own.
         return LayoutCheck(float("inf"), 0.0, f"{type(error).__name__} with images: {error}")
     finally:
@@ -93,6 +108,19 @@ def verify_images(
     reason = f"with images its hidden states differ by {difference:.2g} (rounding explains {tolerance:.2g})"
     check = LayoutCheck(difference, tolerance)
     return check if check.ok else replace(check, reason=reason)
+
+
+def _own_states(model: nn.Module, base: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
+    try:
+        return last_hidden_states(model, base, batch)
+    except torch.OutOfMemoryError:
+        raise
+    except _FAILURES as error:
+        raise UserError(
+            f"{type(base).__name__} cannot compute pairs with and without images in one batch "
+            f"({type(error).__name__}: {error}). Choose another vision-language model, or set image_column='' to train "
+            "on the text alone."
+        ) from error
 
 
 def _rows(base: PreTrainedModel, processor: Any, example: dict[str, Any]) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers as t
 from peft import LoraConfig, get_peft_model
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from orpo_dist.errors import UserError
 from orpo_dist.model.loading.load import load_model
@@ -84,6 +85,56 @@ def test_every_trained_parameter_of_a_tower_gets_a_gradient(name):
     ]
     assert without == []
     assert any(parameter.grad is not None for path, parameter in model.named_parameters() if "vis" in path)
+
+
+PARTS = {  # of families whose projectors have names of their own: (towers, projectors)
+    "blip-2": ({"vision_model"}, {"qformer", "language_projection", "query_tokens"}),
+    "ovis2": ({"model.vision_tower"}, {"model.visual_embeddings_table"}),
+    "idefics2": ({"model.vision_model"}, {"model.connector"}),
+    "deepseek_vl": ({"model.vision_model"}, {"model.aligner"}),
+    "kosmos-2": ({"vision_model"}, {"image_to_text_projection"}),
+    "qwen2_5_omni_thinker": (
+        {"model.audio_tower", "model.visual.patch_embed", "model.visual.blocks"}, {"model.visual.merger"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_are_found_by_what_they_are(name):
+    """On the meta device, by the default config."""
+    config = next(c for c in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if c.model_type == name)
+    with torch.device("meta"):
+        model = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[config](config())
+    parts = vision_parts(model)
+    assert (set(parts.tower), set(parts.projector)) == PARTS[name]
+    sounds = {part for part in parts.tower if "audio" in part}
+    assert sounds <= set(frozen_parts(model, train_vision_tower=True, train_projector=True))
+
+
+def vipllava(layers: list[int]):
+    tower = t.CLIPVisionConfig(**TOWER | {"num_hidden_layers": 4}, image_size=16)
+    text = t.LlamaConfig(**_text(tokenizer()))
+    return t.VipLlavaForConditionalGeneration(
+        t.VipLlavaConfig(text_config=text, vision_config=tower, vision_feature_layers=layers, image_token_index=4)
+    )
+
+
+@pytest.mark.parametrize(("layers", "unused"), [([-3, -2], {3}), ([1, 2], {2, 3}), ([-1, 1], set())])
+def test_what_lies_behind_the_last_of_several_feature_layers(layers, unused):
+    frozen = frozen_parts(vipllava(layers), train_vision_tower=True, train_projector=True)
+    assert {int(name.rsplit(".", 1)[-1]) for name in frozen if not name.endswith("post_layernorm")} == unused
+    assert any(name.endswith("post_layernorm") for name in frozen)
+
+
+def test_a_cost_whose_numbers_the_config_lacks():
+    model = tiny_vlm("llava")
+    model.config.vision_config.patch_size = None
+    assert 0 < vision_cost(model, pixels=3 * 16 * 16, image_tokens=0) < float("inf")
+    model.config.vision_config.patch_size = (4, 4)
+    known = vision_cost(model, pixels=3 * 16 * 16, image_tokens=16)
+    model.config.vision_config.patch_size = 4
+    assert vision_cost(model, pixels=3 * 16 * 16, image_tokens=16) == known
+    assert vision_cost(tiny_model("gpt2"), pixels=0, image_tokens=1) == 0.0
 
 
 def test_a_text_model_has_no_parts():
