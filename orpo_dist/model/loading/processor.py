@@ -6,19 +6,16 @@ from typing import Any
 
 from transformers import (
     AutoProcessor,
-    AutoTokenizer,
-    PreTrainedTokenizer,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
     ProcessorMixin,
 )
-from transformers.utils import cached_file
 
 from orpo_dist.config import ORPOConfig
 from orpo_dist.distributed.log import get_logger
 from orpo_dist.errors import UserError
 from orpo_dist.model.loading.hub import hub_errors
 from orpo_dist.model.loading.load import load_config
+from orpo_dist.model.loading.tokenizer import load_tokenizer
 from orpo_dist.model.loading.vision import is_vision_language
 from orpo_dist.model.patches import FIXED_IMAGE_OPTIONS, replace_attribute
 from orpo_dist.model.upstream import fixed_image_options
@@ -62,7 +59,7 @@ def load_processing_class(
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code, "token": token}
     processor = _load_processor(name, options) if _wants_processor(name, options) else None
     with hub_errors(name, revision):
-        tokenizer = _load_tokenizer(name, options) if processor is None else processor.tokenizer
+        tokenizer = load_tokenizer(name, options) if processor is None else processor.tokenizer
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise UserError(
@@ -72,18 +69,6 @@ def load_processing_class(
         tokenizer.pad_token = tokenizer.eos_token
     set_image_sizes(tokenizer if processor is None else processor, sizes or ImageSizes())
     return tokenizer if processor is None else processor
-
-
-def _load_tokenizer(name: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """AutoTokenizer's choice, except where it takes mistral-common for a folder that has a tokenizer.json too: that one
-    lacks chat templates and keywords of the tokenizers' call, and is chosen by what happens to be installed."""
-    tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    if isinstance(tokenizer, PreTrainedTokenizer | PreTrainedTokenizerFast):
-        return tokenizer
-    source = {key: options[key] for key in ("revision", "token")}
-    if cached_file(name, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **source) is None:
-        return tokenizer
-    return PreTrainedTokenizerFast.from_pretrained(name, **options)
 
 
 def _wants_processor(name: str, options: dict[str, Any]) -> bool:
