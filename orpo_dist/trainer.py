@@ -19,6 +19,7 @@ compute_loss. The host reads nothing else between two log lines: metrics are one
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -58,6 +59,7 @@ from orpo_dist.training import refusals
 from orpo_dist.training.adapting import adapted_model
 from orpo_dist.training.checkpoint_writer import CheckpointWriter
 from orpo_dist.training.evaluation import EvaluationPass, with_prefix
+from orpo_dist.training.final_model import save_checked, whole_weights
 from orpo_dist.training.loaders import PairLoaders
 from orpo_dist.training.malloc_trim import returning_freed_memory
 from orpo_dist.training.metrics import MetricSums
@@ -386,7 +388,31 @@ class ORPOTrainer(Trainer):
         self.model.train(was_training)
         return output if self.preparation.options.is_encoder_decoder else output[:, inputs["input_ids"].shape[1] :]
 
-    # ------------------------------------------------------------------ checkpoints
+    # ------------------------------------------------------------------ model and checkpoints
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the whole model, or its adapter, with tokenizer and config, whatever form the checkpoints have.
+
+        Raises:
+            SaveError: on the rank that writes: transformers or peft could not load what lies there.
+        """
+        if self._checkpoints.staging is not None:  # part of a checkpoint, which keeps the form that was asked for
+            super().save_model(output_dir, _internal_call=True)
+            return
+        folder = Path(str(self.args.output_dir if output_dir is None else output_dir))
+        save_checked(
+            partial(self._save_whole, folder),
+            self.accelerator.unwrap_model(self.model),
+            folder,
+            checks=self.args.should_save,
+            trust_remote_code=self.args.trust_remote_code,
+        )
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_whole(self, folder: Path) -> None:
+        with whole_weights(self.accelerator, self.environment.sharding, self.deepspeed):
+            super().save_model(str(folder), _internal_call=True)  # which only means: without a push
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         began, write = time.monotonic(), super()._save_checkpoint
