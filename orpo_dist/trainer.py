@@ -57,6 +57,7 @@ from orpo_dist.run.fingerprint import fingerprint
 from orpo_dist.run.stop import StopRequests, ignore_signals
 from orpo_dist.training import refusals
 from orpo_dist.training.adapting import adapted_model
+from orpo_dist.training.borrowed import BorrowedModel
 from orpo_dist.training.checkpoint_writer import CheckpointWriter
 from orpo_dist.training.evaluation import EvaluationPass, with_prefix
 from orpo_dist.training.final_model import save_checked, whole_weights
@@ -125,6 +126,7 @@ class ORPOTrainer(Trainer):
         args, self.preparation, self.layout = setup.args, setup.preparation, setup.layout
         self._lengths, self._objective, self._peft_config = setup.lengths, setup.objective, peft_config
         self._forward = PairForward(self.layout, self._objective)
+        self._borrowed = BorrowedModel()
         set_seed(args.seed)  # a new adapter is initialised at random
         if isinstance(model, str):
             model = load_model(model, trust_remote_code=args.trust_remote_code, **model_init_kwargs(args))
@@ -187,16 +189,21 @@ class ORPOTrainer(Trainer):
         return self._adapted(super().call_model_init(trial), self.args)
 
     def _adapted(self, model: nn.Module, args: ORPOConfig) -> nn.Module:
-        model = adapted_model(model, args, self._peft_config)
+        borrowed = self._borrowed
+        borrowed.another()
+        adapted = model = adapted_model(model, args, self._peft_config, borrowed)
         coefficient = refusals.router_aux_loss_coef(model.config, args.router_aux_loss_coef)
         self.layout.choose(model, router_aux_loss_coef=coefficient)
         if args.torch_compile:
-            compile_blocks(model, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+            compiler = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
+            borrowed.change(lambda: compile_blocks(adapted, **compiler))
+        borrowed.change(self.layout.fix_rotary)
         self._throughput = Throughput(ModelFlops.of(model), args.nll_scope)  # model_init may return another size
         return model
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
+        self.layout.autocast = self.accelerator.autocast
         replace_attribute(
             self.accelerator.state, "dynamo_plugin", TorchDynamoPlugin(backend="no"), BLOCKS_COMPILED_ALREADY
         )
@@ -238,7 +245,7 @@ class ORPOTrainer(Trainer):
         folder = self._resuming.resolve(resume_from_checkpoint)
         pickles = safe_pickles() if self.environment.sharding.is_zero else nullcontext()
         try:
-            with self._stop_requests.listening(), pickles:
+            with self._stop_requests.listening(), pickles, self._borrowed.in_use():
                 return super().train(folder, *args, **kwargs)
         finally:
             self._step_guard.release()
@@ -301,7 +308,8 @@ class ORPOTrainer(Trainer):
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         micro_batch = [index for index in inputs["orpo_layout"].index if index != FILLER]
         try:
-            return super().training_step(model, inputs, num_items_in_batch)
+            with self.layout.in_force():
+                return super().training_step(model, inputs, num_items_in_batch)
         except (RuntimeError, MemoryError) as error:
             if self.args.auto_find_batch_size or not is_out_of_memory(error):
                 raise
@@ -345,6 +353,14 @@ class ORPOTrainer(Trainer):
 
     # ------------------------------------------------------------------ evaluation
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self._borrowed.in_use():
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        with self._borrowed.in_use():
+            return super().predict(*args, **kwargs)
+
     def evaluation_loop(
         self,
         dataloader: DataLoader,
@@ -379,11 +395,12 @@ class ORPOTrainer(Trainer):
         return None, None, None
 
     def _reply(self, inputs: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
-        """generate() with the model's original attention, in the precision of training."""
+        """generate() in the precision of training. Its caches would be compiled in vain (torch_compile)."""
         inputs = {name: tensor.to(self.args.device) for name, tensor in inputs.items()}
         was_training = self.model.training
         self.model.eval()
-        with torch.no_grad(), self.layout.paused(), self.compute_loss_context_manager():
+        eager = torch.compiler.set_stance("force_eager")
+        with torch.no_grad(), eager, self.compute_loss_context_manager():
             output = self.model.generate(**inputs, **options)
         self.model.train(was_training)
         return output if self.preparation.options.is_encoder_decoder else output[:, inputs["input_ids"].shape[1] :]
