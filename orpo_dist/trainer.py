@@ -65,6 +65,7 @@ from orpo_dist.training.loaders import PairLoaders
 from orpo_dist.training.malloc_trim import returning_freed_memory
 from orpo_dist.training.metrics import MetricSums
 from orpo_dist.training.nonfinite import PairFacts
+from orpo_dist.training.optimizer_modes import use_averaged_weights
 from orpo_dist.training.out_of_memory import is_out_of_memory, out_of_memory
 from orpo_dist.training.progress import progress_of, take_over
 from orpo_dist.training.resuming import Resuming
@@ -122,6 +123,7 @@ class ORPOTrainer(Trainer):
             processing_class=processing_class,
             data_collator=data_collator,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            optimizer=optimizers[0],
         )
         args, self.preparation, self.layout = setup.args, setup.preparation, setup.layout
         self._lengths, self._objective, self._peft_config = setup.lengths, setup.objective, peft_config
@@ -254,7 +256,13 @@ class ORPOTrainer(Trainer):
         self, batch_size: int | None = None, **kwargs: Any
     ) -> Any:
         with returning_freed_memory(self.args.device):
-            return super()._inner_training_loop(batch_size, **kwargs)
+            result = super()._inner_training_loop(batch_size, **kwargs)
+        use_averaged_weights(self.optimizer)
+        return result
+
+    def _load_best_model(self) -> None:
+        use_averaged_weights(self.optimizer)  # else a later switch would average the last step's into the best ones
+        super()._load_best_model()
 
     def _update_auto_batch_size(self, batch_size: int) -> None:
         """Accumulate over more, smaller micro-batches, so that the global batch does not change."""
@@ -416,6 +424,7 @@ class ORPOTrainer(Trainer):
         if self._checkpoints.staging is not None:  # part of a checkpoint, which keeps the form that was asked for
             super().save_model(output_dir, _internal_call=True)
             return
+        use_averaged_weights(self.optimizer)
         folder = Path(str(self.args.output_dir if output_dir is None else output_dir))
         save_checked(
             partial(self._save_whole, folder),
@@ -433,6 +442,7 @@ class ORPOTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         began, write = time.monotonic(), super()._save_checkpoint
+        use_averaged_weights(self.optimizer)
         progress = progress_of(self, self._train_sums, self._step_guard)
         with self._throughput.paused():
             run = Path(super()._get_output_dir(trial))
