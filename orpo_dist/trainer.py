@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import TorchDynamoPlugin, gather_object
+from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -46,8 +47,10 @@ from orpo_dist.distributed.zero import safe_pickles
 from orpo_dist.errors import RunStopped
 from orpo_dist.loss import pair_sums
 from orpo_dist.model.forward import PairForward
+from orpo_dist.model.loading.initial import initial_weights, resume_initial, save_initial, to_plain_lora
 from orpo_dist.model.loading.load import load_model
 from orpo_dist.model.loading.processor import model_init_kwargs
+from orpo_dist.model.loading.saved import adapter_folder
 from orpo_dist.model.packed.compile import compile_blocks
 from orpo_dist.model.patches import BLOCKS_COMPILED_ALREADY, ONE_DEVICE_PER_PROCESS, replace_attribute
 from orpo_dist.options.durations import seconds_of
@@ -193,7 +196,9 @@ class ORPOTrainer(Trainer):
     def _adapted(self, model: nn.Module, args: ORPOConfig) -> nn.Module:
         borrowed = self._borrowed
         borrowed.another()
+        given = isinstance(model, PeftModel)
         adapted = model = adapted_model(model, args, self._peft_config, borrowed)
+        self._initial_adapters = initial_weights(model, given=given)
         coefficient = refusals.router_aux_loss_coef(model.config, args.router_aux_loss_coef)
         self.layout.choose(model, router_aux_loss_coef=coefficient)
         if args.torch_compile:
@@ -285,6 +290,9 @@ class ORPOTrainer(Trainer):
         self.layout.verify(self.model_wrapped)
         self._step_guard.training_begins(self.accelerator)
         take_over(self._resuming.loaded(self.optimizer), self, self._train_sums, self._step_guard, self.environment)
+        if self._resuming.checkpoint is not None:
+            sharded, folder = self.environment.sharding.partitions_weights, self._resuming.checkpoint
+            self._initial_adapters = resume_initial(self.model, self._initial_adapters, folder, sharded=sharded)
         if self._resuming.evaluation_is_due(self.state, self.eval_dataset is not None):
             self._evaluate(None, None)
         self._step_guard.guard(self.optimizer)
@@ -439,14 +447,25 @@ class ORPOTrainer(Trainer):
     def _save_whole(self, folder: Path) -> None:
         with whole_weights(self.accelerator, self.environment.sharding, self.deepspeed):
             super().save_model(str(folder), _internal_call=True)  # which only means: without a push
+        if self.args.should_save:
+            for name, initial in self._initial_adapters.items():
+                to_plain_lora(adapter_folder(folder, name), initial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         began, write = time.monotonic(), super()._save_checkpoint
         use_averaged_weights(self.optimizer)
         progress = progress_of(self, self._train_sums, self._step_guard)
+
+        def write_all() -> None:
+            write(model, trial)
+            if self.args.should_save:
+                save_initial(
+                    self._initial_adapters, Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+                )
+
         with self._throughput.paused():
             run = Path(super()._get_output_dir(trial))
-            published = self._checkpoints.save(run, self.state, lambda: write(model, trial), progress)
+            published = self._checkpoints.save(run, self.state, write_all, progress)
             if self.args.push_to_hub:
                 super()._push_from_checkpoint(str(published))
         self._stop_requests.saved(time.monotonic() - began)
