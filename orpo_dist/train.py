@@ -151,9 +151,15 @@ def _check_evaluation(recipe: Recipe) -> None:
 
 
 def _save_model(trainer: "ORPOTrainer", folder: Path) -> None:
-    """Save model or adapter with tokenizer and generation config, in the standard layout. Every rank must call it."""
+    """Save model or adapter with tokenizer and generation config, in the standard layout. Every rank must call it.
+
+    Raises:
+        SaveError: on every rank: what lies there could not be loaded.
+    """
+    from orpo_dist.distributed.ranks import on_every_rank
+
     push, trainer.args.push_to_hub = trainer.args.push_to_hub, False  # save_model would push before the report exists
-    trainer.save_model(str(folder))
+    on_every_rank(lambda: trainer.save_model(str(folder)))
     trainer.args.push_to_hub = push
     model: Any = trainer.model
     if trainer.is_world_process_zero() and model.generation_config is not None:

@@ -19,11 +19,13 @@ compute_loss. The host reads nothing else between two log lines: metrics are one
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import TorchDynamoPlugin, gather_object
+from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -45,8 +47,10 @@ from orpo_dist.distributed.zero import safe_pickles
 from orpo_dist.errors import RunStopped
 from orpo_dist.loss import pair_sums
 from orpo_dist.model.forward import PairForward
+from orpo_dist.model.loading.initial import initial_weights, resume_initial, save_initial, to_plain_lora
 from orpo_dist.model.loading.load import load_model
 from orpo_dist.model.loading.processor import model_init_kwargs
+from orpo_dist.model.loading.saved import adapter_folder
 from orpo_dist.model.packed.compile import compile_blocks
 from orpo_dist.model.patches import BLOCKS_COMPILED_ALREADY, ONE_DEVICE_PER_PROCESS, replace_attribute
 from orpo_dist.options.durations import seconds_of
@@ -56,12 +60,15 @@ from orpo_dist.run.fingerprint import fingerprint
 from orpo_dist.run.stop import StopRequests, ignore_signals
 from orpo_dist.training import refusals
 from orpo_dist.training.adapting import adapted_model
+from orpo_dist.training.borrowed import BorrowedModel
 from orpo_dist.training.checkpoint_writer import CheckpointWriter
 from orpo_dist.training.evaluation import EvaluationPass, with_prefix
+from orpo_dist.training.final_model import save_checked, whole_weights
 from orpo_dist.training.loaders import PairLoaders
 from orpo_dist.training.malloc_trim import returning_freed_memory
 from orpo_dist.training.metrics import MetricSums
 from orpo_dist.training.nonfinite import PairFacts
+from orpo_dist.training.optimizer_modes import use_averaged_weights
 from orpo_dist.training.out_of_memory import is_out_of_memory, out_of_memory
 from orpo_dist.training.progress import progress_of, take_over
 from orpo_dist.training.resuming import Resuming
@@ -119,10 +126,12 @@ class ORPOTrainer(Trainer):
             processing_class=processing_class,
             data_collator=data_collator,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            optimizer=optimizers[0],
         )
         args, self.preparation, self.layout = setup.args, setup.preparation, setup.layout
         self._lengths, self._objective, self._peft_config = setup.lengths, setup.objective, peft_config
         self._forward = PairForward(self.layout, self._objective)
+        self._borrowed = BorrowedModel()
         set_seed(args.seed)  # a new adapter is initialised at random
         if isinstance(model, str):
             model = load_model(model, trust_remote_code=args.trust_remote_code, **model_init_kwargs(args))
@@ -185,16 +194,23 @@ class ORPOTrainer(Trainer):
         return self._adapted(super().call_model_init(trial), self.args)
 
     def _adapted(self, model: nn.Module, args: ORPOConfig) -> nn.Module:
-        model = adapted_model(model, args, self._peft_config)
+        borrowed = self._borrowed
+        borrowed.another()
+        given = isinstance(model, PeftModel)
+        adapted = model = adapted_model(model, args, self._peft_config, borrowed)
+        self._initial_adapters = initial_weights(model, given=given)
         coefficient = refusals.router_aux_loss_coef(model.config, args.router_aux_loss_coef)
         self.layout.choose(model, router_aux_loss_coef=coefficient)
         if args.torch_compile:
-            compile_blocks(model, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+            compiler = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
+            borrowed.change(lambda: compile_blocks(adapted, **compiler))
+        borrowed.change(self.layout.fix_rotary)
         self._throughput = Throughput(ModelFlops.of(model), args.nll_scope)  # model_init may return another size
         return model
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
+        self.layout.autocast = self.accelerator.autocast
         replace_attribute(
             self.accelerator.state, "dynamo_plugin", TorchDynamoPlugin(backend="no"), BLOCKS_COMPILED_ALREADY
         )
@@ -236,7 +252,7 @@ class ORPOTrainer(Trainer):
         folder = self._resuming.resolve(resume_from_checkpoint)
         pickles = safe_pickles() if self.environment.sharding.is_zero else nullcontext()
         try:
-            with self._stop_requests.listening(), pickles:
+            with self._stop_requests.listening(), pickles, self._borrowed.in_use():
                 return super().train(folder, *args, **kwargs)
         finally:
             self._step_guard.release()
@@ -245,7 +261,13 @@ class ORPOTrainer(Trainer):
         self, batch_size: int | None = None, **kwargs: Any
     ) -> Any:
         with returning_freed_memory(self.args.device):
-            return super()._inner_training_loop(batch_size, **kwargs)
+            result = super()._inner_training_loop(batch_size, **kwargs)
+        use_averaged_weights(self.optimizer)
+        return result
+
+    def _load_best_model(self) -> None:
+        use_averaged_weights(self.optimizer)  # else a later switch would average the last step's into the best ones
+        super()._load_best_model()
 
     def _update_auto_batch_size(self, batch_size: int) -> None:
         """Accumulate over more, smaller micro-batches, so that the global batch does not change."""
@@ -268,6 +290,9 @@ class ORPOTrainer(Trainer):
         self.layout.verify(self.model_wrapped)
         self._step_guard.training_begins(self.accelerator)
         take_over(self._resuming.loaded(self.optimizer), self, self._train_sums, self._step_guard, self.environment)
+        if self._resuming.checkpoint is not None:
+            sharded, folder = self.environment.sharding.partitions_weights, self._resuming.checkpoint
+            self._initial_adapters = resume_initial(self.model, self._initial_adapters, folder, sharded=sharded)
         if self._resuming.evaluation_is_due(self.state, self.eval_dataset is not None):
             self._evaluate(None, None)
         self._step_guard.guard(self.optimizer)
@@ -299,7 +324,8 @@ class ORPOTrainer(Trainer):
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         micro_batch = [index for index in inputs["orpo_layout"].index if index != FILLER]
         try:
-            return super().training_step(model, inputs, num_items_in_batch)
+            with self.layout.in_force():
+                return super().training_step(model, inputs, num_items_in_batch)
         except (RuntimeError, MemoryError) as error:
             if self.args.auto_find_batch_size or not is_out_of_memory(error):
                 raise
@@ -343,6 +369,14 @@ class ORPOTrainer(Trainer):
 
     # ------------------------------------------------------------------ evaluation
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self._borrowed.in_use():
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        with self._borrowed.in_use():
+            return super().predict(*args, **kwargs)
+
     def evaluation_loop(
         self,
         dataloader: DataLoader,
@@ -377,23 +411,61 @@ class ORPOTrainer(Trainer):
         return None, None, None
 
     def _reply(self, inputs: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
-        """generate() with the model's original attention, in the precision of training."""
+        """generate() in the precision of training. Its caches would be compiled in vain (torch_compile)."""
         inputs = {name: tensor.to(self.args.device) for name, tensor in inputs.items()}
         was_training = self.model.training
         self.model.eval()
-        with torch.no_grad(), self.layout.paused(), self.compute_loss_context_manager():
+        eager = torch.compiler.set_stance("force_eager")
+        with torch.no_grad(), eager, self.compute_loss_context_manager():
             output = self.model.generate(**inputs, **options)
         self.model.train(was_training)
         return output if self.preparation.options.is_encoder_decoder else output[:, inputs["input_ids"].shape[1] :]
 
-    # ------------------------------------------------------------------ checkpoints
+    # ------------------------------------------------------------------ model and checkpoints
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the whole model, or its adapter, with tokenizer and config, whatever form the checkpoints have.
+
+        Raises:
+            SaveError: on the rank that writes: transformers or peft could not load what lies there.
+        """
+        if self._checkpoints.staging is not None:  # part of a checkpoint, which keeps the form that was asked for
+            super().save_model(output_dir, _internal_call=True)
+            return
+        use_averaged_weights(self.optimizer)
+        folder = Path(str(self.args.output_dir if output_dir is None else output_dir))
+        save_checked(
+            partial(self._save_whole, folder),
+            self.accelerator.unwrap_model(self.model),
+            folder,
+            checks=self.args.should_save,
+            trust_remote_code=self.args.trust_remote_code,
+        )
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_whole(self, folder: Path) -> None:
+        with whole_weights(self.accelerator, self.environment.sharding, self.deepspeed):
+            super().save_model(str(folder), _internal_call=True)  # which only means: without a push
+        if self.args.should_save:
+            for name, initial in self._initial_adapters.items():
+                to_plain_lora(adapter_folder(folder, name), initial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         began, write = time.monotonic(), super()._save_checkpoint
+        use_averaged_weights(self.optimizer)
         progress = progress_of(self, self._train_sums, self._step_guard)
+
+        def write_all() -> None:
+            write(model, trial)
+            if self.args.should_save:
+                save_initial(
+                    self._initial_adapters, Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+                )
+
         with self._throughput.paused():
             run = Path(super()._get_output_dir(trial))
-            published = self._checkpoints.save(run, self.state, lambda: write(model, trial), progress)
+            published = self._checkpoints.save(run, self.state, write_all, progress)
             if self.args.push_to_hub:
                 super()._push_from_checkpoint(str(published))
         self._stop_requests.saved(time.monotonic() - began)

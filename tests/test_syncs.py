@@ -127,7 +127,7 @@ def test_a_step_adds_few_operations_to_the_bare_forward_and_backward(trainer):
     (batch,), tokens = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, trainer.args.device)
     trainer.current_gradient_accumulation_steps = 1
     trainer.training_step(trainer.model, batch, tokens)  # measures the logit transform
-    with Operations() as bare:
+    with trainer.layout.in_force(), Operations() as bare:
         trainer.model(**batch, use_cache=False).backward()
     with Operations() as step:
         trainer.training_step(trainer.model, batch, tokens)

@@ -32,7 +32,8 @@ class PairForward:
         layout = batch["orpo_layout"].to(device)
         tensors = {name: value for name, value in batch.items() if name != "orpo_layout"}
         if isinstance(layout, PackedLayout):
-            loss = model(**tensors, orpo_layout=layout, use_cache=False)
+            with self._layout.in_force(), self._layout.autocast():
+                loss = model(**tensors, orpo_layout=layout, use_cache=False)
             assert layout.scores is not None
             return PairResult(loss, layout.scores)
         return self._padded(model, tensors, layout)

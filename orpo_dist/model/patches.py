@@ -46,38 +46,38 @@ PACKED_ATTENTION_FUNCTION = Patch(
 )
 PACKED_ATTENTION_OF_MODEL = Patch(
     name="packed attention of a model",
-    replaces="PreTrainedConfig._attn_implementation of the text model and the configs around it",
+    replaces="PreTrainedConfig._attn_implementation_internal of the text model and of the configs around it",
     reason="The two sequences of a pair share their prompt, and no mask is to be built for them.",
     link=f"{_TRANSFORMERS}/modeling_utils.py",
-    undone="by PackingVerdict.restore(), and within PackingVerdict.paused()",
+    undone="after each micro-batch (LayoutChoice.in_force); by PackingVerdict.restore(), and within paused()",
 )
 LAYOUT_SEEN = Patch(
     name="layout seen",
     replaces="forward pre-hooks of the text model",
     reason="A layer that receives no layout must fail if its model was given one.",
     link=_TORCH_MODULE,
-    undone="by PackingVerdict.restore()",
+    undone="after each micro-batch (LayoutChoice.in_force); by PackingVerdict.restore()",
 )
 UNSHARED_MIXER = Patch(
     name="mixer on unshared rows",
     replaces="forward hooks of linear attention, Mamba and convolution layers",
     reason="They do not call the attention interface: the row has to be copied out to plain sequences around them.",
     link=_TORCH_MODULE,
-    undone="by PackingVerdict.restore()",
+    undone="after each micro-batch (LayoutChoice.in_force); by PackingVerdict.restore()",
 )
 FIXED_ROTARY = Patch(
     name="fixed rotary frequencies",
     replaces="inv_freq, attention_scaling and rope_type of rotary embeddings of kind dynamic and longrope",
     reason="Frequencies that follow the longest position of a forward depend on how the batch is cut.",
     link=f"{_TRANSFORMERS}/modeling_rope_utils.py",
-    undone="by PackingVerdict.undo(); restore() keeps them, since the padded layout needs them too",
+    undone="after train(); by PackingVerdict.undo(). restore() keeps them: the padded layout needs them too",
 )
 COMPILED_BLOCK = Patch(
     name="compiled block",
     replaces="forward (transformers from 5.19 on) or Module._compiled_call_impl of the decoder blocks",
     reason="Blocks are compiled one by one, inside activation checkpointing.",
     link=f"{_TRANSFORMERS}/modeling_layers.py",
-    undone="by the handles that compile_blocks() returns",
+    undone="after train(), by the handles that compile_blocks() returns",
 )
 SHORT_WINDOW = Patch(
     name="short window",
@@ -101,7 +101,7 @@ LOSS_HEAD = Patch(
     replaces="forward of a causal language model",
     reason="The model returns the loss of a packed row instead of its logits, which would not fit in memory.",
     link=f"{_TRANSFORMERS}/loss/loss_utils.py",
-    undone="by the handle that install_head() returns",
+    undone="after each micro-batch (LayoutChoice.in_force); by the handle that install_head() returns",
 )
 HEAD_STAND_IN = Patch(
     name="stand-in for the output layer",
@@ -153,7 +153,7 @@ BASE_DROPOUT = Patch(
     replaces="p of dropout modules, and dropout probabilities that layers and configs hold as numbers",
     reason="disable_dropout, as in TRL; an adapter's dropout stays.",
     link="https://github.com/huggingface/trl/blob/main/trl/trainer/utils.py",
-    undone="by the handles that disable_base_dropout() returns",
+    undone="after train(), by the handles that disable_base_dropout() returns",
 )
 UNPACKED_4BIT = Patch(
     name="4-bit weights stay unpacked",
@@ -181,7 +181,7 @@ PRESENT_LAYERS = Patch(
     replaces="PreTrainedModel._no_split_modules",
     reason="accelerate refuses to wrap for FSDP2 if a class named there is not in the model.",
     link=f"{_ACCELERATE}/utils/fsdp_utils.py",
-    undone="by the handles that name_present_layers() returns",
+    undone="after train(), by the handles that name_present_layers() returns",
 )
 FIXED_IMAGE_OPTIONS = Patch(
     name="image options of a processor",

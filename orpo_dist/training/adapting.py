@@ -11,13 +11,17 @@ from orpo_dist.distributed.environment import Sharding, loading_sharding
 from orpo_dist.distributed.log import get_logger
 from orpo_dist.model.loading.adapters import add_adapter, disable_base_dropout
 from orpo_dist.model.loading.vision import freeze, frozen_parts, name_present_layers, without_parts
+from orpo_dist.training.borrowed import BorrowedModel
 from orpo_dist.training.refusals import warn_without_liger_kernels
 
 logger = get_logger(__name__)
 
 
-def adapted_model(model: nn.Module, args: ORPOConfig, peft_config: Any) -> PreTrainedModel | PeftModel:
-    """The model set up as `args` requires, before its layout is chosen. Modifies `model` in place.
+def adapted_model(
+    model: nn.Module, args: ORPOConfig, peft_config: Any, borrowed: BorrowedModel
+) -> PreTrainedModel | PeftModel:
+    """The model set up as `args` requires, before its layout is chosen. Modifies `model` in place; what is to be
+    taken off again after training is left with `borrowed`.
 
     Also sets `args.ddp_find_unused_parameters`, which depends on both.
 
@@ -25,7 +29,7 @@ def adapted_model(model: nn.Module, args: ORPOConfig, peft_config: Any) -> PreTr
         UserError: the adapter does not fit, or the model lacks a part that should train.
     """
     if args.disable_dropout:
-        disable_base_dropout(model)
+        borrowed.change(lambda: disable_base_dropout(model))
     adapted = add_adapter(
         model,  # type: ignore[arg-type]
         _with_frozen_parts(model, args, peft_config),
@@ -33,7 +37,7 @@ def adapted_model(model: nn.Module, args: ORPOConfig, peft_config: Any) -> PreTr
         gradient_checkpointing_kwargs=cast(dict | None, args.gradient_checkpointing_kwargs),
         zero3=loading_sharding() is Sharding.ZERO3,
     )
-    name_present_layers(adapted)
+    borrowed.change(lambda: name_present_layers(adapted))
     if args.gradient_checkpointing and args.ddp_find_unused_parameters is None:
         # transformers sets this for plain models only. With an adapter DDP would search for unused parameters, which
         # fails with reentrant checkpointing.

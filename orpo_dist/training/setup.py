@@ -15,6 +15,7 @@ from orpo_dist.run.checkpoint import LEAST_KEPT
 from orpo_dist.run.prepare import Preparation, preparation_of
 from orpo_dist.training import refusals
 from orpo_dist.training.layout_options import layout_options
+from orpo_dist.training.optimizer_modes import refuse_modes_under_zero
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ def set_up(
     processing_class: Any,
     data_collator: Callable[[list[dict]], dict[str, Any]] | None,
     preprocess_logits_for_metrics: Any,
+    optimizer: Any,
 ) -> Setup:
     """The arguments are those of `ORPOTrainer`.
 
@@ -58,6 +60,7 @@ def set_up(
     refusals.refuse_what_needs_logits(args, preprocess_logits_for_metrics)
     refusals.refuse_unsupported_parallelism(args)
     refusals.refuse_missing_kernels(args, sharding)
+    refuse_modes_under_zero(str(args.optim), optimizer, sharding)
     refusals.refuse_contradictions(args, model, model_init, train_dataset is not None or eval_dataset is not None)
     # With a limit of 1, transformers deletes every checkpoint but the best one at the end of training.
     args.save_total_limit = LEAST_KEPT if args.save_total_limit == 1 else args.save_total_limit

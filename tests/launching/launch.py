@@ -23,9 +23,16 @@ class Outcome:
     saved: Path
 
 
-def run_worker(settings: dict, out: Path, launcher: str | None = None, processes: int = 2, worker: str = "worker"):
+def run_worker(
+    settings: dict,
+    out: Path,
+    launcher: str | None = None,
+    processes: int = 2,
+    worker: str = "worker",
+    launcher_changes: dict | None = None,
+):
     """launcher: None for one process, "torchrun", or the name of an accelerate config; worker: a module of this
-    package."""
+    package; launcher_changes: to a section of the accelerate config."""
     out.with_suffix(".json").write_text(json.dumps(settings))
     module = ["-m", f"tests.launching.{worker}", str(out.with_suffix(".json")), str(out)]
     if launcher is None:
@@ -35,6 +42,8 @@ def run_worker(settings: dict, out: Path, launcher: str | None = None, processes
         command += module
     else:
         config = yaml.safe_load((CONFIGS / f"{launcher}.yaml").read_text())
+        for section, changes in (launcher_changes or {}).items():
+            config[section] |= changes
         on_cpu = out.with_suffix(".accelerate.yaml")  # the flag --cpu would start one plain process
         on_cpu.write_text(yaml.safe_dump({**config, "use_cpu": True, "num_processes": processes}))
         command = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={on_cpu}"]

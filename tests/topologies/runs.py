@@ -43,11 +43,12 @@ def pairs(n, vocab, seed):
     return [{"prompt_ids": ids(2, 60), "chosen_ids": ids(1, 40), "rejected_ids": ids(1, 40)} for _ in range(n)]
 
 
-def run(setting, name, config, launcher=None, **more):
+def run(setting, name, config, launcher=None, launcher_changes=None, **more):
     settings = {key: setting[key] for key in ("model", "tokenizer", "train", "eval")}
     if "load_in_4bit" in more:
         settings["model"] = str(setting["folder"] / "wide")
-    return run_worker({**settings, "config": config, **more}, setting["folder"] / name, launcher)
+    settings |= {"config": config, **more}
+    return run_worker(settings, setting["folder"] / name, launcher, launcher_changes=launcher_changes)
 
 
 def assert_same(outcome, reference, weight_tolerance=1e-5):

@@ -59,19 +59,19 @@ def install_head(
         PackedLayoutError: the model has no output layer, or, at the first forward, one of a kind that the fused loss
             cannot replace.
     """
+    return loss_head(model, objective, chunk_rows=chunk_rows, router_aux_loss_coef=router_aux_loss_coef).put_on()
+
+
+def loss_head(
+    model: PreTrainedModel | PeftModel,
+    objective: Objective,
+    *,
+    chunk_rows: int | None = None,
+    router_aux_loss_coef: float = 0.0,
+) -> "LossHead":
+    """The head that `install_head` installs, not yet on the model. The arguments are the same."""
     base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
-    place = _find_head(base)
-    head = _LossHead(base, _forward_without_head(base), place, objective, chunk_rows, router_aux_loss_coef)
-
-    @functools.wraps(type(base).forward)  # the Trainer, PEFT and generate read the signature
-    def forward(self: PreTrainedModel, *args: Any, orpo_layout: PackedLayout | None = None, **kwargs: Any) -> Any:
-        if orpo_layout is None:
-            return head.model_forward(*args, **kwargs)
-        return head.loss(orpo_layout, args, kwargs)
-
-    vars(forward)["loss_head"] = head
-    head.handle = replace_attribute(base, "forward", types.MethodType(forward, base), LOSS_HEAD)
-    return head.handle
+    return LossHead(base, _find_head(base), objective, chunk_rows, router_aux_loss_coef)
 
 
 def _forward_without_head(base: PreTrainedModel) -> Callable[..., Any]:
@@ -83,17 +83,36 @@ def _forward_without_head(base: PreTrainedModel) -> Callable[..., Any]:
 
 
 @dataclass
-class _LossHead:
-    """transform: what the model does to its logits, measured in the first forward."""
+class LossHead:
+    """A head for one model, to be put on and taken off.
+
+    transform: what the model does to its logits, measured in the first forward.
+    model_forward, handle: the forward that it builds on, and the head in force on it, since it was last put on.
+    """
 
     base: PreTrainedModel
-    model_forward: Callable[..., Any]
     place: "_HeadPlace"
     objective: Objective
     chunk_rows: int | None
     router_aux_loss_coef: float
     transform: LogitTransform | None = None
+    model_forward: Callable[..., Any] = field(init=False)
     handle: Patched = field(init=False)
+
+    def put_on(self) -> Patched:
+        """Add the keyword to the model's forward. Returns the handle that removes it."""
+        base, head = self.base, self
+        self.model_forward = _forward_without_head(base)
+
+        @functools.wraps(type(base).forward)  # the Trainer, PEFT and generate read the signature
+        def forward(self: PreTrainedModel, *args: Any, orpo_layout: PackedLayout | None = None, **kwargs: Any) -> Any:
+            if orpo_layout is None:
+                return head.model_forward(*args, **kwargs)
+            return head.loss(orpo_layout, args, kwargs)
+
+        vars(forward)["loss_head"] = self
+        self.handle = replace_attribute(base, "forward", types.MethodType(forward, base), LOSS_HEAD)
+        return self.handle
 
     def loss(self, layout: PackedLayout, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
         tokens = layout.tokens

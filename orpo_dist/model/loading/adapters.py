@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from orpo_dist.distributed.log import get_logger
 from orpo_dist.errors import UserError
 from orpo_dist.model.loading.hub import hub_errors
+from orpo_dist.model.loading.initial import refuse_second_draw, refuse_unsaveable
 from orpo_dist.model.loading.load import base_identity
 from orpo_dist.model.patches import (
     BASE_DROPOUT,
@@ -204,6 +205,7 @@ def _keep_weights_unpacked(model: PeftModel) -> None:
 def _new_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     config = copy.deepcopy(peft_config)  # peft rewrites the targets in place
     _refuse_tied_targets(model, config)
+    refuse_unsaveable(config, quantised=is_quantized(model))
     linear = _linear_names(model)
     if isinstance(config, LoraConfig) and config.target_modules == "all-linear" and _has_fused_experts(model):
         covered = sorted(linear - _REDIRECTED_TO_EXPERTS)
@@ -248,6 +250,7 @@ def _has_fused_experts(model: PreTrainedModel) -> bool:
 def _continue_from(model: PreTrainedModel, adapter: str) -> PeftModel:
     with hub_errors(adapter):
         config = PeftConfig.from_pretrained(adapter)
+    refuse_second_draw(config, adapter)
     base = base_identity(model)
     if config.base_model_name_or_path not in (None, base.name, model.name_or_path):
         logger.warning(

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from orpo_dist.distributed.log import get_logger
 from orpo_dist.errors import UserError
 from orpo_dist.loss import Objective
-from orpo_dist.model.head.install import install_head
+from orpo_dist.model.head.install import loss_head
 from orpo_dist.model.loading.vision import (
     features_for_both,
     image_rules,
@@ -28,9 +28,11 @@ from orpo_dist.model.loading.vision import (
     trains_vision,
     vision_cost,
 )
+from orpo_dist.model.packed.rotary import fix_rotary_frequencies
 from orpo_dist.model.packed.switch import PackingVerdict, use_packed_layout
 from orpo_dist.model.packed.verify import LayoutCheck, verify_layout
 from orpo_dist.model.packed.verify_images import drawn_row, verify_images
+from orpo_dist.model.patches import Patched
 from orpo_dist.packing.collate import PackedCollator
 from orpo_dist.packing.images import ImageCollator, process_prompts
 from orpo_dist.packing.padded import EncoderDecoderCollator, PaddedCollator
@@ -96,6 +98,8 @@ class LayoutChoice:
 
     Attributes:
         collator: for the data loaders.
+        autocast: the accelerator's, for forwards of packed rows: the loss head lies around the model's forward, and
+            so around the wrapper for mixed precision that accelerate has put on it.
         router_aux_loss_coef: weight of the load-balancing loss of the model that was chosen for.
         vision_cost_per_token: of an image token, beside a token's cost in the language model; 0 without images.
     """
@@ -103,6 +107,9 @@ class LayoutChoice:
     def __init__(self, options: LayoutOptions):
         self.options = options
         self.collator = PairCollator()
+        self.autocast: Callable[[], AbstractContextManager] = nullcontext
+        self._depth = 0
+        self._takes_packed = False
         self.router_aux_loss_coef = 0.0
         self.vision_cost_per_token = 0.0
         self._verdict: PackingVerdict | None = None
@@ -134,7 +141,7 @@ class LayoutChoice:
         self.router_aux_loss_coef = router_aux_loss_coef
         self._verified = not options.verify_layout
         self._base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-        self.collator.chosen, self._verdict = self._padded_collator(model), None
+        self.collator.chosen, self._verdict, self._takes_packed = self._padded_collator(model), None, False
         if options.trl_collator is not None:
             logger.warning("A data_collator was given: padded layout.")
         elif not options.padding_free and options.prefix_sharing:
@@ -151,14 +158,15 @@ class LayoutChoice:
         if verdict.unshared:
             kinds = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in verdict.unshared}))
             logger.info("%d modules (%s) run on unshared rows.", len(verdict.unshared), kinds)
-        head = install_head(
+        head = loss_head(
             model,  # type: ignore[arg-type]
             options.objective,
             chunk_rows=options.loss_chunk_size,
             router_aux_loss_coef=self.router_aux_loss_coef,
         )
-        verdict.patches.append(head)  # restore() takes it off too
-        self._verdict = verdict
+        verdict.makers.append(lambda: [head.put_on()])
+        verdict.undo()  # until fix_rotary() and in_force()
+        self._verdict, self._takes_packed = verdict, True
         if options.images is not None and not options.prefix_sharing:
             logger.warning("prefix_sharing=false has no effect on pairs with images: their pixels are encoded once.")
         sharing = options.prefix_sharing or options.images is not None
@@ -174,13 +182,13 @@ class LayoutChoice:
             return
         self._verified = True
         if self._verdict is not None:
-            check = self._verify_packed(model, self._verdict)
+            with self.in_force(), self.autocast():
+                check = self._verify_packed(model, self._verdict)
             if check.ok:
                 return
             if not may_fall_back:
                 raise UserError(f"The packed layout is wrong for this model: {check.reason}. Set padding_free=false.")
             logger.warning("Padded layout: %s.", check.reason)
-            self._verdict.restore()
             self._verdict = None
             self.collator.chosen = self._padded_collator(model)
         check = self._verify_images(model)
@@ -201,14 +209,30 @@ class LayoutChoice:
             return LayoutCheck(0.0, 0.0)
         return verify_images(model, collator, images.example, self._verdict, compute_dtype=self.options.compute_dtype)
 
+    def fix_rotary(self) -> list[Patched]:
+        """Fix rotary frequencies that follow the length (model/packed/rotary.py), if the model took the packed layout
+        at first. Returns the handles."""
+        if not self._takes_packed or self._base is None:
+            return []
+        fixed = fix_rotary_frequencies(self._base.get_decoder(), self.options.max_length)
+        return [handle for handles in fixed.values() for handle in handles]
+
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """The model with its own attention, for generate(), whose caches would be compiled in vain (torch_compile)."""
-        with (
-            torch.compiler.set_stance("force_eager"),
-            nullcontext() if self._verdict is None else self._verdict.paused(),
-        ):
+    def in_force(self) -> Iterator[None]:
+        """Within it the model takes the batches of the chosen layout: around the forward and the backward pass of a
+        micro-batch, which recomputes layers under gradient checkpointing. Outside of it the model is as it came, so
+        that callbacks may generate with it, copy it and train it otherwise."""
+        verdict = self._verdict
+        if verdict is None or self._depth:
             yield
+            return
+        self._depth += 1
+        verdict.put_on()
+        try:
+            yield
+        finally:
+            verdict.restore()
+            self._depth -= 1
 
     def image_features_once(self) -> AbstractContextManager:
         """Around a padded forward: both rows of a pair get the features of one pass through the vision tower."""

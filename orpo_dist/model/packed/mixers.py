@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from orpo_dist.model.patches import LAYOUT_SEEN, UNSHARED_MIXER, add_forward_hook, add_forward_pre_hook
+from orpo_dist.model.patches import LAYOUT_SEEN, UNSHARED_MIXER, Patched, add_forward_hook, add_forward_pre_hook
 from orpo_dist.model.upstream import uses_attention_interface
 from orpo_dist.packing.layout import PackedLayout, PackedLayoutError
 
@@ -60,9 +60,12 @@ class Unsharing:
     def __init__(self, mixer: TokenMixer, row: "PackedRow"):
         self.name, self.row = f"{mixer.name} ({type(mixer.module).__name__})", row
         self.layout: PackedLayout | None = None
-        self.handles = [
-            add_forward_pre_hook(mixer.module, self._before, UNSHARED_MIXER),
-            add_forward_hook(mixer.module, self._after, UNSHARED_MIXER),
+        self._module = mixer.module
+
+    def put_on(self) -> list[Patched]:
+        return [
+            add_forward_pre_hook(self._module, self._before, UNSHARED_MIXER),
+            add_forward_hook(self._module, self._after, UNSHARED_MIXER),
         ]
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -82,7 +85,10 @@ class PackedRow:
 
     def __init__(self, text_model: nn.Module):
         self.packed = False
-        self.handle = add_forward_pre_hook(text_model, self._note, LAYOUT_SEEN)
+        self._text_model = text_model
+
+    def put_on(self) -> list[Patched]:
+        return [add_forward_pre_hook(self._text_model, self._note, LAYOUT_SEEN)]
 
     def _note(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.packed = kwargs.get("orpo_layout") is not None

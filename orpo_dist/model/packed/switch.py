@@ -6,12 +6,13 @@
     else:
         log(verdict.reason)                                                        # and keep the padded layout
     verdict.restore()                                                              # before generate()
+    verdict.put_on()                                                               # and packed again
 
 What cannot be seen from outside (a window that only the masks contain, positions computed inside the model) is found by
 `verify_layout` (model/packed/verify.py), which every run calls.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -21,7 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from orpo_dist.model.attention.interface import PACKED_ATTENTION
 from orpo_dist.model.packed.mixers import PackedRow, TokenMixer, Unsharing, find_token_mixers
 from orpo_dist.model.packed.rotary import fix_rotary_frequencies
-from orpo_dist.model.patches import PACKED_ATTENTION_OF_MODEL, Patched, undo_all
+from orpo_dist.model.patches import PACKED_ATTENTION_OF_MODEL, Patched, replace_attribute, undo_all
 
 
 @dataclass
@@ -31,7 +32,8 @@ class PackingVerdict:
     ok: it has been switched to it. reason: why not; empty when ok.
     unshared: mixers that run on unshared rows, by name; the prompt is computed twice in them.
     fixed_rotary: rotary embeddings whose frequencies were fixed for max_length.
-    patches: what is in force on the model for this layout. A loss head (`install_head`) may be appended.
+    patches: what is in force on the model for this layout.
+    makers: put those patches on; that of a loss head may be appended.
     rotary_patches: those of fixed_rotary.
     """
 
@@ -40,15 +42,18 @@ class PackingVerdict:
     unshared: list[str] = field(default_factory=list)
     fixed_rotary: list[str] = field(default_factory=list)
     patches: list[Patched] = field(default_factory=list)
+    makers: list[Callable[[], list[Patched]]] = field(default_factory=list)
     rotary_patches: list[Patched] = field(default_factory=list)
-    _model: PreTrainedModel | None = None
-    _attention_before: dict = field(default_factory=dict)
+
+    def put_on(self) -> None:
+        """Switch the model to the packed layout, after restore(). Cheap: names and hooks, no look at the model."""
+        for make in self.makers:
+            self.patches += make()
 
     def restore(self) -> None:
         """Undo `patches`: the model has its own attention and mixers again. Rotary frequencies stay fixed, which the
         padded layout needs too. Harmless when not ok, and a second time."""
         undo_all(self.patches)
-        self._model = None
 
     def undo(self) -> None:
         """restore(), and rotary frequencies that follow the length again: the model as it came."""
@@ -57,17 +62,15 @@ class PackingVerdict:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """The model with its own attention, for generate() or a padded forward during training. Mixers need no pause:
-        without a layout they run as they are. Backward passes of packed forwards must have finished."""
-        if self._model is None:
-            yield
-            return
-        model = self._model
-        model.set_attn_implementation(self._attention_before)
+        """The model with its own attention, for generate() or a padded forward while it is packed. Mixers need no
+        pause: without a layout they run as they are. Backward passes of packed forwards must have finished."""
+        in_force = [handle for handle in self.patches if handle.patch is PACKED_ATTENTION_OF_MODEL and handle.in_force]
+        undo_all([*in_force])
         try:
             yield
         finally:
-            model.set_attn_implementation(_packed_implementations(model.config))
+            if in_force:
+                self.patches += self.makers[0]()
 
 
 def use_packed_layout(model: nn.Module, *, max_length: int | None) -> PackingVerdict:
@@ -83,21 +86,50 @@ def use_packed_layout(model: nn.Module, *, max_length: int | None) -> PackingVer
     if reason:
         return PackingVerdict(ok=False, reason=f"{type(base).__name__}: {reason}")
     fixed_rotary = fix_rotary_frequencies(text_model, max_length)
-    before = _implementations(base.config)
-    base.set_attn_implementation(_packed_implementations(base.config))
-    attention = Patched(PACKED_ATTENTION_OF_MODEL, lambda: base.set_attn_implementation(before))
+    configs = _configs_to_switch(base)
     row = PackedRow(text_model)
     unshared = [mixer for mixer in mixers if not mixer.uses_interface]
-    hooks = [handle for mixer in unshared for handle in Unsharing(mixer, row).handles]
-    return PackingVerdict(
+    verdict = PackingVerdict(
         ok=True,
         unshared=[mixer.name for mixer in unshared],
         fixed_rotary=list(fixed_rotary),
-        patches=[attention, row.handle, *hooks],
+        makers=[lambda: [_packed_attention_in(config) for config in configs], row.put_on],
         rotary_patches=[handle for handles in fixed_rotary.values() for handle in handles],
-        _model=base,
-        _attention_before=before,
     )
+    verdict.makers += [Unsharing(mixer, row).put_on for mixer in unshared]
+    verdict.put_on()
+    return verdict
+
+
+def _configs_to_switch(base: PreTrainedModel) -> list[PreTrainedConfig]:
+    """The configs in which transformers, asked for the packed attention, changes a name. They are as before when this
+    returns: a step sets and resets the names alone, since transformers' own switch walks through all modules."""
+    own, names = _implementations(base.config), [(config, config._attn_implementation) for config in _configs(base)]
+    base.set_attn_implementation(_packed_implementations(base.config))
+    changed = [config for config, name in names if config._attn_implementation != name]
+    base.set_attn_implementation(own)
+    return changed
+
+
+def _packed_attention_in(config: PreTrainedConfig) -> Patched:
+    """In this config alone: the property without `_internal` writes into the configs within it too."""
+    return replace_attribute(config, "_attn_implementation_internal", PACKED_ATTENTION, PACKED_ATTENTION_OF_MODEL)
+
+
+def _configs(base: PreTrainedModel) -> list[PreTrainedConfig]:
+    """Of the model and of the models in it, each with the configs within it, once."""
+    found: dict[int, PreTrainedConfig] = {}
+
+    def add(config: PreTrainedConfig) -> None:
+        found[id(config)] = config
+        for name in config.sub_configs:
+            if getattr(config, name) is not None:
+                add(getattr(config, name))
+
+    for module in base.modules():
+        if isinstance(module, PreTrainedModel):
+            add(module.config)
+    return list(found.values())
 
 
 def _obstacle(

@@ -2,13 +2,15 @@
 
 import pytest
 import torch
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from orpo_dist.errors import UserError
 from orpo_dist.loss import Objective
+from orpo_dist.model.attention.interface import PACKED_ATTENTION
 from orpo_dist.model.packed import choose_layout
 from orpo_dist.model.packed.choose_layout import LayoutChoice, LayoutOptions
 from orpo_dist.model.packed.verify import LayoutCheck
+from orpo_dist.model.patches import undo_all
 
 
 def choice(**changes):
@@ -91,12 +93,39 @@ def test_the_check_can_be_switched_off(tiny_llama, monkeypatch):
     assert layout.is_packed
 
 
-def test_paused_the_model_has_its_own_attention(tiny_llama):
+def test_the_model_is_packed_in_force_alone(tiny_llama):
     model = tiny_llama(64)
-    before = model.config._attn_implementation
+    before, forward = model.config._attn_implementation, model.forward
     layout = choice()
     layout.choose(model, router_aux_loss_coef=0.0)
-    assert model.config._attn_implementation != before
-    with layout.paused():
-        assert model.config._attn_implementation == before
-    assert model.config._attn_implementation != before
+    assert layout.is_packed
+    assert model.config._attn_implementation == before and model.forward == forward
+    for _ in range(2):
+        with layout.in_force(), layout.in_force():
+            assert model.config._attn_implementation == PACKED_ATTENTION and model.forward != forward
+        assert model.config._attn_implementation == before and model.forward == forward
+
+
+def test_an_error_takes_it_off_too(tiny_llama):
+    model = tiny_llama(64)
+    layout = choice()
+    layout.choose(model, router_aux_loss_coef=0.0)
+    with pytest.raises(ZeroDivisionError), layout.in_force():
+        1 / 0  # noqa: B018
+    assert "forward" not in vars(model)
+
+
+def test_moving_rotary_frequencies_are_fixed_when_asked(tiny_llama):
+    model = tiny_llama(64)
+    config = LlamaConfig(
+        **{**model.config.to_dict(), "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}
+    )
+    model = LlamaForCausalLM(config)
+    before = model.model.rotary_emb.inv_freq.clone()
+    layout = choice(max_length=8 * config.max_position_embeddings)
+    layout.choose(model, router_aux_loss_coef=0.0)
+    assert torch.equal(model.model.rotary_emb.inv_freq, before)
+    handles = layout.fix_rotary()
+    assert handles and not torch.equal(model.model.rotary_emb.inv_freq, before)
+    undo_all(handles)
+    assert torch.equal(model.model.rotary_emb.inv_freq, before)
