@@ -70,3 +70,13 @@ def test_a_spike_in_a_step_that_one_rank_filled_up(seen, setting):
     assert any("Loss spike at step 21" in line for line in said)
     (event,) = map(json.loads, (setting["folder"] / "agreement.spike" / "loss_spikes.jsonl").read_text().splitlines())
     assert [pair["prompt_tokens"] for pair in event["pairs"]] == [len(OUTLIER["prompt_ids"])]
+
+
+@pytest.mark.topology
+def test_without_a_gpu_launched_processes_train_together(setting, monkeypatch):
+    """Not told to use the CPU, each of them would train on its own, in one folder."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    config = {**CONFIG, "max_steps": 1, "eval_strategy": "no"}
+    del config["use_cpu"]
+    settings = {**setting, "folder": "", "config": config}
+    assert run_worker(settings, setting["folder"] / "no_gpu", "torchrun").facts["world_size"] == 2
