@@ -89,6 +89,15 @@ def config_value(config: PreTrainedConfig, name: str) -> Any:
     return getattr(config, name, None)
 
 
+def layer_configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    """The config of each layer. Those of one config may differ (Gemma 4's head_dim) from transformers 5.20 on, which
+    then refuses the field on the config itself; before, there is no such attribute.
+    https://github.com/huggingface/transformers/tree/main/src/transformers/integrations/heterogeneity
+    """
+    own = getattr(config, "per_layer_config", None)
+    return [config if own is None else own[layer] for layer in range(config.num_hidden_layers)]
+
+
 def computes_mrope_positions(model: type[nn.Module]) -> bool:
     """Whether a model class can compute positions in three axes (Qwen-VL) from token types, without its weights.
 

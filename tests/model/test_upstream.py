@@ -22,6 +22,7 @@ from orpo_dist.model.upstream import (
     is_failure_of_peers,
     is_out_of_memory,
     is_unknown_architecture,
+    layer_configs,
     refuses_keyword,
     uses_attention_interface,
     wants_remote_code,
@@ -122,3 +123,12 @@ def test_what_counts_as_out_of_memory(error, seen):
 def test_a_lost_peer_is_told_from_other_runtime_errors():
     assert is_failure_of_peers(torch.distributed.DistNetworkError("Connection closed by peer"))
     assert not is_failure_of_peers(RuntimeError("shapes differ"))
+
+
+def test_layers_may_have_configs_of_their_own():
+    config = t.LlamaConfig(num_hidden_layers=3)
+    assert [layer.head_dim for layer in layer_configs(config)] == [config.head_dim] * 3
+    if "gemma4_text" in t.CONFIG_MAPPING:
+        kinds = ["sliding_attention", "full_attention"]
+        config = t.CONFIG_MAPPING["gemma4_text"](num_hidden_layers=2, layer_types=kinds, head_dim=8, global_head_dim=16)
+        assert [layer.head_dim for layer in layer_configs(config)] == [8, 16]
