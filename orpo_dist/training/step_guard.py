@@ -19,6 +19,7 @@ from accelerate.utils import gather_object
 from torch.distributed.tensor import DTensor
 
 from orpo_dist.config import ORPOConfig
+from orpo_dist.distributed.devices import widest_float
 from orpo_dist.distributed.environment import Environment
 from orpo_dist.errors import NonFiniteRun
 from orpo_dist.model.patches import SKIPPED_STEP, Patched, replace_attribute
@@ -63,10 +64,11 @@ class StepGuard:
         self._indices = []
 
     def report(self, wants_stop: bool, device: torch.device) -> torch.Tensor:
-        """(2,) float64 that this rank adds to the all-reduce of a step: whether it wants to stop, and its share of the
-        previous step's loss."""
-        wants = torch.tensor(float(wants_stop), dtype=torch.float64).to(device)
-        return torch.stack([wants, self._step_loss.to(device)])
+        """(2,) float64 (float32 where the device has none) that this rank adds to the all-reduce of a step: whether it
+        wants to stop, and its share of the previous step's loss."""
+        wide = widest_float(device)
+        wants = torch.tensor(float(wants_stop), dtype=wide).to(device)
+        return torch.stack([wants, self._step_loss.to(device, wide)])
 
     def begin(self, report: torch.Tensor, indices: list[int]) -> None:
         """report: (2,) sum of the reports of all ranks; stays on the device. indices: of this rank's pairs."""
@@ -80,7 +82,7 @@ class StepGuard:
         An infinite NLL (a logit of -inf) has a finite gradient, which would not show in the global norm.
         """
         value = loss.detach()
-        self._step_loss = self._step_loss + value.double()
+        self._step_loss = self._step_loss + value.to(self._step_loss.dtype)
         return loss * torch.where(value.isfinite(), 1.0, torch.nan).to(loss.dtype)
 
     def judge(self, norm: torch.Tensor | DTensor | float | None, step: int) -> Any:
@@ -92,7 +94,10 @@ class StepGuard:
         """
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
-        known = torch.as_tensor(norm if norm is not None else 0.0, dtype=torch.float64).to(self._report.device)
+        known = torch.as_tensor(
+            0.0 if norm is None else norm, dtype=None if isinstance(norm, torch.Tensor) else torch.float64
+        )
+        known = known.to(self._report)
         value, stops, last_loss = torch.cat([known.reshape(1), self._report]).tolist()
         self.stops = self.stops or stops > 0
         # Not asked of the indices: a rank that had only a filler has none, and its history must be that of the others.

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from peft import PeftModel, PrefixTuningConfig
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -29,6 +30,7 @@ from orpo_dist.packing.collate import PackedCollator
 from orpo_dist.packing.images import ImageCollator, process_prompts
 from orpo_dist.packing.padded import EncoderDecoderCollator, PaddedCollator
 from orpo_dist.packing.sampler import FILLER
+from orpo_dist.packing.token_ids import inside
 from orpo_dist.packing.trl_collator import TRLCollator
 
 logger = get_logger(__name__)
@@ -138,6 +140,9 @@ class LayoutChoice:
 
     def _choose_packed(self, model: nn.Module) -> None:
         options = self.options
+        if isinstance(model, PeftModel) and isinstance(model.active_peft_config, PrefixTuningConfig):
+            logger.warning("Padded layout: prefix tuning gives every sequence keys and values of its own.")
+            return
         verdict = use_packed_layout(model, max_length=options.max_length)
         reason = first_objection(verdict.reason)  # ranks may differ in what is installed
         if reason:
@@ -225,7 +230,7 @@ class LayoutChoice:
         self.vision_cost_per_token = vision_cost(base, made.tensors["pixel_values"].numel(), image_tokens)
         filler = None
         if images.world_size > 1 and (images.partitioned or trains_vision(base)):
-            token = [self.options.pad_token_id]
+            token = [inside(self.options.pad_token_id, base.config.get_text_config().vocab_size) or 0]
             filler = {**prompt, "chosen_ids": token, "rejected_ids": token, "weight": 0.0, "index": FILLER}
         twice = isinstance(collator, PaddedCollator) and not shares_features(base)
         if twice:
@@ -234,6 +239,8 @@ class LayoutChoice:
 
     def _padded_collator(self) -> Collator:
         options, config = self.options, self.model_config  # not of the wrapped model: DDP's wrapper has no config
+        # Masked, so which token it is has no effect, but the embedding looks it up.
+        padding = inside(options.pad_token_id, config.get_text_config().vocab_size) or 0
         if config.is_encoder_decoder:
             if options.trl_collator is not None:
                 raise UserError("data_collator cannot be replaced for encoder-decoder models: leave it unset.")
@@ -242,7 +249,7 @@ class LayoutChoice:
                 raise UserError(
                     "The model's config has no decoder_start_token_id; set it (for T5 it is the pad token)."
                 )
-            return EncoderDecoderCollator(options.pad_token_id, start)
+            return EncoderDecoderCollator(padding, start)
         if options.trl_collator is not None:
-            return TRLCollator(options.trl_collator, options.pad_token_id, options.nll_scope)
-        return self._with_images(PaddedCollator(options.pad_token_id, options.nll_scope))
+            return TRLCollator(options.trl_collator, padding, options.nll_scope)
+        return self._with_images(PaddedCollator(padding, options.nll_scope))

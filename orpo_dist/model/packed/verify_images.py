@@ -18,6 +18,7 @@ from orpo_dist.model.packed.verify import (
     last_hidden_states,
     ordinary_ids,
     short_window,
+    wide,
 )
 from orpo_dist.model.upstream import is_failure_of_peers, is_out_of_memory
 from orpo_dist.packing.images import ImageCollator
@@ -89,10 +90,10 @@ def verify_images(
         model.train(was_training)
     tolerance = max(TOLERANCES[compute_dtype], TOLERANCES[expected.dtype])
     if verdict is not None:
-        difference = difference_of_packed(states.double(), expected.double(), layout)
+        difference = difference_of_packed(wide(states), wide(expected), layout)
     else:
         seen = mask.bool().to(states.device)
-        ours, theirs = states[seen].double(), expected[seen].double()
+        ours, theirs = wide(states[seen]), wide(expected[seen])
         difference = ((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).square().mean().sqrt().item()
     reason = f"with images its hidden states differ by {difference:.2g} (rounding explains {tolerance:.2g})"
     check = LayoutCheck(difference, tolerance)
