@@ -7,6 +7,7 @@ Runs in one process, or in each process started by torchrun, accelerate launch o
 
 import gc
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,7 @@ def train(recipe: Recipe) -> "RunSummary":
     """
     from accelerate import PartialState
 
+    from orpo_dist.distributed.once import done_by_first_rank
     from orpo_dist.distributed.ranks import let_gloo_finish
     from orpo_dist.run.callbacks import RunLog
     from orpo_dist.run.prepare import prepare
@@ -72,12 +74,12 @@ def train(recipe: Recipe) -> "RunSummary":
     _save_model(trainer, folder)
     merged = _merge(recipe, folder) if recipe.model.merge_adapter and recipe.model.trains_adapter else None
     summary = _summarise(recipe, trainer, pairs, log, merged)
-    if state.is_main_process:
-        summary.save(folder)
+    done_by_first_rank(lambda: summary.save(folder))
     if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=recipe.data.dataset_name, revision=args.hub_revision)
+        push = partial(trainer.push_to_hub, dataset_name=recipe.data.dataset_name, revision=args.hub_revision)
+        done_by_first_rank(push, meanwhile=push)  # it saves the model first, together
     else:
-        trainer.create_model_card(dataset_name=recipe.data.dataset_name)
+        done_by_first_rank(lambda: trainer.create_model_card(dataset_name=recipe.data.dataset_name))
     if state.is_main_process:
         print(_report(summary))
     return summary
@@ -169,16 +171,15 @@ def _save_model(trainer: "ORPOTrainer", folder: Path) -> None:
 
 def _merge(recipe: Recipe, folder: Path) -> str:
     """Merge the adapter into its base, check the result and return its folder."""
-    from accelerate import PartialState
-
+    from orpo_dist.distributed.once import done_by_first_rank
     from orpo_dist.model.loading.merge import merge_run
 
-    state = PartialState()
-    if state.is_main_process:
+    def merge() -> None:
         gc.collect()
         done = merge_run(folder, trust_remote_code=recipe.training.trust_remote_code)
         print("\n".join(done.lines()))
-    state.wait_for_everyone()
+
+    done_by_first_rank(merge)
     return str(folder / "merged")
 
 

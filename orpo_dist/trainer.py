@@ -53,9 +53,11 @@ from orpo_dist.model.loading.processor import model_init_kwargs
 from orpo_dist.model.loading.saved import adapter_folder
 from orpo_dist.model.packed.compile import compile_blocks
 from orpo_dist.model.patches import BLOCKS_COMPILED_ALREADY, ONE_DEVICE_PER_PROCESS, replace_attribute
+from orpo_dist.model.upstream import is_out_of_memory
 from orpo_dist.options.durations import seconds_of
 from orpo_dist.packing.lengths import PairLengths
 from orpo_dist.packing.sampler import FILLER
+from orpo_dist.packing.token_ids import inside
 from orpo_dist.run.fingerprint import fingerprint
 from orpo_dist.run.stop import StopRequests, ignore_signals
 from orpo_dist.training import refusals
@@ -69,12 +71,13 @@ from orpo_dist.training.malloc_trim import returning_freed_memory
 from orpo_dist.training.metrics import MetricSums
 from orpo_dist.training.nonfinite import PairFacts
 from orpo_dist.training.optimizer_modes import use_averaged_weights
-from orpo_dist.training.out_of_memory import is_out_of_memory, out_of_memory
+from orpo_dist.training.out_of_memory import out_of_memory
 from orpo_dist.training.progress import progress_of, take_over
 from orpo_dist.training.resuming import Resuming
 from orpo_dist.training.setup import set_up, tokenised
 from orpo_dist.training.step_guard import StepGuard
 from orpo_dist.training.throughput import ModelFlops, Throughput
+from orpo_dist.training.vocabulary import filler_token, refuse_unknown_tokens, vocabulary_of
 
 
 class ORPOTrainer(Trainer):
@@ -117,6 +120,8 @@ class ORPOTrainer(Trainer):
         peft_config: Any = None,
         compute_metrics: Callable[[EvalPrediction], dict] | None = None,
     ):
+        args = ORPOConfig("trainer_output") if args is None else args
+        refusals.refuse_prompt_learning(peft_config, model, args.gradient_checkpointing)
         setup = set_up(
             args,
             model=model,
@@ -166,8 +171,10 @@ class ORPOTrainer(Trainer):
         self._global_batch = environment.global_batch(args)
         self._train_sums = MetricSums()
         self._evaluation: EvaluationPass | None = None
-        filler_id = self.preparation.tokenizer.pad_token_id or 0
-        self.loaders = PairLoaders(args, environment, self.layout, filler_id)
+        for name, rows in (("train", self.train_dataset), ("eval", self.eval_dataset)):
+            refuse_unknown_tokens(rows, name, self.model.config, self.preparation.tokenizer)
+        self._filler_id = filler_token(self.model.config, self.preparation.tokenizer)
+        self.loaders = PairLoaders(args, environment, self.layout, self._filler_id)
         facts = PairFacts(self.train_dataset, self._lengths, self.preparation.tokenizer)
         limit = seconds_of(args.max_runtime) if args.max_runtime is not None else None
         self._stop_requests = StopRequests(run, limit, is_first_rank=environment.is_first)
@@ -234,9 +241,9 @@ class ORPOTrainer(Trainer):
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         if not self.environment.sharding.partitions_weights:  # else the model is not yet wrapped as it will run
             self.layout.verify(self.model)
-        return self.loaders.evaluation(
-            tokenised(test_dataset, "test", self.preparation, self._run_folder / "dropped_rows.jsonl")
-        )
+        rows = tokenised(test_dataset, "test", self.preparation, self._run_folder / "dropped_rows.jsonl")
+        refuse_unknown_tokens(rows, "test", self.model.config, self.preparation.tokenizer)
+        return self.loaders.evaluation(rows)
 
     # ------------------------------------------------------------------ training
 
@@ -313,7 +320,7 @@ class ORPOTrainer(Trainer):
         layouts = [batch["orpo_layout"] for batch in batches]
         counts = torch.stack([layout.counts() for layout in layouts]).sum(0)
         report = self._step_guard.report(self._stop_requests.reason() is not None, device)
-        facts = self.accelerator.reduce(torch.cat([counts.to(device), report]), reduction="sum")
+        facts = self.accelerator.reduce(torch.cat([counts.to(device, report.dtype), report]), reduction="sum")
         tokens, pairs = facts[:2].unbind()
         self._step_guard.begin(facts[2:], [i for layout in layouts for i in layout.index if i != FILLER])
         for layout in layouts:
@@ -356,6 +363,9 @@ class ORPOTrainer(Trainer):
             metrics = self._train_sums.drain(self.accelerator, self._objective)
             logs |= {name: value for name, value in metrics.items() if name != "loss"}
             logs |= self._throughput.drain(self.accelerator)
+            if self.is_in_train:
+                # The Trainer empties its sum by subtracting it from itself, which leaves NaN after a refused step.
+                self._tr_loss.nan_to_num_(0.0)
         if "train_loss" in logs:  # the Trainer divides the sum of the whole run by the steps of this call only
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 0.001)
         super().log(logs, start_time)
@@ -413,11 +423,16 @@ class ORPOTrainer(Trainer):
     def _reply(self, inputs: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
         """generate() in the precision of training. Its caches would be compiled in vain (torch_compile)."""
         inputs = {name: tensor.to(self.args.device) for name, tensor in inputs.items()}
+        if inside(options["pad_token_id"], vocabulary_of(self.model.config)) is None:
+            options["pad_token_id"] = self._filler_id
+            inputs["input_ids"] = inputs["input_ids"].where(inputs["attention_mask"].bool(), self._filler_id)
         was_training = self.model.training
         self.model.eval()
         eager = torch.compiler.set_stance("force_eager")
         with torch.no_grad(), eager, self.compute_loss_context_manager():
-            output = self.model.generate(**inputs, **options)
+            # A rank that has sampled its last token takes part in the forwards of the others, which gather weights.
+            shared = self.environment.sharding.partitions_weights and self.environment.world_size > 1
+            output = self.model.generate(**inputs, **options, synced_gpus=shared)
         self.model.train(was_training)
         return output if self.preparation.options.is_encoder_decoder else output[:, inputs["input_ids"].shape[1] :]
 

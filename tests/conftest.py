@@ -87,13 +87,14 @@ def trained(tmp_path, chat_tokenizer, tiny_llama):
     from orpo_dist import ORPOTrainer  # here: most tests need no trainer
     from tests.trainer_runs import config
 
-    def train(rows, model=None, peft_config=None, **more):
+    def train(rows, model=None, peft_config=None, callbacks=None, **more):
         trainer = ORPOTrainer(
             model or tiny_llama(len(chat_tokenizer)),
             config(tmp_path / "run", **more),
             train_dataset=rows,
             processing_class=chat_tokenizer,
             peft_config=peft_config,
+            callbacks=callbacks,
         )
         trainer.train()
         return trainer

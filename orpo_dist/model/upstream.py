@@ -6,9 +6,10 @@ Each is read only here, and tests/model/test_upstream.py fails when a release ch
 import inspect
 from typing import Any
 
+import torch
 import transformers
 from packaging.version import Version
-from torch import nn
+from torch import distributed, nn
 from transformers import PreTrainedConfig, ProcessorMixin
 
 CHECKPOINTS_FORWARD = Version(transformers.__version__).release >= (5, 19)
@@ -40,6 +41,23 @@ def refuses_keyword(error: TypeError, keyword: str) -> bool:
     return f"unexpected keyword argument '{keyword}'" in str(error)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the accelerator, torch's CPU allocator or Python itself ran out of memory.
+
+    Accelerators raise torch.OutOfMemoryError; the CPU allocator and cuBLAS raise a plain RuntimeError.
+    https://github.com/pytorch/pytorch/blob/main/c10/core/impl/alloc_cpu.cpp
+    """
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and ("out of memory" in str(error) or "can't allocate memory" in str(error))
+
+
+def is_failure_of_peers(error: BaseException) -> bool:
+    """Whether a collective failed: a rank that is gone, a timeout.
+    https://docs.pytorch.org/docs/stable/distributed.html#debugging-torch-distributed-applications"""
+    return isinstance(error, distributed.DistError)
+
+
 def wants_remote_code(error: BaseException) -> bool:
     """Whether transformers refused to run Python code of a repository. It raises a plain ValueError that names the
     argument. https://github.com/huggingface/transformers/blob/main/src/transformers/dynamic_module_utils.py"""
@@ -69,6 +87,15 @@ def config_value(config: PreTrainedConfig, name: str) -> Any:
     https://github.com/huggingface/transformers/blob/main/src/transformers/configuration_utils.py
     """
     return getattr(config, name, None)
+
+
+def layer_configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    """The config of each layer. Those of one config may differ (Gemma 4's head_dim) from transformers 5.20 on, which
+    then refuses the field on the config itself; before, there is no such attribute.
+    https://github.com/huggingface/transformers/tree/main/src/transformers/integrations/heterogeneity
+    """
+    own = getattr(config, "per_layer_config", None)
+    return [config if own is None else own[layer] for layer in range(config.num_hidden_layers)]
 
 
 def computes_mrope_positions(model: type[nn.Module]) -> bool:

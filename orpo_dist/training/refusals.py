@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from peft import PeftModel, PrefixTuningConfig, PromptLearningConfig
 from transformers.utils import is_liger_kernel_available
 
 from orpo_dist.config import ORPOConfig
@@ -20,6 +21,25 @@ def refuse_contradictions(args: ORPOConfig, model: Any, model_init: Any, has_row
         raise UserError("Pass either model or model_init, and not both.")
     if not isinstance(model, str) and args.model_init_kwargs:
         raise UserError("model_init_kwargs needs a model name or path; this model is already instantiated.")
+
+
+def refuse_prompt_learning(peft_config: Any, model: Any, gradient_checkpointing: bool) -> None:
+    """Raises UserError for adapters that add tokens to the sequence: a row of logits would no longer be that of a token
+    of the pair. Prefix tuning adds keys and values alone, and runs in the padded layout, without checkpointing: that
+    drops the cache in which they are.
+    https://huggingface.co/docs/peft/conceptual_guides/prompting"""
+    configs = [peft_config, *(model.peft_config.values() if isinstance(model, PeftModel) else ())]
+    for config in configs:
+        if isinstance(config, PromptLearningConfig) and not isinstance(config, PrefixTuningConfig):
+            raise UserError(
+                f"{type(config).__name__} cannot be trained here: prompt tuning and p-tuning put virtual tokens in "
+                "front of the prompt, which shifts every row of logits. Use LoRA, or PrefixTuningConfig."
+            )
+        if isinstance(config, PrefixTuningConfig) and gradient_checkpointing:
+            raise UserError(
+                "Prefix tuning needs gradient_checkpointing=false: its keys and values are in the cache, which "
+                "checkpointing drops."
+            )
 
 
 def refuse_what_needs_logits(args: ORPOConfig, preprocess_logits_for_metrics: Any) -> None:

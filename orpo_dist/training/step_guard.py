@@ -19,6 +19,7 @@ from accelerate.utils import gather_object
 from torch.distributed.tensor import DTensor
 
 from orpo_dist.config import ORPOConfig
+from orpo_dist.distributed.devices import widest_float
 from orpo_dist.distributed.environment import Environment
 from orpo_dist.errors import NonFiniteRun
 from orpo_dist.model.patches import SKIPPED_STEP, Patched, replace_attribute
@@ -52,25 +53,28 @@ class StepGuard:
         self._report = torch.zeros(2, dtype=torch.float64)
         self._indices: list[int] = []
         self._last_indices: list[int] = []
+        self._has_begun = self._follows_a_step = False
         self._guarded: Patched | None = None
         self.stops = self.refused = False
 
     def training_begins(self, accelerator: Accelerator) -> None:
         """accelerator: of the loop that begins; each trial of a hyperparameter search has a new one."""
         self._accelerator = accelerator
-        self.stops = self.refused = False
+        self.stops = self.refused = self._has_begun = False
         self._indices = []
 
     def report(self, wants_stop: bool, device: torch.device) -> torch.Tensor:
-        """(2,) float64 that this rank adds to the all-reduce of a step: whether it wants to stop, and its share of the
-        previous step's loss."""
-        wants = torch.tensor(float(wants_stop), dtype=torch.float64).to(device)
-        return torch.stack([wants, self._step_loss.to(device)])
+        """(2,) float64 (float32 where the device has none) that this rank adds to the all-reduce of a step: whether it
+        wants to stop, and its share of the previous step's loss."""
+        wide = widest_float(device)
+        wants = torch.tensor(float(wants_stop), dtype=wide).to(device)
+        return torch.stack([wants, self._step_loss.to(device, wide)])
 
     def begin(self, report: torch.Tensor, indices: list[int]) -> None:
         """report: (2,) sum of the reports of all ranks; stays on the device. indices: of this rank's pairs."""
         self._report, self._last_indices, self._indices = report, self._indices, indices
         self._step_loss = torch.zeros_like(report[1])
+        self._follows_a_step, self._has_begun = self._has_begun, True
 
     def count(self, loss: torch.Tensor) -> torch.Tensor:
         """The () loss of a micro-batch, with a NaN gradient if the loss is not finite.
@@ -78,7 +82,7 @@ class StepGuard:
         An infinite NLL (a logit of -inf) has a finite gradient, which would not show in the global norm.
         """
         value = loss.detach()
-        self._step_loss = self._step_loss + value.double()
+        self._step_loss = self._step_loss + value.to(self._step_loss.dtype)
         return loss * torch.where(value.isfinite(), 1.0, torch.nan).to(loss.dtype)
 
     def judge(self, norm: torch.Tensor | DTensor | float | None, step: int) -> Any:
@@ -90,10 +94,14 @@ class StepGuard:
         """
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
-        known = torch.as_tensor(norm if norm is not None else 0.0, dtype=torch.float64).to(self._report.device)
+        known = torch.as_tensor(
+            0.0 if norm is None else norm, dtype=None if isinstance(norm, torch.Tensor) else torch.float64
+        )
+        known = known.to(self._report)
         value, stops, last_loss = torch.cat([known.reshape(1), self._report]).tolist()
         self.stops = self.stops or stops > 0
-        usual = self._history.add(last_loss) if self._last_indices else None
+        # Not asked of the indices: a rank that had only a filler has none, and its history must be that of the others.
+        usual = self._history.add(last_loss) if self._follows_a_step else None
         if usual is not None:
             self._bad_steps.spike(step - 1, last_loss, usual, gather_object(self._last_indices))
         self.refused = not (math.isfinite(value) and value >= 0) or self._deepspeed_skipped()

@@ -13,6 +13,7 @@ Recomputation (activation checkpointing) is not counted, as MFU is defined.
 Shape legend: P, C, R tokens of prompt, chosen and rejected, H hidden, V vocabulary.
 """
 
+import re
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -24,33 +25,57 @@ from orpo_dist.model.flops import ModelFlops
 from orpo_dist.packing.lengths import PairLengths
 from orpo_dist.run.machine import peak_memory_gib
 
-# Dense bf16 peak of one device, FLOP/s, from the vendors' datasheets.
+# Dense bf16 peak of one device, FLOP/s, from the vendors' datasheets. Matched against the whole name of a
+# device: an RTX A1000 is no A100, an H100 NVL no H100.
 PEAK_FLOPS = {
+    "B300": 2250e12,
+    "GB300": 2500e12,
+    "B200": 2250e12,
+    "GB200": 2500e12,
+    "GH200": 989e12,
+    "H200 NVL": 836e12,
     "H200": 989e12,
+    "H100 NVL": 836e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
-    "GH200": 989e12,
-    "B200": 2250e12,
+    "H800": 989e12,
+    "H20": 148e12,
     "A100": 312e12,
+    "A800": 312e12,
     "A40": 150e12,
+    "A30": 165e12,
     "A10G": 70e12,
     "A10": 125e12,
     "L40S": 362e12,
     "L40": 181e12,
     "L4": 121e12,
+    "RTX 6000 Ada Generation": 364e12,
+    "RTX A6000": 155e12,
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
+    "MI355X": 2517e12,
+    "MI325X": 1307e12,
     "MI300X": 1307e12,
     "MI250X": 191e12,
 }
+_VENDORS = {"NVIDIA", "AMD", "Tesla", "GeForce", "Instinct"}
+_FORM = re.compile(r"SXM\d?|PCIE|PCIe|OAM|HBM\w*|\d+GB?")  # what may follow a device's name: its form and memory
 
 
 def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 FLOP/s of one device; None on a CPU and for a device that is not in the table."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
+    return named_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def named_peak(name: str) -> float | None:
+    """By the name that the driver gives the device: `NVIDIA A100-SXM4-80GB`, `NVIDIA H100 NVL`. None for a part of a
+    device (MIG, vGPU) and for its weaker namesakes (Laptop GPU)."""
+    words = [word for word in name.split("/")[0].replace("-", " ").split() if word not in _VENDORS]
+    for known, peak in PEAK_FLOPS.items():
+        wanted = known.split()
+        if words[: len(wanted)] == wanted and all(_FORM.fullmatch(word) for word in words[len(wanted) :]):
+            return peak
+    return None
 
 
 class Throughput:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MambaConfig, MixtralConfig
 
 from orpo_dist.loss import Objective
 from orpo_dist.model.flops import ModelFlops
@@ -14,6 +14,16 @@ from orpo_dist.packing.lengths import PairLengths
 from tests.model.tiny_models import tiny_model
 
 LENGTHS = [PairLengths(60, 30, 41), PairLengths(9, 50, 12), PairLengths(80, 20, 33)]
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
 
 
 def packed_layout(model):
@@ -66,3 +76,58 @@ def test_only_attention_counts_query_keys():
     model = tiny_model("qwen3_5")
     assert model.config.layer_types.count("full_attention") == 1 and model.config.num_hidden_layers == 4
     assert ModelFlops.of(model).per_query_key == 12 * 4 * 8  # four heads of size 8
+
+
+@pytest.mark.parametrize(
+    ("family", "experts", "used"),
+    [
+        ("qwen3_moe", {"num_experts": 4}, "num_experts_per_tok"),
+        ("mixtral", {"num_local_experts": 4}, "num_experts_per_tok"),
+        ("deepseek_v3", {"n_routed_experts": 4, "n_group": 1, "first_k_dense_replace": 0}, "num_experts_per_tok"),
+        ("gemma4_text", {"num_experts": 4, "enable_moe_block": True}, "top_k_experts"),
+        ("hunyuan_v1_moe", {"num_experts": 4}, "moe_topk"),
+        ("ernie4_5_moe", {"moe_num_experts": 4}, "moe_k"),
+    ],
+)
+def test_of_a_mixtures_experts_those_of_a_token_count(family, experts, used, caplog):
+    if family not in CONFIG_MAPPING:
+        pytest.skip("transformers 5.17 does not have it")
+    counted = []
+    for number in (1, 3):
+        config = CONFIG_MAPPING[family](**SMALL, **experts, **{used: number})
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        counted.append(ModelFlops.of(model).per_token)
+        stacked = sum(p.numel() for p in model.parameters() if p.dim() == 3 and p.shape[0] == 4)
+    assert stacked and counted[1] - counted[0] == pytest.approx(6.0 * stacked * 2 / 4)
+    assert "count every expert" not in caplog.text
+
+
+def test_a_mixture_that_does_not_say_how_many_counts_them_all(caplog):
+    class Unknown(MixtralConfig):
+        @property
+        def num_experts_per_tok(self):
+            return None
+
+        @num_experts_per_tok.setter
+        def num_experts_per_tok(self, value):
+            pass
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(MixtralConfig(**SMALL, num_local_experts=4))
+    used = ModelFlops.of(model).per_token
+    model.config = Unknown(**SMALL, num_local_experts=4)
+    assert ModelFlops.of(model).per_token > used
+    assert "count every expert: the config of mixtral" in caplog.text
+
+
+def test_a_model_without_attention_is_counted():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2))
+    flops = ModelFlops.of(model)
+    assert flops.per_token > 0 and flops.per_query_key == 0
+
+
+def test_counting_never_stops_a_run(caplog):
+    assert ModelFlops.of(torch.nn.Linear(2, 2)) == ModelFlops(0.0, 0.0, 0.0)
+    assert "tflops_per_second, mfu and total_flos are 0: the FLOPs of Linear cannot be counted" in caplog.text

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers as t
 from peft import LoraConfig, get_peft_model
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -18,7 +19,10 @@ from orpo_dist.model.upstream import (
     config_value,
     has_image_features,
     is_adapter_on_experts_refusal,
+    is_failure_of_peers,
+    is_out_of_memory,
     is_unknown_architecture,
+    layer_configs,
     refuses_keyword,
     uses_attention_interface,
     wants_remote_code,
@@ -100,3 +104,31 @@ def test_vision_families_share_method_names():
     assert computes_mrope_positions(qwen) and not computes_mrope_positions(llava)
     assert has_image_features(qwen) and has_image_features(llava)
     assert not has_image_features(t.LlamaModel)
+
+
+@pytest.mark.parametrize(
+    ("error", "seen"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory."), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("shapes differ"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_what_counts_as_out_of_memory(error, seen):
+    assert is_out_of_memory(error) is seen
+
+
+def test_a_lost_peer_is_told_from_other_runtime_errors():
+    assert is_failure_of_peers(torch.distributed.DistNetworkError("Connection closed by peer"))
+    assert not is_failure_of_peers(RuntimeError("shapes differ"))
+
+
+def test_layers_may_have_configs_of_their_own():
+    config = t.LlamaConfig(num_hidden_layers=3)
+    assert [layer.head_dim for layer in layer_configs(config)] == [config.head_dim] * 3
+    if "gemma4_text" in t.CONFIG_MAPPING:
+        kinds = ["sliding_attention", "full_attention"]
+        config = t.CONFIG_MAPPING["gemma4_text"](num_hidden_layers=2, layer_types=kinds, head_dim=8, global_head_dim=16)
+        assert [layer.head_dim for layer in layer_configs(config)] == [8, 16]

@@ -1,11 +1,20 @@
 """A loaded model becomes the one that trains."""
 
 import pytest
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 
+from orpo_dist import ORPOTrainer
+from orpo_dist.errors import UserError
 from orpo_dist.training.adapting import adapted_model
 from orpo_dist.training.borrowed import BorrowedModel
-from tests.trainer_runs import config
+from tests.trainer_runs import config, pairs
 
 
 def test_without_an_adapter_the_whole_model_trains(tmp_path, tiny_llama):
@@ -48,3 +57,32 @@ def test_vision_options_beside_an_adapter_that_is_there_are_named(tmp_path, tiny
     model = get_peft_model(tiny_llama(64), LoraConfig(r=2, target_modules=["q_proj"]))
     adapted_model(model, config(tmp_path, train_projector=True), None, BorrowedModel())
     assert "train_vision_tower and train_projector have no effect" in caplog.text
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PromptEncoderConfig])
+@pytest.mark.parametrize("adapted", [False, True], ids=["peft_config", "model"])
+def test_adapters_that_add_tokens_are_refused_by_name(tmp_path, tiny_llama, chat_tokenizer, kind, adapted):
+    settings = kind(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = tiny_llama(len(chat_tokenizer))
+    given = {"model": get_peft_model(model, settings)} if adapted else {"model": model, "peft_config": settings}
+    with pytest.raises(UserError, match=f"{kind.__name__} cannot be trained here"):
+        ORPOTrainer(
+            **given,
+            args=config(tmp_path),
+            train_dataset=[{"not": "looked at"}],
+            processing_class=chat_tokenizer,
+        )
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_prefix_tuning_trains_in_the_padded_layout(trained, chat_tokenizer, caplog, checkpointing):
+    settings = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    rows = pairs(8, len(chat_tokenizer))
+    if checkpointing:
+        with pytest.raises(UserError, match="gradient_checkpointing"):
+            trained(rows, peft_config=settings, gradient_checkpointing=True)
+        return
+    trainer = trained(rows, peft_config=settings, max_steps=1)
+    assert not trainer.layout.is_packed and "Padded layout: prefix tuning" in caplog.text
+    (event,) = [event for event in trainer.state.log_history if "loss" in event]
+    assert event["grad_norm"] > 0

@@ -6,11 +6,12 @@ import math
 import pytest
 import torch
 from accelerate import Accelerator
+from transformers import TrainerCallback
 
 from orpo_dist.distributed.environment import Environment, Sharding
 from orpo_dist.errors import NonFiniteRun
 from orpo_dist.training.step_guard import StepGuard
-from tests.trainer_runs import config
+from tests.trainer_runs import config, pairs
 
 ALONE = Environment(0, 1, 0, 0, 1, Sharding.REPLICATED)
 
@@ -112,3 +113,31 @@ def test_the_accelerator_of_a_later_trial_is_asked(tmp_path):
     guard.training_begins(Skipped(cpu=True))
     step(guard, math.nan, number=1)  # else: DeepSpeed applied the step
     assert guard.refused
+
+
+def test_on_a_device_without_float64_the_step_is_judged_in_float32(guard, monkeypatch):
+    """An Apple GPU, of which the CPU plays the part: what goes there is float32, so the sums stay float32."""
+    monkeypatch.setattr("orpo_dist.training.step_guard.widest_float", lambda device: torch.float32)
+    report = guard.report(False, torch.device("cpu"))
+    assert report.dtype == torch.float32
+    guard.begin(report, [0])
+    guard.count(torch.tensor(1.5, requires_grad=True))
+    guard.judge(torch.tensor(0.5), 1)
+    assert not guard.refused and guard.report(False, torch.device("cpu"))[1] == 1.5
+
+
+def test_the_logged_loss_is_finite_again_after_a_refused_step(trained, chat_tokenizer):
+    class Poison(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            self.kept = model.lm_head.weight[0, 0].item()
+            if state.global_step == 1:
+                with torch.no_grad():
+                    model.lm_head.weight[0, 0] = math.nan
+
+        def on_step_end(self, args, state, control, model, **kwargs):
+            with torch.no_grad():
+                model.lm_head.weight[0, 0] = self.kept
+
+    trainer = trained(pairs(16, len(chat_tokenizer)), max_steps=4, callbacks=[Poison()])
+    losses = [event["loss"] for event in trainer.state.log_history if "loss" in event]
+    assert [math.isfinite(loss) for loss in losses] == [True, False, True, True]

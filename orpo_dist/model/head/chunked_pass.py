@@ -152,10 +152,18 @@ class ChunkedPass:
         if inputs[0] is not None:
             _write_rows(inputs[0], rows, narrow, self.weight, factor)
         if weight_gradients[0] is not None:
-            x = _scaled(self.hidden[rows], factor)
+            x = self.hidden[rows]
             if narrow is error or error.device.type != "cuda":
-                torch.addmm(weight_gradients[0], error.t(), x.to(self.wide), beta=beta, out=weight_gradients[0])
+                x = _scaled(x.to(self.wide), factor)
+                torch.addmm(weight_gradients[0], error.t(), x, beta=beta, out=weight_gradients[0])
             else:  # half-precision operands, float32 sum: rounding each chunk's product would bias the gradient
+                if x.dtype == torch.float16 and factor is not None:
+                    # A memorised completion has a factor of 1e5 and an error of 1e-5: the product of factor and hidden
+                    # rows exceeds float16's range, that of factor and error does not. bfloat16 has the range, and
+                    # scaling the hidden rows reads less memory.
+                    narrow.copy_(error.mul_(factor[:, None]))
+                else:
+                    x = _scaled(x.to(self.wide), factor).to(x.dtype)
                 torch.addmm(weight_gradients[0], narrow.t(), x, beta=beta, out_dtype=self.wide, out=weight_gradients[0])
 
     def _branch_buffer(self, branch: int) -> list[torch.Tensor | None]:

@@ -24,6 +24,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from orpo_dist.distributed.devices import widest_float
 from orpo_dist.loss import Objective, PairScores
 from orpo_dist.model.head.call import HeadOptions, call_head
 from orpo_dist.model.head.chunked_pass import LogitTransform
@@ -173,7 +174,8 @@ class _StandIn(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         self.hidden = hidden
-        self.probe = torch.linspace(-40, 40, self._probe_size, dtype=torch.float64, device=hidden.device)
+        wide = widest_float(hidden.device)
+        self.probe = torch.linspace(-40, 40, self._probe_size, dtype=wide, device=hidden.device)
         self.probe[0], self.probe[1] = NEAR, FAR
         return self.probe.expand(1, 1, -1)
 
@@ -193,12 +195,14 @@ def measure_transform(probe: torch.Tensor, seen: torch.Tensor) -> LogitTransform
     Raises:
         PackedLayoutError: it is not a factor and a softcap, or some logits are cut off or masked.
     """
-    sent, got = probe.tolist(), seen.detach().double().flatten().tolist()
+    sent, got = probe.tolist(), seen.detach().cpu().double().flatten().tolist()
     scale = got[0] / sent[0]
     softcap = None if abs(got[1] - scale * sent[1]) <= 1e-3 * abs(scale * sent[1]) else got[1]
     expected = scale * probe
     if softcap is not None:
         expected = softcap * torch.tanh(expected / softcap)
-    if len(got) != len(sent) or not torch.allclose(torch.tensor(got).double(), expected.cpu(), rtol=1e-4, atol=1e-6):
+    if len(got) != len(sent) or not torch.allclose(
+        torch.tensor(got).double(), expected.cpu().double(), rtol=1e-4, atol=1e-6
+    ):
         raise PackedLayoutError("the model changes its logits by more than a factor and a softcap.")
     return LogitTransform(scale, softcap)

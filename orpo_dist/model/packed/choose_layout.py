@@ -13,9 +13,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from peft import PeftModel, PrefixTuningConfig
 from torch import nn
 from transformers import PreTrainedModel
 
+from orpo_dist.distributed.agree import first_objection
 from orpo_dist.distributed.log import get_logger
 from orpo_dist.errors import UserError
 from orpo_dist.loss import Objective
@@ -37,6 +39,7 @@ from orpo_dist.packing.collate import PackedCollator
 from orpo_dist.packing.images import ImageCollator, process_prompts
 from orpo_dist.packing.padded import EncoderDecoderCollator, PaddedCollator
 from orpo_dist.packing.sampler import FILLER
+from orpo_dist.packing.token_ids import inside
 from orpo_dist.packing.trl_collator import TRLCollator
 
 logger = get_logger(__name__)
@@ -141,7 +144,7 @@ class LayoutChoice:
         self.router_aux_loss_coef = router_aux_loss_coef
         self._verified = not options.verify_layout
         self._base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-        self.collator.chosen, self._verdict, self._takes_packed = self._padded_collator(model), None, False
+        self.collator.chosen, self._verdict, self._takes_packed = self._padded_collator(), None, False
         if options.trl_collator is not None:
             logger.warning("A data_collator was given: padded layout.")
         elif not options.padding_free and options.prefix_sharing:
@@ -151,9 +154,14 @@ class LayoutChoice:
 
     def _choose_packed(self, model: nn.Module) -> None:
         options = self.options
+        if isinstance(model, PeftModel) and isinstance(model.active_peft_config, PrefixTuningConfig):
+            logger.warning("Padded layout: prefix tuning gives every sequence keys and values of its own.")
+            return
         verdict = use_packed_layout(model, max_length=options.max_length)
-        if not verdict.ok:
-            logger.warning("Padded layout: %s.", verdict.reason)
+        reason = first_objection(verdict.reason)  # ranks may differ in what is installed
+        if reason:
+            verdict.undo()
+            logger.warning("Padded layout: %s.", reason)
             return
         if verdict.unshared:
             kinds = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in verdict.unshared}))
@@ -183,17 +191,17 @@ class LayoutChoice:
         self._verified = True
         if self._verdict is not None:
             with self.in_force(), self.autocast():
-                check = self._verify_packed(model, self._verdict)
-            if check.ok:
+                reason = first_objection(self._verify_packed(model, self._verdict).reason)
+            if not reason:
                 return
             if not may_fall_back:
-                raise UserError(f"The packed layout is wrong for this model: {check.reason}. Set padding_free=false.")
-            logger.warning("Padded layout: %s.", check.reason)
+                raise UserError(f"The packed layout is wrong for this model: {reason}. Set padding_free=false.")
+            logger.warning("Padded layout: %s.", reason)
             self._verdict = None
-            self.collator.chosen = self._padded_collator(model)
-        check = self._verify_images(model)
-        if not check.ok and isinstance(self.collator.chosen, ImageCollator):
-            logger.warning("The vision tower runs twice per pair: %s.", check.reason)
+            self.collator.chosen = self._padded_collator()
+        reason = first_objection(self._verify_images(model).reason)
+        if reason and isinstance(self.collator.chosen, ImageCollator):
+            logger.warning("The vision tower runs twice per pair: %s.", reason)
             self.collator.chosen = replace(self.collator.chosen, pixels_twice=True)
 
     def _verify_packed(self, model: nn.Module, verdict: PackingVerdict) -> LayoutCheck:
@@ -260,24 +268,26 @@ class LayoutChoice:
         self.vision_cost_per_token = vision_cost(base, pixels, image_tokens)
         filler = None
         if images.world_size > 1 and (images.partitioned or trains_vision(base)):
-            token = [self.options.pad_token_id]
+            token = [inside(self.options.pad_token_id, base.config.get_text_config().vocab_size) or 0]
             filler = {**prompt, "chosen_ids": token, "rejected_ids": token, "weight": 0.0, "index": FILLER}
         twice = isinstance(collator, PaddedCollator) and not shares_features(base)
         if twice:
             logger.warning("The vision tower runs twice per pair: %s has no get_image_features.", type(base).__name__)
         return ImageCollator(collator, images.processor, image_rules(base), filler, twice)
 
-    def _padded_collator(self, model: Any) -> Collator:
-        options = self.options
-        if model.config.is_encoder_decoder:
+    def _padded_collator(self) -> Collator:
+        options, config = self.options, self.model_config  # not of the wrapped model: DDP's wrapper has no config
+        # Masked, so which token it is has no effect, but the embedding looks it up.
+        padding = inside(options.pad_token_id, config.get_text_config().vocab_size) or 0
+        if config.is_encoder_decoder:
             if options.trl_collator is not None:
                 raise UserError("data_collator cannot be replaced for encoder-decoder models: leave it unset.")
-            start = model.config.decoder_start_token_id
+            start = config.decoder_start_token_id
             if start is None:
                 raise UserError(
                     "The model's config has no decoder_start_token_id; set it (for T5 it is the pad token)."
                 )
-            return EncoderDecoderCollator(options.pad_token_id, start)
+            return EncoderDecoderCollator(padding, start)
         if options.trl_collator is not None:
-            return TRLCollator(options.trl_collator, options.pad_token_id, options.nll_scope)
-        return self._with_images(PaddedCollator(options.pad_token_id, options.nll_scope))
+            return TRLCollator(options.trl_collator, padding, options.nll_scope)
+        return self._with_images(PaddedCollator(padding, options.nll_scope))

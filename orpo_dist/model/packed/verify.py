@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from orpo_dist.distributed.devices import widest_float
 from orpo_dist.model.packed.switch import PackingVerdict
 from orpo_dist.model.patches import OBSERVED_STATES, SHORT_WINDOW, add_forward_hook, replace_attribute, undo_all
 from orpo_dist.model.upstream import refuses_keyword
@@ -71,7 +72,7 @@ def verify_layout(
     finally:
         model.train(was_training)
     tolerance = max(TOLERANCES[compute_dtype], TOLERANCES[padded_states.dtype])
-    difference = difference_of_packed(packed_states.double(), padded_states.double(), layout)
+    difference = difference_of_packed(wide(packed_states), wide(padded_states), layout)
     check = LayoutCheck(difference, tolerance)
     if check.ok:
         return check
@@ -109,6 +110,10 @@ def last_hidden_states(model: nn.Module, base: PreTrainedModel, batch: dict[str,
     with add_forward_hook(base.get_decoder(), lambda module, args, output: found.append(output[0]), OBSERVED_STATES):
         model(**{name: value.to(device) for name, value in batch.items()}, use_cache=False)
     return found[0]
+
+
+def wide(states: torch.Tensor) -> torch.Tensor:
+    return states.to(widest_float(states.device))
 
 
 def difference_of_packed(packed: torch.Tensor, padded: torch.Tensor, layout: PackedLayout) -> float:

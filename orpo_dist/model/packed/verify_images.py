@@ -19,7 +19,9 @@ from orpo_dist.model.packed.verify import (
     last_hidden_states,
     ordinary_ids,
     short_window,
+    wide,
 )
+from orpo_dist.model.upstream import is_failure_of_peers, is_out_of_memory
 from orpo_dist.packing.images import ImageCollator
 from orpo_dist.packing.layout import PackedLayoutError
 from orpo_dist.packing.padded import PaddedCollator
@@ -94,16 +96,19 @@ def verify_images(
     except UserError:
         raise
     except (PackedLayoutError, *_FAILURES) as error:
-        # With an unknown family anything may fail on the layout's path; the run then falls back to the model's own.
+        # With an unknown family anything may fail on the layout's path; the run then falls back to the model's own. A
+        # full memory or a lost rank says nothing about the layout.
+        if is_out_of_memory(error) or is_failure_of_peers(error):
+            raise
         return LayoutCheck(float("inf"), 0.0, f"{type(error).__name__} with images: {error}")
     finally:
         model.train(was_training)
     tolerance = max(TOLERANCES[compute_dtype], TOLERANCES[expected.dtype])
     if verdict is not None:
-        difference = difference_of_packed(states.double(), expected.double(), layout)
+        difference = difference_of_packed(wide(states), wide(expected), layout)
     else:
         seen = mask.bool().to(states.device)
-        ours, theirs = states[seen].double(), expected[seen].double()
+        ours, theirs = wide(states[seen]), wide(expected[seen])
         difference = ((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).square().mean().sqrt().item()
     reason = f"with images its hidden states differ by {difference:.2g} (rounding explains {tolerance:.2g})"
     check = LayoutCheck(difference, tolerance)

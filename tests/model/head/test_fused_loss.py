@@ -345,3 +345,26 @@ def test_plan_covers_every_row_once(size):
                 (s,) = [s for s in starts if s.chosen <= c.start < s.end]
                 assert s.end - s.chosen > size
                 assert (s.chosen, s.rejected)[c.open_branch] <= c.start < c.stop <= (s.rejected, s.end)[c.open_branch]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("gap", [12.0, 16.0, 20.0])
+def test_the_gradient_of_a_trained_head_is_finite_for_memorised_completions(dtype, gap):
+    """1 - p falls to 1e-6 there, and the factor of such a row grows as 1 / (1 - p)."""
+    torch.manual_seed(0)
+    rows, vocabulary, width = [PairRows(10, 4, 4)] * 2, 64, 32
+    targets = torch.randint(vocabulary, (sum(pair.nll_prompt + pair.chosen + pair.rejected for pair in rows),))
+    head = torch.linalg.qr(torch.randn(vocabulary, vocabulary, dtype=torch.float64))[0][:, :width]
+    hidden = head[targets]
+    hidden = hidden / (hidden * hidden).sum(1, keepdim=True) * gap
+    outlier = torch.full((len(targets), 1), 200.0)  # a large activation, which the logits do not see
+    hidden, head = torch.cat([hidden, outlier], 1), torch.cat([head, torch.zeros(vocabulary, 1)], 1)
+    found = {}
+    for kind in (torch.float64, dtype):
+        leaves = [x.to(kind).detach().clone().requires_grad_() for x in (hidden, head)]
+        loss = fused_orpo_loss(
+            leaves[0], leaves[1], targets, rows, torch.ones(2), Objective(0.1),
+            tokens=torch.tensor(224.0), pairs=torch.tensor(16.0),
+        ).loss  # fmt: skip
+        found[kind] = torch.autograd.grad(loss, leaves)[1].double()
+    assert ((found[dtype] - found[torch.float64]).norm() / found[torch.float64].norm()) < 0.06
