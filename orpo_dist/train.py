@@ -46,12 +46,18 @@ def train(recipe: Recipe) -> "RunSummary":
     """
     from accelerate import PartialState
 
-    from orpo_dist.distributed.ranks import let_gloo_finish
+    from orpo_dist.distributed.ranks import let_gloo_finish, on_first_rank
     from orpo_dist.run.callbacks import RunLog
+    from orpo_dist.run.finished import finished_run
     from orpo_dist.run.prepare import prepare
 
     args, state = recipe.training, PartialState()
     folder = Path(str(args.output_dir))
+    finished = on_first_rank(lambda: finished_run(recipe, folder))
+    if finished is not None:
+        if state.is_main_process:
+            print(_nothing_left(finished))
+        return finished
     checkpoint = _begin(recipe, folder)
     processing_class, pairs = prepare(recipe, folder)
     if state.is_main_process:
@@ -220,6 +226,14 @@ def _summarise(
         pairs_per_second=round((last - first) / log.train_seconds, 3) if log.train_seconds else None,
         peak_memory_gib=peak_memory_of_ranks(args.device),
         versions=versions(),
+    )
+
+
+def _nothing_left(summary: "RunSummary") -> str:
+    return (
+        f"This run has finished: {summary.output_dir} holds the model of step {summary.steps}, made with this recipe. "
+        "Nothing is changed. To train further, raise max_steps or num_train_epochs; to train again, use another "
+        "--output_dir."
     )
 
 

@@ -247,6 +247,12 @@ class ORPOTrainer(Trainer):
         with returning_freed_memory(self.args.device):
             return super()._inner_training_loop(batch_size, **kwargs)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:  # resumed after the last step: the Trainer would do one more before it looks at max_steps
+            self.control.should_training_stop = True
+
     def _update_auto_batch_size(self, batch_size: int) -> None:
         """Accumulate over more, smaller micro-batches, so that the global batch does not change."""
         super()._update_auto_batch_size(batch_size)
@@ -268,8 +274,13 @@ class ORPOTrainer(Trainer):
         self.layout.verify(self.model_wrapped)
         self._step_guard.training_begins(self.accelerator)
         take_over(self._resuming.loaded(self.optimizer), self, self._train_sums, self._step_guard, self.environment)
-        if self._resuming.evaluation_is_due(self.state, self.eval_dataset is not None):
+        steps_left = self.state.global_step < self.state.max_steps
+        if self._resuming.evaluation_is_due(self.state, self.eval_dataset is not None) or (
+            not steps_left and self.control.should_evaluate
+        ):
             self._evaluate(None, None)
+        if not steps_left:
+            return
         self._step_guard.guard(self.optimizer)
         collectives_may_take(max(self.args.ddp_timeout, START_SECONDS))
         self._first_step = self.state.global_step + 1
