@@ -41,23 +41,33 @@ def train(recipe: Recipe) -> "RunSummary":
 
     Raises:
         UserError: data that cannot be trained on, a model that cannot be loaded, contradicting options, or a folder
-            with the checkpoints of another run.
+            with the checkpoints of another run or in which another one trains.
         RunStopped, NonFiniteRun, SaveError: see docs/runs.md.
     """
     from accelerate import PartialState
 
-    from orpo_dist.distributed.ranks import let_gloo_finish, on_first_rank
-    from orpo_dist.run.callbacks import RunLog
+    from orpo_dist.distributed.ranks import on_first_rank
     from orpo_dist.run.finished import finished_run
-    from orpo_dist.run.prepare import prepare
+    from orpo_dist.run.owner import owned
 
-    args, state = recipe.training, PartialState()
-    folder = Path(str(args.output_dir))
+    folder, state = Path(str(recipe.training.output_dir)), PartialState()
     finished = on_first_rank(lambda: finished_run(recipe, folder))
     if finished is not None:
         if state.is_main_process:
             print(_nothing_left(finished))
         return finished
+    with owned(folder):
+        return _run(recipe, folder)
+
+
+def _run(recipe: Recipe, folder: Path) -> "RunSummary":
+    from accelerate import PartialState
+
+    from orpo_dist.distributed.ranks import let_gloo_finish
+    from orpo_dist.run.callbacks import RunLog
+    from orpo_dist.run.prepare import prepare
+
+    args, state = recipe.training, PartialState()
     checkpoint = _begin(recipe, folder)
     processing_class, pairs = prepare(recipe, folder)
     if state.is_main_process:

@@ -53,6 +53,7 @@ from orpo_dist.options.durations import seconds_of
 from orpo_dist.packing.lengths import PairLengths
 from orpo_dist.packing.sampler import FILLER
 from orpo_dist.run.fingerprint import fingerprint
+from orpo_dist.run.owner import owned
 from orpo_dist.run.stop import StopRequests, ignore_signals
 from orpo_dist.training import refusals
 from orpo_dist.training.adapting import adapted_model
@@ -231,15 +232,16 @@ class ORPOTrainer(Trainer):
             RunStopped: a stop was requested; a checkpoint was saved.
             NonFiniteRun: too many consecutive steps could not be applied.
             SaveError: a checkpoint could not be written.
-            UserError: there is no such checkpoint, or it belongs to another run.
+            UserError: there is no such checkpoint, it belongs to another run, or another run trains in the folder.
         """
-        folder = self._resuming.resolve(resume_from_checkpoint)
         pickles = safe_pickles() if self.environment.sharding.is_zero else nullcontext()
-        try:
-            with self._stop_requests.listening(), pickles:
-                return super().train(folder, *args, **kwargs)
-        finally:
-            self._step_guard.release()
+        with owned(self._run_folder):
+            folder = self._resuming.resolve(resume_from_checkpoint)
+            try:
+                with self._stop_requests.listening(), pickles:
+                    return super().train(folder, *args, **kwargs)
+            finally:
+                self._step_guard.release()
 
     def _inner_training_loop(  # type: ignore[override]  # the Trainer calls it by these names
         self, batch_size: int | None = None, **kwargs: Any
