@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orpo_dist.errors import NonFiniteRun, RunStopped, UserError
+from orpo_dist.options.secrets import without_password
 from orpo_dist.recipe.recipe import Recipe
 
 # Imported late: the libraries read variables such as HF_HOME on import, and the recipe may set them (recipe/recipe.py).
@@ -89,12 +90,13 @@ def _run(recipe: Recipe, folder: Path) -> "RunSummary":
     merged = _merge(recipe, folder) if recipe.model.merge_adapter and recipe.model.trains_adapter else None
     summary = _summarise(recipe, trainer, pairs, log, merged)
     if state.is_main_process:
-        summary.save(folder)
+        summary.prepare(folder)
     if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=recipe.data.dataset_name, revision=args.hub_revision)
+        trainer.push_to_hub(dataset_name=without_password(str(recipe.data.dataset_name)), revision=args.hub_revision)
     else:
-        trainer.create_model_card(dataset_name=recipe.data.dataset_name)
+        trainer.create_model_card(dataset_name=without_password(str(recipe.data.dataset_name)))
     if state.is_main_process:
+        summary.save(folder)  # the last act: the file says that the run has finished
         print(_report(summary))
     return summary
 
@@ -214,7 +216,7 @@ def _summarise(
     return RunSummary(
         model=str(recipe.model.model_name_or_path),
         model_revision=getattr(model.config, "_commit_hash", None),
-        dataset=str(recipe.data.dataset_name),
+        dataset=without_password(str(recipe.data.dataset_name)),
         output_dir=str(args.output_dir),
         adapter=recipe.model.trains_adapter,
         merged_model=merged,

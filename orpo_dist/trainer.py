@@ -36,7 +36,7 @@ from transformers import (
     TrainerState,
     set_seed,
 )
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, HubStrategy
 
 from orpo_dist.config import ORPOConfig
 from orpo_dist.distributed.environment import Environment, sharding_of
@@ -50,11 +50,13 @@ from orpo_dist.model.loading.processor import model_init_kwargs
 from orpo_dist.model.packed.compile import compile_blocks
 from orpo_dist.model.patches import BLOCKS_COMPILED_ALREADY, ONE_DEVICE_PER_PROCESS, replace_attribute
 from orpo_dist.options.durations import seconds_of
+from orpo_dist.options.secrets import without_secrets
 from orpo_dist.packing.lengths import PairLengths
 from orpo_dist.packing.sampler import FILLER
 from orpo_dist.run.fingerprint import fingerprint
 from orpo_dist.run.owner import owned
 from orpo_dist.run.stop import StopRequests, ignore_signals
+from orpo_dist.run.upload import STAGED, unstage, upload_run
 from orpo_dist.training import refusals
 from orpo_dist.training.adapting import adapted_model
 from orpo_dist.training.checkpoint_writer import CheckpointWriter
@@ -142,6 +144,8 @@ class ORPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if isinstance(self.args.model_init_kwargs, dict):  # used up; trackers write the arguments down
+            self.args.model_init_kwargs = without_secrets(self.args.model_init_kwargs)
         # compute_loss divides by the totals of the global batch. With this flag and the token count returned by
         # get_batch_samples, training_step does not also divide by the accumulation steps (there is no other way in
         # transformers 5.17).
@@ -416,8 +420,53 @@ class ORPOTrainer(Trainer):
         return str(staging) if staging is not None else super()._get_output_dir(trial)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._checkpoints.staging is None:  # else it does not have its final name yet
+        if self._checkpoints.staging is not None:  # it does not have its final name yet
+            return
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        # The Trainer copies the model's files into output_dir and uploads all of it: a folder with nothing else in it.
+        run = self.args.output_dir
+        self.args.output_dir = str(Path(str(run)) / f"{STAGED}-{self.state.global_step}")
+        try:
+            Path(self.args.output_dir).mkdir(exist_ok=True)
             super()._push_from_checkpoint(checkpoint_folder)
+        finally:
+            self.args.output_dir = run
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        if self.is_world_process_zero():
+            unstage(self._run_folder)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the Trainer's, for the files that run/upload.py lists. Every rank must call it."""
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = token if token is not None else self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, **({"private": private} if private is not None else {}))
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        tags = kwargs.pop("tags", None) or []
+        tags = [*([tags] if isinstance(tags, str) else tags), *(self.model.model_tags or [])]
+        self.create_model_card(tags=tags, **kwargs)
+        self._finish_current_push()
+        return upload_run(
+            Path(str(self.args.output_dir)),
+            str(self.hub_model_id),
+            blocking=blocking,
+            commit_message=commit_message,
+            token=token,
+            revision=revision if revision is not None else self.args.hub_revision,
+        )
 
     def _checkpoint_saved(self) -> None:
         """Raises RunStopped if the ranks have agreed to stop."""

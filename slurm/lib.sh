@@ -336,16 +336,17 @@ train() { # train RECIPE [--field value ...]
 }
 
 sweep() { # sweep RECIPE SWEEP_FILE [--field value ...]: line i of the file has the flags of array task i, from 0
-    local recipe=${1-} file=${2-} line folder index=${SLURM_ARRAY_TASK_ID-}
+    local recipe=${1-} file=${2-} word words=() folder index=${SLURM_ARRAY_TASK_ID-}
     [ -f "$file" ] || fail "$BAD_INPUT" "usage: sbatch --array=0-N sweep.sbatch recipe.yaml sweep.txt"
     [ -n "$index" ] || fail "$BAD_INPUT" "not an array job: sbatch --array=0-N $*"
     shift 2
-    line=$(grep -v '^[[:space:]]*\(#\|$\)' "$file" | sed -n "$((index + 1))p")
-    [ -n "$line" ] || fail "$BAD_INPUT" "$file has no line $index (the first is 0; comments and empty lines do not count)."
     set_environment
     folder=$(on_head "$PYTHON" -m orpo_dist.recipe.preview "$recipe" "$@") || fail "$BAD_INPUT" "the recipe $recipe cannot be read."
-    eval "set -- \"\$@\" $line" # the line may quote
-    train "$recipe" "$@" --output_dir "$folder/$index"
+    while IFS= read -r -d '' word; do
+        words+=("$word")
+    done < <(on_head "$PYTHON" -m orpo_dist.cluster.sweep "$file" "$index")
+    [ ${#words[@]} -gt 0 ] || fail "$BAD_INPUT" "run $index of $file cannot be read."
+    train "$recipe" "$@" "${words[@]}" --output_dir "$folder/$index"
 }
 
 prefetch() { # prefetch RECIPE [--field value ...]: put model, rows and tokenised pairs into the shared cache
