@@ -5,8 +5,11 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 
+from orpo_dist.distributed.environment import check_world_size, starts_on_cpu_alone
+from orpo_dist.distributed.log import get_logger
 from orpo_dist.distributed.timeouts import START_SECONDS
 from orpo_dist.errors import UserError
 from orpo_dist.options.data import (
@@ -20,6 +23,8 @@ from orpo_dist.options.data import (
 )
 from orpo_dist.options.durations import seconds_of
 from orpo_dist.options.secrets import secrets_of, without_secrets
+
+logger = get_logger(__name__)
 
 NLL_SCOPES = ["sequence", "completion"]
 _TRAINING_ARGUMENT_NAMES = {f.name for f in fields(TrainingArguments)}
@@ -134,6 +139,10 @@ class ORPOConfig(ImageOptions, DataOptions, TrainingArguments):
     strict_versions: bool = _option(False, "Refuse to resume with other library versions (a warning otherwise).")
 
     def __post_init__(self):
+        if starts_on_cpu_alone() and not self.use_cpu:
+            self.use_cpu = True
+            if not parse_flag_from_env("ACCELERATE_USE_CPU"):
+                logger.warning("No GPU on this machine: the launched processes train together on its CPU (gloo).")
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bf16_is_supported(self.use_cpu)
         # transformers 5.23 renamed gradient_checkpointing and warns about the old name, which is TRL's. The new name is
@@ -151,6 +160,7 @@ class ORPOConfig(ImageOptions, DataOptions, TrainingArguments):
         after, self.ddp_timeout = self.ddp_timeout, max(self.ddp_timeout, START_SECONDS)
         super().__post_init__()
         self.ddp_timeout = after
+        check_world_size(self.world_size)
         self._check()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ Runs in one process, or in each process started by torchrun, accelerate launch o
 
 import gc
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +65,7 @@ def train(recipe: Recipe) -> "RunSummary":
 def _run(recipe: Recipe, folder: Path) -> "RunSummary":
     from accelerate import PartialState
 
+    from orpo_dist.distributed.once import done_by_first_rank
     from orpo_dist.distributed.ranks import let_gloo_finish
     from orpo_dist.run.callbacks import RunLog
     from orpo_dist.run.prepare import prepare
@@ -86,17 +88,19 @@ def _run(recipe: Recipe, folder: Path) -> "RunSummary":
     except (RunStopped, NonFiniteRun):
         let_gloo_finish()
         raise
-    _save_model(trainer, folder)
+    save = partial(_save_model, trainer, folder)
+    done_by_first_rank(save, meanwhile=save)
     merged = _merge(recipe, folder) if recipe.model.merge_adapter and recipe.model.trains_adapter else None
     summary = _summarise(recipe, trainer, pairs, log, merged)
-    if state.is_main_process:
-        summary.prepare(folder)
+    done_by_first_rank(lambda: summary.prepare(folder))
+    dataset = without_password(str(recipe.data.dataset_name))
     if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=without_password(str(recipe.data.dataset_name)), revision=args.hub_revision)
+        push = partial(trainer.push_to_hub, dataset_name=dataset, revision=args.hub_revision)
+        done_by_first_rank(push, meanwhile=push)  # it saves the model first, together
     else:
-        trainer.create_model_card(dataset_name=without_password(str(recipe.data.dataset_name)))
+        done_by_first_rank(lambda: trainer.create_model_card(dataset_name=dataset))
+    done_by_first_rank(lambda: summary.save(folder))  # the last act: the file says that the run has finished
     if state.is_main_process:
-        summary.save(folder)  # the last act: the file says that the run has finished
         print(_report(summary))
     return summary
 
@@ -111,6 +115,7 @@ def _begin(recipe: Recipe, folder: Path) -> str | None:
     from orpo_dist.run.resume import checkpoint_to_resume
     from orpo_dist.run.summary import SUMMARY_NAME
     from orpo_dist.run.trackers import usable_trackers
+    from orpo_dist.run.upload import unstage
 
     args = recipe.training
     checkpoint = on_first_rank(lambda: checkpoint_to_resume(args.resume_from_checkpoint, folder))
@@ -121,6 +126,7 @@ def _begin(recipe: Recipe, folder: Path) -> str | None:
     args.report_to = usable_trackers(list(args.report_to or []))
     if PartialState().is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
+        unstage(folder)  # of a run that was killed in its upload
         (folder / SUMMARY_NAME).unlink(missing_ok=True)  # it says that a run has finished, and this one has not
         recipe.save(folder / "recipe.yaml")
     return checkpoint
@@ -170,27 +176,29 @@ def _check_evaluation(recipe: Recipe) -> None:
 
 def _save_model(trainer: "ORPOTrainer", folder: Path) -> None:
     """Save model or adapter with tokenizer and generation config, in the standard layout. Every rank must call it."""
+    from orpo_dist.run.checkpoint import writing
+
     push, trainer.args.push_to_hub = trainer.args.push_to_hub, False  # save_model would push before the report exists
-    trainer.save_model(str(folder))
+    with writing("the model", folder):
+        trainer.save_model(str(folder))
+        model: Any = trainer.model
+        if trainer.is_world_process_zero() and model.generation_config is not None:
+            # peft does not save it. save_pretrained rejects some configs that base models ship, hence to_json_file.
+            model.generation_config.to_json_file(folder / "generation_config.json")
     trainer.args.push_to_hub = push
-    model: Any = trainer.model
-    if trainer.is_world_process_zero() and model.generation_config is not None:
-        # peft does not save it. save_pretrained rejects some configs that base models ship, hence to_json_file.
-        model.generation_config.to_json_file(folder / "generation_config.json")
 
 
 def _merge(recipe: Recipe, folder: Path) -> str:
     """Merge the adapter into its base, check the result and return its folder."""
-    from accelerate import PartialState
-
+    from orpo_dist.distributed.once import done_by_first_rank
     from orpo_dist.model.loading.merge import merge_run
 
-    state = PartialState()
-    if state.is_main_process:
+    def merge() -> None:
         gc.collect()
         done = merge_run(folder, trust_remote_code=recipe.training.trust_remote_code)
         print("\n".join(done.lines()))
-    state.wait_for_everyone()
+
+    done_by_first_rank(merge)
     return str(folder / "merged")
 
 

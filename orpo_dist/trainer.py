@@ -49,6 +49,7 @@ from orpo_dist.model.loading.load import load_model
 from orpo_dist.model.loading.processor import model_init_kwargs
 from orpo_dist.model.packed.compile import compile_blocks
 from orpo_dist.model.patches import BLOCKS_COMPILED_ALREADY, ONE_DEVICE_PER_PROCESS, replace_attribute
+from orpo_dist.model.upstream import is_out_of_memory
 from orpo_dist.options.durations import seconds_of
 from orpo_dist.options.secrets import without_secrets
 from orpo_dist.packing.lengths import PairLengths
@@ -65,7 +66,7 @@ from orpo_dist.training.loaders import PairLoaders
 from orpo_dist.training.malloc_trim import returning_freed_memory
 from orpo_dist.training.metrics import MetricSums
 from orpo_dist.training.nonfinite import PairFacts
-from orpo_dist.training.out_of_memory import is_out_of_memory, out_of_memory
+from orpo_dist.training.out_of_memory import out_of_memory
 from orpo_dist.training.progress import progress_of, take_over
 from orpo_dist.training.resuming import Resuming
 from orpo_dist.training.setup import set_up, tokenised
@@ -399,7 +400,9 @@ class ORPOTrainer(Trainer):
         was_training = self.model.training
         self.model.eval()
         with torch.no_grad(), self.layout.paused(), self.compute_loss_context_manager():
-            output = self.model.generate(**inputs, **options)
+            # A rank that has sampled its last token takes part in the forwards of the others, which gather weights.
+            shared = self.environment.sharding.partitions_weights and self.environment.world_size > 1
+            output = self.model.generate(**inputs, **options, synced_gpus=shared)
         self.model.train(was_training)
         return output if self.preparation.options.is_encoder_decoder else output[:, inputs["input_ids"].shape[1] :]
 

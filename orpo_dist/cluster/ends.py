@@ -53,7 +53,7 @@ def read_ends(folder: Path) -> list[End]:
 def _end_of(error: BaseException) -> End:
     if isinstance(error, RunStopped):
         return End(reason=error.reason, step=error.step, checkpoint=error.checkpoint)
-    from orpo_dist.training.out_of_memory import is_out_of_memory
+    from orpo_dist.model.upstream import is_out_of_memory
 
     link: BaseException | None = error
     seen: list[BaseException] = []

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+from orpo_dist.errors import UserError
+
 if TYPE_CHECKING:  # the command line asks for its rank before torch is imported
     from accelerate import Accelerator
     from transformers import TrainingArguments
@@ -74,6 +76,37 @@ def launched_rank() -> LaunchedRank | None:
 def is_launched_with_others() -> bool:
     """Whether a launcher has started this process and others."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def starts_on_cpu_alone() -> bool:
+    """Whether a launcher has started this process and others on a machine without an accelerator.
+
+    accelerate starts no process group there unless it is told to use the CPU, and each process would train on its own,
+    all of them in one folder. (accelerate/state.py, PartialState._prepare_backend)
+    """
+    import torch
+    from accelerate.utils import is_torch_xla_available
+
+    launched = launched_rank()
+    if launched is None or launched.world_size == 1:
+        return False
+    return not torch.accelerator.is_available() and not is_torch_xla_available()
+
+
+def check_world_size(world_size: int) -> None:
+    """world_size: of the process group.
+
+    Raises:
+        UserError: the launcher started another number of processes, so each would train on its own.
+    """
+    launched = launched_rank()
+    if launched is not None and launched.world_size != world_size:
+        raise UserError(
+            f"The launcher started {launched.world_size} processes (WORLD_SIZE), and this one trains among "
+            f"{world_size}: each would train on its own and write into one folder. Start one process, or set "
+            "use_cpu=true where the accelerator has no distributed backend (Apple's). A launcher also has to set "
+            "LOCAL_RANK: torchrun, accelerate launch and orpo-dist launch do."
+        )
 
 
 @dataclass(frozen=True)

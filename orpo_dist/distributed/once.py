@@ -36,11 +36,9 @@ def built_on_first_rank(work: Callable[[], Path]) -> Path:
         from accelerate import PartialState
 
         PartialState()  # starts the process group from the launcher's environment
-    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+    store = _store()
+    if store is None:
         return work()
-
-    # torch has no public name for the store behind the default group.
-    store = distributed.distributed_c10d._get_default_store()
     call = next(_calls)
     everywhere = f"orpo_dist/data/{call}"
     here = f"{everywhere}/{_node()}"
@@ -58,6 +56,45 @@ def built_on_first_rank(work: Callable[[], Path]) -> Path:
     if launched.local_rank == 0:
         return _work_and_tell(lambda: _seen_or_own(_wait(store, everywhere, seen), work), store, [here])
     return _wait(store, here, seen)
+
+
+def done_by_first_rank(work: Callable[[], object], meanwhile: Callable[[], object] = lambda: None) -> None:
+    """Runs `work` on rank 0; the other ranks run `meanwhile`, their part of its collectives, and wait.
+
+    For the last acts of a run, which may take longer than a collective may: a merge, an upload. Every rank must call
+    it, in the same order.
+
+    Raises:
+        UserError: on every rank, when `work` raised it.
+        RuntimeError: on the waiting ranks, when `work` failed in another way.
+    """
+    from torch import distributed
+
+    store = _store()
+    if store is None:
+        work()
+        return
+    key = f"orpo_dist/done/{next(_calls)}"
+    seen = f"{key}/errors_seen"
+    if distributed.get_rank() != 0:
+        meanwhile()
+        _wait(store, key, seen)
+        return
+    try:
+        _work_and_tell(lambda: (work(), Path())[1], store, [key])
+    except BaseException:
+        _wait_for_readers(store, seen, distributed.get_world_size() - 1)
+        raise
+
+
+def _store() -> Any:
+    """The key-value store of the process group; None for one process."""
+    from torch import distributed
+
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return None
+    # torch has no public name for the store behind the default group.
+    return distributed.distributed_c10d._get_default_store()
 
 
 def is_first_rank() -> bool:
@@ -105,7 +142,7 @@ def _wait(store: Any, key: str, seen: str) -> Path:
     if "user_error" in outcome:
         raise UserError(outcome["user_error"])
     if "error" in outcome:
-        raise RuntimeError(f"The rank that prepares the data failed: {outcome['error']}")
+        raise RuntimeError(f"The rank that works for the others failed: {outcome['error']}")
     return Path(outcome["path"])
 
 

@@ -19,6 +19,7 @@ def on_first_rank(work: Callable[[], Result]) -> Result:
 
     Raises:
         UserError, SaveError: on every rank, when `work` raised them.
+        RuntimeError: on the other ranks, when `work` failed in another way.
     """
     state = PartialState()
     if state.num_processes == 1:
@@ -29,6 +30,10 @@ def on_first_rank(work: Callable[[], Result]) -> Result:
             outcome = [work(), None]
         except (UserError, SaveError) as error:
             outcome = [None, error]
+        except Exception as error:
+            # The others must not wait for it in their next collective. The error itself may not be picklable.
+            broadcast_object_list([None, RuntimeError(f"Rank 0 failed: {type(error).__name__}: {error}")])
+            raise
     broadcast_object_list(outcome)
     if outcome[1] is not None:
         raise outcome[1]

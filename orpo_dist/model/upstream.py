@@ -6,9 +6,10 @@ Each is read only here, and tests/model/test_upstream.py fails when a release ch
 import inspect
 from typing import Any
 
+import torch
 import transformers
 from packaging.version import Version
-from torch import nn
+from torch import distributed, nn
 from transformers import PreTrainedConfig, ProcessorMixin
 
 CHECKPOINTS_FORWARD = Version(transformers.__version__).release >= (5, 19)
@@ -38,6 +39,23 @@ def refuses_keyword(error: TypeError, keyword: str) -> bool:
     instead: the call that fails may be that of any layer within the model.
     """
     return f"unexpected keyword argument '{keyword}'" in str(error)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the accelerator, torch's CPU allocator or Python itself ran out of memory.
+
+    Accelerators raise torch.OutOfMemoryError; the CPU allocator and cuBLAS raise a plain RuntimeError.
+    https://github.com/pytorch/pytorch/blob/main/c10/core/impl/alloc_cpu.cpp
+    """
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and ("out of memory" in str(error) or "can't allocate memory" in str(error))
+
+
+def is_failure_of_peers(error: BaseException) -> bool:
+    """Whether a collective failed: a rank that is gone, a timeout.
+    https://docs.pytorch.org/docs/stable/distributed.html#debugging-torch-distributed-applications"""
+    return isinstance(error, distributed.DistError)
 
 
 def wants_remote_code(error: BaseException) -> bool:

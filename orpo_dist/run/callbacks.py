@@ -8,8 +8,10 @@ from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from orpo_dist.distributed.log import get_logger
 from orpo_dist.run.jsonl import keep_lines
 
+logger = get_logger(__name__)
 LOG_NAME = "log.jsonl"
 
 # What a progress line shows.
@@ -32,6 +34,7 @@ class RunLog(TrainerCallback):
     def __init__(self, folder: Path) -> None:
         self._path = folder / LOG_NAME
         self._mark = 0.0
+        self._warned = False
         self.first_step = 0
         self.train_seconds = 0.0
 
@@ -55,8 +58,17 @@ class RunLog(TrainerCallback):
             event = finite_or_text(
                 {"step": state.global_step, "epoch": state.epoch, "time": round(time.time(), 3), **logs}
             )
+            self._append(json.dumps(event) + "\n")
+
+    def _append(self, line: str) -> None:
+        """A log line is no reason to end a run: a full disk is warned of, and shows at the next checkpoint."""
+        try:
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(event) + "\n")
+                file.write(line)
+        except OSError as error:
+            if not self._warned:
+                logger.warning("%s: a line could not be written (%s). The run goes on.", self._path, error.strerror)
+            self._warned = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         now = time.perf_counter()

@@ -77,10 +77,10 @@ class CheckpointWriter:
         if self._environment.is_first_on_node:  # a node can only flush its own writes
             _try(lambda: checkpoints.flush_tree(staged), run, state)
         self._accelerator.wait_for_everyone()
-        published = on_first_rank(lambda: _try(lambda: self._publish(staged, run, state), run, state))
-        best = run / f"checkpoint-{state.best_global_step}"
-        if state.best_global_step and best.exists():
-            state.best_model_checkpoint = str(best)  # on every rank: under ZeRO all ranks load the best one
+        published, best = on_first_rank(lambda: _try(lambda: self._publish(staged, run, state), run, state))
+        # On every rank: under ZeRO all ranks load the best one. Rank 0 looks for it, because another node may see a
+        # renamed folder later, and a rank that finds none would not take part in loading it.
+        state.best_model_checkpoint = best or state.best_model_checkpoint
         return Path(published)
 
     @contextmanager
@@ -91,7 +91,8 @@ class CheckpointWriter:
         finally:
             self.staging = None
 
-    def _publish(self, staged: Path, run: Path, state: TrainerState) -> str:
+    def _publish(self, staged: Path, run: Path, state: TrainerState) -> tuple[str, str | None]:
+        """The published folder, and the best checkpoint if there is one."""
         world_size = self._environment.world_size
         missing = [rank for rank in range(world_size) if not (staged / METRICS.format(rank)).exists()]
         if missing:
@@ -108,7 +109,7 @@ class CheckpointWriter:
         checkpoints.seal(staged, state.global_step, world_size, self._fingerprint)
         published = checkpoints.publish(staged, run)
         checkpoints.rotate(run, self._args.save_total_limit, best)
-        return str(published)
+        return str(published), str(best) if best is not None and best.exists() else None
 
 
 def _begin(staged: Path, run: Path) -> None:

@@ -2,20 +2,11 @@
 
 from collections.abc import Sequence
 
-import torch
-
 from orpo_dist.config import ORPOConfig
 from orpo_dist.errors import RankError
 from orpo_dist.packing.lengths import PairLengths
 
 SHOWN = 3
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the accelerator, torch's CPU allocator or Python itself ran out of memory."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and ("out of memory" in str(error) or "can't allocate memory" in str(error))
 
 
 def out_of_memory(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from orpo_dist.distributed.agree import as_on_first_rank
 from orpo_dist.distributed.environment import Environment
 from orpo_dist.training.metrics import MetricSums
 from orpo_dist.training.step_guard import StepGuard
@@ -48,7 +49,7 @@ def take_over(
     saved: Sequence[Progress], trainer: Any, sums: MetricSums, guard: StepGuard, environment: Environment
 ) -> None:
     """Restore `saved`: the progress of this rank, or of all ranks if the world size has changed; empty for a fresh
-    start."""
+    start. A collective: every rank must call it."""
     if not saved:
         return
     if len(saved) == 1 or environment.is_first:  # the sums are added up over the ranks
@@ -57,4 +58,6 @@ def take_over(
     # The Trainer logs the mean over the ranks.
     trainer._tr_loss += torch.stack([progress.tr_loss for progress in saved]).mean(0).to(trainer._tr_loss.device)
     trainer._total_loss_scalar, trainer._globalstep_last_logged = saved[0].total_loss, saved[0].last_logged
-    guard.restore_losses(saved[0].losses)
+    # A spike is a collective, so every rank needs the same history. Checkpoints of earlier versions may hold different
+    # ones: a rank with a filler alone skipped that step.
+    guard.restore_losses(as_on_first_rank(saved[0].losses))

@@ -52,13 +52,14 @@ class StepGuard:
         self._report = torch.zeros(2, dtype=torch.float64)
         self._indices: list[int] = []
         self._last_indices: list[int] = []
+        self._has_begun = self._follows_a_step = False
         self._guarded: Patched | None = None
         self.stops = self.refused = False
 
     def training_begins(self, accelerator: Accelerator) -> None:
         """accelerator: of the loop that begins; each trial of a hyperparameter search has a new one."""
         self._accelerator = accelerator
-        self.stops = self.refused = False
+        self.stops = self.refused = self._has_begun = False
         self._indices = []
 
     def report(self, wants_stop: bool, device: torch.device) -> torch.Tensor:
@@ -71,6 +72,7 @@ class StepGuard:
         """report: (2,) sum of the reports of all ranks; stays on the device. indices: of this rank's pairs."""
         self._report, self._last_indices, self._indices = report, self._indices, indices
         self._step_loss = torch.zeros_like(report[1])
+        self._follows_a_step, self._has_begun = self._has_begun, True
 
     def count(self, loss: torch.Tensor) -> torch.Tensor:
         """The () loss of a micro-batch, with a NaN gradient if the loss is not finite.
@@ -93,7 +95,8 @@ class StepGuard:
         known = torch.as_tensor(norm if norm is not None else 0.0, dtype=torch.float64).to(self._report.device)
         value, stops, last_loss = torch.cat([known.reshape(1), self._report]).tolist()
         self.stops = self.stops or stops > 0
-        usual = self._history.add(last_loss) if self._last_indices else None
+        # Not asked of the indices: a rank that had only a filler has none, and its history must be that of the others.
+        usual = self._history.add(last_loss) if self._follows_a_step else None
         if usual is not None:
             self._bad_steps.spike(step - 1, last_loss, usual, gather_object(self._last_indices))
         self.refused = not (math.isfinite(value) and value >= 0) or self._deepspeed_skipped()

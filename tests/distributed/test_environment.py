@@ -12,12 +12,14 @@ from orpo_dist.distributed.environment import (
     Environment,
     LaunchedRank,
     Sharding,
+    check_world_size,
     fsdp_hidden,
     is_launched_with_others,
     launched_rank,
     loading_sharding,
     sharding_of,
 )
+from orpo_dist.errors import UserError
 
 
 def launcher(monkeypatch, **variables):
@@ -107,3 +109,12 @@ def test_fsdp_can_be_hidden(monkeypatch):
 def test_the_sharding_of_an_accelerator(kind, expected):
     state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=1))
     assert sharding_of(SimpleNamespace(distributed_type=kind, state=state)) is expected
+
+
+def test_processes_that_would_train_apart_are_refused(monkeypatch):
+    launcher(monkeypatch)
+    check_world_size(1)
+    launcher(monkeypatch, RANK="1", WORLD_SIZE="2", LOCAL_RANK="1")
+    check_world_size(2)
+    with pytest.raises(UserError, match=r"started 2 processes .* among 1"):
+        check_world_size(1)

@@ -56,7 +56,9 @@ def test_an_error_of_the_first_rank_is_that_of_every_rank(two_ranks, case, messa
 
 def test_a_crash_of_the_first_rank_ends_the_others(two_ranks):
     assert two_ranks[0]["crash"] == "ZeroDivisionError: a bug"
-    assert two_ranks[1]["crash"] == ("RuntimeError: The rank that prepares the data failed: ZeroDivisionError: a bug")
+    assert two_ranks[1]["crash"] == (
+        "RuntimeError: The rank that works for the others failed: ZeroDivisionError: a bug"
+    )
 
 
 def test_the_first_rank_raises_as_soon_as_the_others_know(two_ranks):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers as t
 from peft import LoraConfig, get_peft_model
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -18,6 +19,8 @@ from orpo_dist.model.upstream import (
     config_value,
     has_image_features,
     is_adapter_on_experts_refusal,
+    is_failure_of_peers,
+    is_out_of_memory,
     is_unknown_architecture,
     refuses_keyword,
     uses_attention_interface,
@@ -100,3 +103,22 @@ def test_vision_families_share_method_names():
     assert computes_mrope_positions(qwen) and not computes_mrope_positions(llava)
     assert has_image_features(qwen) and has_image_features(llava)
     assert not has_image_features(t.LlamaModel)
+
+
+@pytest.mark.parametrize(
+    ("error", "seen"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory."), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("shapes differ"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_what_counts_as_out_of_memory(error, seen):
+    assert is_out_of_memory(error) is seen
+
+
+def test_a_lost_peer_is_told_from_other_runtime_errors():
+    assert is_failure_of_peers(torch.distributed.DistNetworkError("Connection closed by peer"))
+    assert not is_failure_of_peers(RuntimeError("shapes differ"))

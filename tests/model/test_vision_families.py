@@ -170,3 +170,20 @@ def test_start_up_check_passes(name):
     verdict.restore()
     check = verify_images(model, collator(name, model, PaddedCollator(0, "sequence")), example, None)
     assert check.ok, check.reason
+
+
+@pytest.mark.parametrize("failure", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("shapes differ")])
+def test_a_full_memory_is_not_a_wrong_layout(failure):
+    model = tiny_vlm("llava").eval()
+    verdict = use_packed_layout(model, max_length=1024)
+
+    def fail(module, args):
+        raise failure
+
+    model.get_decoder().register_forward_pre_hook(fail)
+    packed = collator("llava", model, PackedCollator(True, "sequence"))
+    if isinstance(failure, torch.OutOfMemoryError):
+        with pytest.raises(torch.OutOfMemoryError):
+            verify_images(model, packed, image_rows("llava")[1], verdict)
+    else:
+        assert not verify_images(model, packed, image_rows("llava")[1], verdict).ok

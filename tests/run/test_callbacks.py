@@ -61,6 +61,17 @@ def test_a_run_resumed_after_its_last_step_still_owes_the_last_evaluation(args, 
     assert control.should_evaluate is False
 
 
+def test_a_log_line_that_cannot_be_written_is_warned_of_once(args, tmp_path, caplog):
+    (tmp_path / "log.jsonl").mkdir()  # for root, too, a file that cannot be opened
+    log = RunLog(tmp_path)
+    for step in (1, 2):
+        log.on_log(args, state_at(step), TrainerControl(), {"loss": 1.0})
+    assert caplog.text.count("a line could not be written") == 1
+    (tmp_path / "log.jsonl").rmdir()
+    log.on_log(args, state_at(3), TrainerControl(), {"loss": 1.0})
+    assert steps_in(tmp_path / "log.jsonl") == [3]
+
+
 def test_only_the_main_process_writes(args, tmp_path):
     log = RunLog(tmp_path)
     log.on_train_begin(args, state_at(0, main_process=False), TrainerControl())

@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from orpo_dist.errors import SaveError, UserError
 from orpo_dist.run import checkpoint as checkpoints
 
 
@@ -115,3 +116,12 @@ def test_disk_errors_in_every_wrapping(tmp_path):
     assert "no space left" in why(wrapped)
     assert "writing failed" in why(RuntimeError("[enforce fail at inline_container.cc] PytorchStreamWriter failed"))
     assert why(RuntimeError("shapes differ")) is None
+
+
+def test_a_failed_write_after_the_last_checkpoint_is_one_line(tmp_path):
+    told = "Cannot write the model into .*: no space left on the device"
+    with pytest.raises(SaveError, match=told), checkpoints.writing("the model", tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    for error in (UserError("own"), SaveError("own"), ValueError("a bug")):
+        with pytest.raises(type(error)), checkpoints.writing("the model", tmp_path):
+            raise error

@@ -26,6 +26,7 @@ from torch.nn.attention.varlen import varlen_attn
 from orpo_dist.distributed.log import get_logger
 from orpo_dist.model.attention.flex import flex_packed_attention
 from orpo_dist.model.attention.sequences import Scores, explicit_attention
+from orpo_dist.model.upstream import is_out_of_memory
 from orpo_dist.packing.layout import PackedLayout, PairSegment
 
 logger = get_logger(__name__)
@@ -108,6 +109,8 @@ def first_that_passes(proposed: Iterable[Candidate], case: KernelCase) -> Candid
         try:
             error = trial_error(candidate.kernel, case)
         except Exception as failure:  # any error of a kernel, its compiler or its driver: the next candidate may work
+            if is_out_of_memory(failure):
+                raise  # the trial is tiny: it says nothing about the kernel
             said = str(failure).strip().partition("\n")[0]
             logger.warning(
                 "%s is not used for attention (%s): %s: %s", candidate.name, case, type(failure).__name__, said

@@ -24,7 +24,7 @@ from orpo_dist.model.patches import (
     Patched,
     replace_attribute,
 )
-from orpo_dist.model.upstream import is_adapter_on_experts_refusal
+from orpo_dist.model.upstream import is_adapter_on_experts_refusal, is_out_of_memory
 from orpo_dist.options.model import ModelArguments
 
 logger = get_logger(__name__)
@@ -260,6 +260,8 @@ def _continue_from(model: PreTrainedModel, adapter: str) -> PeftModel:
         with hub_errors(adapter), quiet_peft():
             return PeftModel.from_pretrained(model, adapter, is_trainable=True)
     except RuntimeError as error:  # load_state_dict: sizes differ
+        if is_out_of_memory(error):
+            raise
         raise UserError(
             f"The adapter {adapter} does not fit {base.name}: it was trained on {config.base_model_name_or_path}. "
             "Give that model as model_name_or_path."

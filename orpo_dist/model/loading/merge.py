@@ -18,6 +18,7 @@ from orpo_dist.model.loading.hub import hub_errors
 from orpo_dist.model.loading.load import auto_class_of, base_identity, load_config, load_model, loading_whole_models
 from orpo_dist.model.loading.vision import is_vision_language
 from orpo_dist.model.patches import DEQUANTISED_WEIGHTS, replace_attribute
+from orpo_dist.model.upstream import is_out_of_memory
 from orpo_dist.options.model import parse_dtype
 
 REPORT_NAME = "merge_report.json"
@@ -125,6 +126,8 @@ def _merge(
         with quiet_peft():
             adapted = PeftModel.from_pretrained(base, str(run_folder)).eval()
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"The adapter in {run_folder} does not fit {base_name}: {error}") from error
     probe = _probe(base)
     if verify:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from orpo_dist.distributed.agree import first_objection
 from orpo_dist.distributed.log import get_logger
 from orpo_dist.errors import UserError
 from orpo_dist.loss import Objective
@@ -127,7 +128,7 @@ class LayoutChoice:
         self.router_aux_loss_coef = router_aux_loss_coef
         self._verified = not options.verify_layout
         self._base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-        self.collator.chosen, self._verdict = self._padded_collator(model), None
+        self.collator.chosen, self._verdict = self._padded_collator(), None
         if options.trl_collator is not None:
             logger.warning("A data_collator was given: padded layout.")
         elif not options.padding_free and options.prefix_sharing:
@@ -138,8 +139,10 @@ class LayoutChoice:
     def _choose_packed(self, model: nn.Module) -> None:
         options = self.options
         verdict = use_packed_layout(model, max_length=options.max_length)
-        if not verdict.ok:
-            logger.warning("Padded layout: %s.", verdict.reason)
+        reason = first_objection(verdict.reason)  # ranks may differ in what is installed
+        if reason:
+            verdict.undo()
+            logger.warning("Padded layout: %s.", reason)
             return
         if verdict.unshared:
             kinds = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in verdict.unshared}))
@@ -167,18 +170,18 @@ class LayoutChoice:
             return
         self._verified = True
         if self._verdict is not None:
-            check = self._verify_packed(model, self._verdict)
-            if check.ok:
+            reason = first_objection(self._verify_packed(model, self._verdict).reason)
+            if not reason:
                 return
             if not may_fall_back:
-                raise UserError(f"The packed layout is wrong for this model: {check.reason}. Set padding_free=false.")
-            logger.warning("Padded layout: %s.", check.reason)
+                raise UserError(f"The packed layout is wrong for this model: {reason}. Set padding_free=false.")
+            logger.warning("Padded layout: %s.", reason)
             self._verdict.restore()
             self._verdict = None
-            self.collator.chosen = self._padded_collator(model)
-        check = self._verify_images(model)
-        if not check.ok and isinstance(self.collator.chosen, ImageCollator):
-            logger.warning("The vision tower runs twice per pair: %s.", check.reason)
+            self.collator.chosen = self._padded_collator()
+        reason = first_objection(self._verify_images(model).reason)
+        if reason and isinstance(self.collator.chosen, ImageCollator):
+            logger.warning("The vision tower runs twice per pair: %s.", reason)
             self.collator.chosen = replace(self.collator.chosen, pixels_twice=True)
 
     def _verify_packed(self, model: nn.Module, verdict: PackingVerdict) -> LayoutCheck:
@@ -229,12 +232,12 @@ class LayoutChoice:
             logger.warning("The vision tower runs twice per pair: %s has no get_image_features.", type(base).__name__)
         return ImageCollator(collator, images.processor, image_rules(base), filler, twice)
 
-    def _padded_collator(self, model: Any) -> Collator:
-        options = self.options
-        if model.config.is_encoder_decoder:
+    def _padded_collator(self) -> Collator:
+        options, config = self.options, self.model_config  # not of the wrapped model: DDP's wrapper has no config
+        if config.is_encoder_decoder:
             if options.trl_collator is not None:
                 raise UserError("data_collator cannot be replaced for encoder-decoder models: leave it unset.")
-            start = model.config.decoder_start_token_id
+            start = config.decoder_start_token_id
             if start is None:
                 raise UserError(
                     "The model's config has no decoder_start_token_id; set it (for T5 it is the pad token)."

@@ -19,6 +19,7 @@ from orpo_dist.model.packed.verify import (
     ordinary_ids,
     short_window,
 )
+from orpo_dist.model.upstream import is_failure_of_peers, is_out_of_memory
 from orpo_dist.packing.images import ImageCollator
 from orpo_dist.packing.layout import PackedLayoutError
 from orpo_dist.packing.padded import PaddedCollator
@@ -79,7 +80,10 @@ def verify_images(
                     states = last_hidden_states(model, base, batch)
                 expected = last_hidden_states(model, base, reference)
     except (PackedLayoutError, ValueError, TypeError, RuntimeError, AttributeError) as error:
-        # With an unknown family anything may fail on the layout's path; the run then falls back to the model's own.
+        # With an unknown family anything may fail on the layout's path; the run then falls back to the model's own. A
+        # full memory or a lost rank says nothing about the layout.
+        if is_out_of_memory(error) or is_failure_of_peers(error):
+            raise
         return LayoutCheck(float("inf"), 0.0, f"{type(error).__name__} with images: {error}")
     finally:
         model.train(was_training)
