@@ -110,6 +110,7 @@ def _begin(recipe: Recipe, folder: Path) -> str | None:
     from. Every rank takes part."""
     from accelerate import PartialState
 
+    from orpo_dist.distributed.log import get_logger
     from orpo_dist.distributed.ranks import on_first_rank
     from orpo_dist.run.hub_login import check_login, move_token_to_environment
     from orpo_dist.run.resume import checkpoint_to_resume
@@ -123,6 +124,11 @@ def _begin(recipe: Recipe, folder: Path) -> str | None:
     move_token_to_environment(args)
     if args.push_to_hub:
         check_login()
+    if args.save_only_model and args.save_strategy != "no":
+        get_logger(__name__).warning(
+            "save_only_model: the checkpoints have no optimizer and no random state, so a run that is stopped, killed "
+            "or requeued cannot go on from them."
+        )
     args.report_to = usable_trackers(list(args.report_to or []))
     if PartialState().is_main_process:
         folder.mkdir(parents=True, exist_ok=True)

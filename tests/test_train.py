@@ -335,6 +335,15 @@ def test_a_finished_run_goes_on_where_something_is_left_to_do(options, tmp_path)
     assert (folder / "model.safetensors").is_file()
 
 
+def test_checkpoints_without_an_optimizer_are_warned_of_at_the_start(options, tmp_path, caplog):
+    changes = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    train(Recipe.from_mapping(options(tmp_path / "a", save_only_model=True, **changes)))
+    assert "save_only_model: the checkpoints have no optimizer" in caplog.text
+    caplog.clear()
+    train(Recipe.from_mapping(options(tmp_path / "b", **changes)))
+    assert "save_only_model" not in caplog.text
+
+
 def test_which_checkpoint_is_meant(tmp_path, capsys):
     folder = tmp_path / "run"
     for asked in (None, "auto", "AUTO", "false"):

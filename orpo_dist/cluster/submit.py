@@ -92,6 +92,9 @@ def prepare(options: argparse.Namespace, flags: list[str]) -> Submission:
         job = dataclasses.replace(job, array=array(options.array, runs))
     notes = _check_folders(view, site, sweep=options.sweep)
     notes += _offline_note(view, prefetch=options.prefetch)
+    if view.values.get("save_only_model"):
+        notes.append("save_only_model: a job that is requeued cannot go on from its checkpoints, and ends with code 2.")
+    _refuse_offline_push(view, site)
     if not options.dry_run:
         job = _fitted(job, site)
         if runs is None:
@@ -240,6 +243,17 @@ def _offline_note(view: RecipePreview, *, prefetch: bool) -> list[str]:
     if isinstance(cached, str):
         return []
     return [f"{model} is not in the cache of this node, and jobs train offline: --prefetch fetches it in a job first."]
+
+
+def _refuse_offline_push(view: RecipePreview, site: SiteProfile) -> None:
+    if re.search(r"HF_HUB_OFFLINE=[\"']?0", site.text):
+        return
+    offline = view.environment.get("HF_HUB_OFFLINE", os.environ.get("HF_HUB_OFFLINE", "1"))  # lib.sh's default
+    if view.values.get("push_to_hub") and offline.upper() in ("1", "ON", "YES", "TRUE"):
+        raise UserError(
+            "push_to_hub needs the network at the end of the job, and jobs train with HF_HUB_OFFLINE=1: submit with "
+            "HF_HUB_OFFLINE=0 if compute nodes have a network, or set push_to_hub=false and upload afterwards."
+        )
 
 
 def _fitted(job: JobRequest, site: SiteProfile) -> JobRequest:

@@ -149,11 +149,29 @@ def sweep(run: Path) -> list[Path]:
     """Remove checkpoints that a killed run left partly written or partly deleted; returns their folders."""
     if not run.is_dir():
         return []
+    for staged in (run / STAGING).glob("checkpoint-*"):
+        _finish_publishing(staged, run)
     unfinished = [*(run / STAGING).glob("*"), *run.glob(f"{DELETING}*")]
     shutil.rmtree(run / STAGING, ignore_errors=True)
     for folder in run.glob(f"{DELETING}*"):
         shutil.rmtree(folder, ignore_errors=True)
     return unfinished
+
+
+def _finish_publishing(staged: Path, run: Path) -> None:
+    """Finish the two renames of `publish` that a kill has left half done, or undo the first. Without its second one the
+    checkpoint of that step is under neither name."""
+    target, old = run / staged.name, run / f"{DELETING}{staged.name}"
+    if target.exists() or not old.is_dir():
+        return
+    for folder in (staged, old):
+        try:
+            verify(folder)
+        except ValueError:
+            continue
+        os.rename(folder, target)
+        flush(run)
+        return
 
 
 def flush_tree(folder: Path) -> None:

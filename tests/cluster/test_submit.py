@@ -88,6 +88,23 @@ def test_refused(project, capsys, arguments, said):
     assert code == 2 and said in told
 
 
+def test_a_push_needs_a_job_with_a_network(project, capsys, monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    code, _, told = dry_run(capsys, "--push_to_hub", "true")
+    assert code == 2 and "jobs train with HF_HUB_OFFLINE=1" in told
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    assert dry_run(capsys, "--push_to_hub", "true")[0] == 0
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    with (project / "site.sh").open("a") as file:
+        file.write("site_setup() { export HF_HUB_OFFLINE=0; }\n")
+    assert dry_run(capsys, "--push_to_hub", "true")[0] == 0
+
+
+def test_checkpoints_that_no_job_can_go_on_from_are_warned_of(project, capsys):
+    code, _, told = dry_run(capsys, "--save_only_model", "true")
+    assert code == 0 and "save_only_model: a job that is requeued cannot go on" in told
+
+
 def test_a_finished_run_is_not_submitted_again(project, capsys):
     state = project / "runs" / "recipe" / "slurm"
     state.mkdir(parents=True)
