@@ -113,7 +113,10 @@ def recipe(folder: Path, output: Path, topology: str) -> dict[str, Any]:
     }
 
 
-def command(folder: Path, topology: str, path: Path) -> list[str]:
+def command(folder: Path, topology: str, path: Path, launcher: str = "") -> list[str]:
+    if launcher == "orpo-dist":
+        launch = [sys.executable, "-m", "orpo_dist.cli", "launch", "--cpu", "--processes-per-node"]
+        return [*launch, str(PROCESSES[topology]), "--accelerate-config", topology, str(path)]
     script = [str(REPOSITORY / "benchmarks" / "kill_campaign_rank.py"), "train", str(path)]
     if topology == "plain":
         return [sys.executable, *script]
@@ -127,11 +130,25 @@ def command(folder: Path, topology: str, path: Path) -> list[str]:
 
 
 class Run:
-    """A running run and its processes."""
+    """A running run and its processes.
 
-    def __init__(self, folder: Path, output: Path, topology: str):
+    Args:
+        launcher: `orpo-dist` for `orpo-dist launch`; unset, python, torchrun or accelerate launch, by the topology.
+        changes: fields of the recipe.
+        own_group: whether its processes are a process group (and session) of their own.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        output: Path,
+        topology: str,
+        launcher: str = "",
+        changes: dict[str, Any] | None = None,
+        own_group: bool = False,
+    ):
         path = folder / f"{output.name}.yaml"
-        path.write_text(yaml.safe_dump(recipe(folder, output, topology)))
+        path.write_text(yaml.safe_dump({**recipe(folder, output, topology), **(changes or {})}))
         self.said = folder / f"{output.name}.txt"
         environment = {
             **os.environ,
@@ -144,7 +161,11 @@ class Run:
         }
         self._file = self.said.open("w")
         self.process = subprocess.Popen(
-            command(folder, topology, path), env=environment, stdout=self._file, stderr=subprocess.STDOUT
+            command(folder, topology, path, launcher),
+            env=environment,
+            stdout=self._file,
+            stderr=subprocess.STDOUT,
+            start_new_session=own_group,
         )
 
     def workers(self) -> list[psutil.Process]:

@@ -23,6 +23,7 @@ from orpo_dist.errors import (
     SaveError,
     UserError,
 )
+from orpo_dist.options.secrets import hide_own_flags, with_private_flags
 from orpo_dist.version import __version__
 
 # Command: module, line of help. A module is imported when its command runs: `--help` should not wait for torch.
@@ -54,7 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     `--debug`, anywhere on the command line, also shows the traceback of bad input.
     """
-    arguments, debug = _without_debug_flag(list(sys.argv[1:] if argv is None else argv))
+    if argv is None:
+        hide_own_flags()
+        argv = with_private_flags(sys.argv[1:])
+    arguments, debug = _without_debug_flag(list(argv))
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help", "help"):
         print(_help())

@@ -1,5 +1,6 @@
 """ORPOConfig: transformers' TrainingArguments, TRL's ORPO fields under TRL's names, and this project's fields."""
 
+import copy
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -21,6 +22,7 @@ from orpo_dist.options.data import (
     choices_of,
 )
 from orpo_dist.options.durations import seconds_of
+from orpo_dist.options.secrets import secrets_of, without_secrets
 
 logger = get_logger(__name__)
 
@@ -160,6 +162,22 @@ class ORPOConfig(ImageOptions, DataOptions, TrainingArguments):
         self.ddp_timeout = after
         check_world_size(self.world_size)
         self._check()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle, without credentials: the Trainer pickles its arguments into training_args.bin, which goes into
+        checkpoints and to the hub. A copy keeps them."""
+        hidden = secrets_of(self.__dict__)
+        return self.__dict__ | {name: without_secrets({name: value}).get(name) for name, value in hidden.items()}
+
+    def __copy__(self) -> "ORPOConfig":
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ORPOConfig":
+        copied = memo[id(self)] = object.__new__(type(self))
+        copied.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return copied
 
     def _check(self) -> None:
         for name, allowed in (choices_of(DataOptions) | {"nll_scope": NLL_SCOPES}).items():

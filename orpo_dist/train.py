@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orpo_dist.errors import NonFiniteRun, RunStopped, UserError
+from orpo_dist.options.secrets import without_password
 from orpo_dist.recipe.recipe import Recipe
 
 # Imported late: the libraries read variables such as HF_HOME on import, and the recipe may set them (recipe/recipe.py).
@@ -42,9 +43,26 @@ def train(recipe: Recipe) -> "RunSummary":
 
     Raises:
         UserError: data that cannot be trained on, a model that cannot be loaded, contradicting options, or a folder
-            with the checkpoints of another run.
+            with the checkpoints of another run or in which another one trains.
         RunStopped, NonFiniteRun, SaveError: see docs/runs.md.
     """
+    from accelerate import PartialState
+
+    from orpo_dist.distributed.ranks import on_first_rank
+    from orpo_dist.run.finished import finished_run
+    from orpo_dist.run.owner import owned
+
+    folder, state = Path(str(recipe.training.output_dir)), PartialState()
+    finished = on_first_rank(lambda: finished_run(recipe, folder))
+    if finished is not None:
+        if state.is_main_process:
+            print(_nothing_left(finished))
+        return finished
+    with owned(folder):
+        return _run(recipe, folder)
+
+
+def _run(recipe: Recipe, folder: Path) -> "RunSummary":
     from accelerate import PartialState
 
     from orpo_dist.distributed.once import done_by_first_rank
@@ -53,7 +71,6 @@ def train(recipe: Recipe) -> "RunSummary":
     from orpo_dist.run.prepare import prepare
 
     args, state = recipe.training, PartialState()
-    folder = Path(str(args.output_dir))
     checkpoint = _begin(recipe, folder)
     processing_class, pairs = prepare(recipe, folder)
     if state.is_main_process:
@@ -71,15 +88,18 @@ def train(recipe: Recipe) -> "RunSummary":
     except (RunStopped, NonFiniteRun):
         let_gloo_finish()
         raise
-    _save_model(trainer, folder)
+    save = partial(_save_model, trainer, folder)
+    done_by_first_rank(save, meanwhile=save)
     merged = _merge(recipe, folder) if recipe.model.merge_adapter and recipe.model.trains_adapter else None
     summary = _summarise(recipe, trainer, pairs, log, merged)
-    done_by_first_rank(lambda: summary.save(folder))
+    done_by_first_rank(lambda: summary.prepare(folder))
+    dataset = without_password(str(recipe.data.dataset_name))
     if args.push_to_hub:
-        push = partial(trainer.push_to_hub, dataset_name=recipe.data.dataset_name, revision=args.hub_revision)
+        push = partial(trainer.push_to_hub, dataset_name=dataset, revision=args.hub_revision)
         done_by_first_rank(push, meanwhile=push)  # it saves the model first, together
     else:
-        done_by_first_rank(lambda: trainer.create_model_card(dataset_name=recipe.data.dataset_name))
+        done_by_first_rank(lambda: trainer.create_model_card(dataset_name=dataset))
+    done_by_first_rank(lambda: summary.save(folder))  # the last act: the file says that the run has finished
     if state.is_main_process:
         print(_report(summary))
     return summary
@@ -90,11 +110,13 @@ def _begin(recipe: Recipe, folder: Path) -> str | None:
     from. Every rank takes part."""
     from accelerate import PartialState
 
+    from orpo_dist.distributed.log import get_logger
     from orpo_dist.distributed.ranks import on_first_rank
     from orpo_dist.run.hub_login import check_login, move_token_to_environment
     from orpo_dist.run.resume import checkpoint_to_resume
     from orpo_dist.run.summary import SUMMARY_NAME
     from orpo_dist.run.trackers import usable_trackers
+    from orpo_dist.run.upload import unstage
 
     args = recipe.training
     checkpoint = on_first_rank(lambda: checkpoint_to_resume(args.resume_from_checkpoint, folder))
@@ -102,9 +124,15 @@ def _begin(recipe: Recipe, folder: Path) -> str | None:
     move_token_to_environment(args)
     if args.push_to_hub:
         check_login()
+    if args.save_only_model and args.save_strategy != "no":
+        get_logger(__name__).warning(
+            "save_only_model: the checkpoints have no optimizer and no random state, so a run that is stopped, killed "
+            "or requeued cannot go on from them."
+        )
     args.report_to = usable_trackers(list(args.report_to or []))
     if PartialState().is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
+        unstage(folder)  # of a run that was killed in its upload
         (folder / SUMMARY_NAME).unlink(missing_ok=True)  # it says that a run has finished, and this one has not
         recipe.save(folder / "recipe.yaml")
     return checkpoint
@@ -159,14 +187,12 @@ def _save_model(trainer: "ORPOTrainer", folder: Path) -> None:
         SaveError: on every rank: what lies there could not be loaded.
     """
     from orpo_dist.distributed.ranks import on_every_rank
+    from orpo_dist.run.checkpoint import writing
 
     push, trainer.args.push_to_hub = trainer.args.push_to_hub, False  # save_model would push before the report exists
-    on_every_rank(lambda: trainer.save_model(str(folder)))
+    with writing("the model", folder):
+        on_every_rank(lambda: trainer.save_model(str(folder)))
     trainer.args.push_to_hub = push
-    model: Any = trainer.model
-    if trainer.is_world_process_zero() and model.generation_config is not None:
-        # peft does not save it. save_pretrained rejects some configs that base models ship, hence to_json_file.
-        model.generation_config.to_json_file(folder / "generation_config.json")
 
 
 def _merge(recipe: Recipe, folder: Path) -> str:
@@ -205,7 +231,7 @@ def _summarise(
     return RunSummary(
         model=str(recipe.model.model_name_or_path),
         model_revision=getattr(model.config, "_commit_hash", None),
-        dataset=str(recipe.data.dataset_name),
+        dataset=without_password(str(recipe.data.dataset_name)),
         output_dir=str(args.output_dir),
         adapter=recipe.model.trains_adapter,
         merged_model=merged,
@@ -227,6 +253,14 @@ def _summarise(
         pairs_per_second=round((last - first) / log.train_seconds, 3) if log.train_seconds else None,
         peak_memory_gib=peak_memory_of_ranks(args.device),
         versions=versions(),
+    )
+
+
+def _nothing_left(summary: "RunSummary") -> str:
+    return (
+        f"This run has finished: {summary.output_dir} holds the model of step {summary.steps}, made with this recipe. "
+        "Nothing is changed. To train further, raise max_steps or num_train_epochs; to train again, use another "
+        "--output_dir."
     )
 
 

@@ -38,7 +38,7 @@ from transformers import (
     TrainerState,
     set_seed,
 )
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, HubStrategy
 
 from orpo_dist.config import ORPOConfig
 from orpo_dist.distributed.environment import Environment, sharding_of
@@ -55,11 +55,14 @@ from orpo_dist.model.packed.compile import compile_blocks
 from orpo_dist.model.patches import BLOCKS_COMPILED_ALREADY, ONE_DEVICE_PER_PROCESS, replace_attribute
 from orpo_dist.model.upstream import is_out_of_memory
 from orpo_dist.options.durations import seconds_of
+from orpo_dist.options.secrets import without_secrets
 from orpo_dist.packing.lengths import PairLengths
 from orpo_dist.packing.sampler import FILLER
 from orpo_dist.packing.token_ids import inside
 from orpo_dist.run.fingerprint import fingerprint
+from orpo_dist.run.owner import owned
 from orpo_dist.run.stop import StopRequests, ignore_signals
+from orpo_dist.run.upload import STAGED, unstage, upload_run
 from orpo_dist.training import refusals
 from orpo_dist.training.adapting import adapted_model
 from orpo_dist.training.borrowed import BorrowedModel
@@ -155,6 +158,8 @@ class ORPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if isinstance(self.args.model_init_kwargs, dict):  # used up; trackers write the arguments down
+            self.args.model_init_kwargs = without_secrets(self.args.model_init_kwargs)
         # compute_loss divides by the totals of the global batch. With this flag and the token count returned by
         # get_batch_samples, training_step does not also divide by the accumulation steps (there is no other way in
         # transformers 5.17).
@@ -254,15 +259,16 @@ class ORPOTrainer(Trainer):
             RunStopped: a stop was requested; a checkpoint was saved.
             NonFiniteRun: too many consecutive steps could not be applied.
             SaveError: a checkpoint could not be written.
-            UserError: there is no such checkpoint, or it belongs to another run.
+            UserError: there is no such checkpoint, it belongs to another run, or another run trains in the folder.
         """
-        folder = self._resuming.resolve(resume_from_checkpoint)
         pickles = safe_pickles() if self.environment.sharding.is_zero else nullcontext()
-        try:
-            with self._stop_requests.listening(), pickles, self._borrowed.in_use():
-                return super().train(folder, *args, **kwargs)
-        finally:
-            self._step_guard.release()
+        with owned(self._run_folder):
+            folder = self._resuming.resolve(resume_from_checkpoint)
+            try:
+                with self._stop_requests.listening(), pickles, self._borrowed.in_use():
+                    return super().train(folder, *args, **kwargs)
+            finally:
+                self._step_guard.release()
 
     def _inner_training_loop(  # type: ignore[override]  # the Trainer calls it by these names
         self, batch_size: int | None = None, **kwargs: Any
@@ -275,6 +281,12 @@ class ORPOTrainer(Trainer):
     def _load_best_model(self) -> None:
         use_averaged_weights(self.optimizer)  # else a later switch would average the last step's into the best ones
         super()._load_best_model()
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:  # resumed after the last step: the Trainer would do one more before it looks at max_steps
+            self.control.should_training_stop = True
 
     def _update_auto_batch_size(self, batch_size: int) -> None:
         """Accumulate over more, smaller micro-batches, so that the global batch does not change."""
@@ -300,8 +312,13 @@ class ORPOTrainer(Trainer):
         if self._resuming.checkpoint is not None:
             sharded, folder = self.environment.sharding.partitions_weights, self._resuming.checkpoint
             self._initial_adapters = resume_initial(self.model, self._initial_adapters, folder, sharded=sharded)
-        if self._resuming.evaluation_is_due(self.state, self.eval_dataset is not None):
+        steps_left = self.state.global_step < self.state.max_steps
+        if self._resuming.evaluation_is_due(self.state, self.eval_dataset is not None) or (
+            not steps_left and self.control.should_evaluate
+        ):
             self._evaluate(None, None)
+        if not steps_left:
+            return
         self._step_guard.guard(self.optimizer)
         collectives_may_take(max(self.args.ddp_timeout, START_SECONDS))
         self._first_step = self.state.global_step + 1
@@ -490,8 +507,53 @@ class ORPOTrainer(Trainer):
         return str(staging) if staging is not None else super()._get_output_dir(trial)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._checkpoints.staging is None:  # else it does not have its final name yet
+        if self._checkpoints.staging is not None:  # it does not have its final name yet
+            return
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        # The Trainer copies the model's files into output_dir and uploads all of it: a folder with nothing else in it.
+        run = self.args.output_dir
+        self.args.output_dir = str(Path(str(run)) / f"{STAGED}-{self.state.global_step}")
+        try:
+            Path(self.args.output_dir).mkdir(exist_ok=True)
             super()._push_from_checkpoint(checkpoint_folder)
+        finally:
+            self.args.output_dir = run
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        if self.is_world_process_zero():
+            unstage(self._run_folder)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the Trainer's, for the files that run/upload.py lists. Every rank must call it."""
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = token if token is not None else self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, **({"private": private} if private is not None else {}))
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        tags = kwargs.pop("tags", None) or []
+        tags = [*([tags] if isinstance(tags, str) else tags), *(self.model.model_tags or [])]
+        self.create_model_card(tags=tags, **kwargs)
+        self._finish_current_push()
+        return upload_run(
+            Path(str(self.args.output_dir)),
+            str(self.hub_model_id),
+            blocking=blocking,
+            commit_message=commit_message,
+            token=token,
+            revision=revision if revision is not None else self.args.hub_revision,
+        )
 
     def _checkpoint_saved(self) -> None:
         """Raises RunStopped if the ranks have agreed to stop."""

@@ -6,6 +6,7 @@
 #   attempt        number of the last attempt            done        the run is finished: later jobs end immediately
 #   outcome        how the last attempt ended            excluded    nodes that failed their health check
 #   failed_at      checkpoint of the last failure        cancel.JOB  `orpo-dist cancel` was called
+#   submission     the job or chain that ran last: failed_at and excluded are of one
 #   chain.ID       a chain of jobs that failed permanently
 #   logs/          JOB.ATTEMPT.nodeN.log                 exit/, health/   exit code and health of each node, per attempt
 
@@ -92,6 +93,8 @@ open_run() { # open_run RECIPE [--field value ...]: RUN, STATE, LOGS and the num
         say "an earlier job of this chain failed permanently: $(<"$STATE/chain.$CHAIN")"
         exit 1
     fi
+    [ "$(cat "$STATE/submission" 2>/dev/null)" = "$(submission)" ] || rm -f "$STATE/excluded"
+    submission >"$STATE/submission"
     ATTEMPT=$(($(cat "$STATE/attempt" 2>/dev/null || echo 0) + 1))
     echo "$ATTEMPT" >"$STATE/attempt"
     RESTARTS=${SLURM_RESTART_COUNT:-0}
@@ -117,6 +120,10 @@ refuse_local_folder() {
             fail "$BAD_INPUT" "output_dir $RUN is on $folder, which is local to each node: checkpoints would be lost."
     done
 }
+
+# What was submitted: this job, however often it is requeued, or its chain. Failures and excluded nodes of earlier ones do
+# not count: they may have been put right.
+submission() { echo "${CHAIN:-$SLURM_JOB_ID}"; }
 
 newest_checkpoint() {
     local marker newest=none best=-1 number
@@ -232,11 +239,25 @@ head_node() { scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1; }
 job_port() { echo $((10000 + (SLURM_JOB_ID + RESTARTS) % 20000)); }
 
 attempt_code() { # attempt_code STEP_CODE: the decisive one of the nodes' exit codes
-    local codes code
-    codes=" $(cat "$STATE/exit/$ATTEMPT".* 2>/dev/null | tr '\n' ' ') "
-    for code in "$BAD_INPUT" "$NOT_FINITE" "$STOPPED"; do
-        [[ $codes != *" $code "* ]] || { echo "$code"; return; }
+    local codes code reports=0 stopped="" other=""
+    codes=$(cat "$STATE/exit/$ATTEMPT".* 2>/dev/null)
+    for code in $codes; do
+        reports=$((reports + 1))
+        case $code in
+        0) ;;
+        "$STOPPED") stopped=1 ;;
+        *) other=${other:-$code} ;;
+        esac
     done
+    for code in "$BAD_INPUT" "$NOT_FINITE"; do
+        [[ " ${codes//$'\n'/ } " != *" $code "* ]] || { echo "$code"; return; }
+    done
+    # Stopped only if every node has finished or stopped: one that was killed is a failure, and may have left no report.
+    [ -z "$other" ] || { [ "$1" != 0 ] && [ "$1" != "$STOPPED" ] && echo "$1" || echo "$other"; return; }
+    if [ -n "$stopped" ] && { [ "$reports" -ge "${SLURM_JOB_NUM_NODES:-1}" ] || [ "$1" = 0 ] || [ "$1" = "$STOPPED" ]; }; then
+        echo "$STOPPED"
+        return
+    fi
     echo "$1"
 }
 
@@ -272,10 +293,10 @@ conclude() { # finish, fail or restart, depending on CODE
         ;;
     *)
         # One restart per checkpoint: a failure that repeats at the same place would repeat forever.
-        if [ "$(cat "$STATE/failed_at" 2>/dev/null)" = "$newest" ]; then
+        if [ "$(cat "$STATE/failed_at" 2>/dev/null)" = "$(submission) $newest" ]; then
             fail "$CODE" "failed twice with no new checkpoint in between (newest: $newest). See the logs."
         fi
-        echo "$newest" >"$STATE/failed_at"
+        echo "$(submission) $newest" >"$STATE/failed_at"
         restart "failed with exit code $CODE, newest checkpoint: $newest"
         ;;
     esac
@@ -336,16 +357,17 @@ train() { # train RECIPE [--field value ...]
 }
 
 sweep() { # sweep RECIPE SWEEP_FILE [--field value ...]: line i of the file has the flags of array task i, from 0
-    local recipe=${1-} file=${2-} line folder index=${SLURM_ARRAY_TASK_ID-}
+    local recipe=${1-} file=${2-} word words=() folder index=${SLURM_ARRAY_TASK_ID-}
     [ -f "$file" ] || fail "$BAD_INPUT" "usage: sbatch --array=0-N sweep.sbatch recipe.yaml sweep.txt"
     [ -n "$index" ] || fail "$BAD_INPUT" "not an array job: sbatch --array=0-N $*"
     shift 2
-    line=$(grep -v '^[[:space:]]*\(#\|$\)' "$file" | sed -n "$((index + 1))p")
-    [ -n "$line" ] || fail "$BAD_INPUT" "$file has no line $index (the first is 0; comments and empty lines do not count)."
     set_environment
     folder=$(on_head "$PYTHON" -m orpo_dist.recipe.preview "$recipe" "$@") || fail "$BAD_INPUT" "the recipe $recipe cannot be read."
-    eval "set -- \"\$@\" $line" # the line may quote
-    train "$recipe" "$@" --output_dir "$folder/$index"
+    while IFS= read -r -d '' word; do
+        words+=("$word")
+    done < <(on_head "$PYTHON" -m orpo_dist.cluster.sweep "$file" "$index")
+    [ ${#words[@]} -gt 0 ] || fail "$BAD_INPUT" "run $index of $file cannot be read."
+    train "$recipe" "$@" "${words[@]}" --output_dir "$folder/$index"
 }
 
 prefetch() { # prefetch RECIPE [--field value ...]: put model, rows and tokenised pairs into the shared cache

@@ -267,6 +267,83 @@ def test_a_stopped_run_resumes_to_the_same_end(options, tmp_path, monkeypatch, c
     assert [event["step"] for event in events if "eval_loss" in event] == [0, 2, 4, 6]
 
 
+def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("saving", [{"save_strategy": "steps", "save_steps": 2}, {"save_strategy": "epoch"}, {}])
+def test_a_finished_run_started_again_says_so_and_changes_nothing(options, tmp_path, capsys, saving):
+    """With a constant learning rate, another step would change the weights."""
+    folder = tmp_path / "run"
+    recipe = options(
+        folder,
+        dataset_test_split="test",
+        use_peft=True,
+        merge_adapter=True,
+        lr_scheduler_type="constant",
+        resume_from_checkpoint="auto",
+        max_steps=4,
+        **saving,
+    )
+    first = train(Recipe.from_mapping(recipe))
+    before = contents(folder)
+    for _ in range(3):
+        capsys.readouterr()
+        assert train(Recipe.from_mapping(recipe)).steps == first.steps
+        assert f"{folder} holds the model of step 4" in capsys.readouterr().out
+        assert contents(folder) == before
+
+
+@pytest.mark.parametrize("steps", [3, 4])
+def test_a_run_killed_after_its_last_checkpoint_trains_no_further_step(options, tmp_path, monkeypatch, steps):
+    """4 is inside an epoch of three steps, 3 at its end."""
+    changes = {"dataset_test_split": "test", "save_strategy": "steps", "save_steps": 1, "max_steps": steps}
+    changes |= {"lr_scheduler_type": "constant", "resume_from_checkpoint": "auto"}
+    whole = train(Recipe.from_mapping(options(tmp_path / "whole", **changes)))
+    cut = tmp_path / "cut"
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with monkeypatch.context() as patched:
+            patched.setattr("orpo_dist.train._save_model", killed)
+            with pytest.raises(KeyboardInterrupt):
+                train(Recipe.from_mapping(options(cut, **changes)))
+        assert not (cut / "run_summary.json").exists()
+        assert max(int(path.name.split("-")[1]) for path in cut.glob("checkpoint-*")) == steps
+    resumed = train(Recipe.from_mapping(options(cut, **changes)))
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(tensor, weights(cut)[name]), name
+    assert resumed.steps == whole.steps == steps
+    assert (resumed.train_loss, resumed.eval_after) == (whole.train_loss, whole.eval_after)
+    events = [[sorted(event) for event in lines(folder / "log.jsonl")] for folder in (tmp_path / "whole", cut)]
+    assert events[0] == events[1]
+
+
+def test_a_finished_run_goes_on_where_something_is_left_to_do(options, tmp_path):
+    folder = tmp_path / "run"
+    changes = {"save_strategy": "steps", "save_steps": 1, "resume_from_checkpoint": "auto"}
+    assert train(Recipe.from_mapping(options(folder, max_steps=2, **changes))).steps == 2
+    assert train(Recipe.from_mapping(options(folder, max_steps=3, **changes))).steps == 3
+    (folder / "model.safetensors").unlink()
+    assert train(Recipe.from_mapping(options(folder, max_steps=3, **changes))).steps == 3
+    assert (folder / "model.safetensors").is_file()
+
+
+def test_checkpoints_without_an_optimizer_are_warned_of_at_the_start(options, tmp_path, caplog):
+    changes = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    train(Recipe.from_mapping(options(tmp_path / "a", save_only_model=True, **changes)))
+    assert "save_only_model: the checkpoints have no optimizer" in caplog.text
+    caplog.clear()
+    train(Recipe.from_mapping(options(tmp_path / "b", **changes)))
+    assert "save_only_model" not in caplog.text
+
+
 def test_which_checkpoint_is_meant(tmp_path, capsys):
     folder = tmp_path / "run"
     for asked in (None, "auto", "AUTO", "false"):

@@ -27,6 +27,7 @@ from orpo_dist.cluster.files import accelerate_config
 from orpo_dist.cluster.processes import DEFAULT_PORT, Placement, launcher_command, run_launcher
 from orpo_dist.cluster.rendezvous import NodeReport, meet
 from orpo_dist.errors import FAILED, UserError
+from orpo_dist.options.secrets import private_environment, split_flags
 from orpo_dist.recipe.preview import RecipePreview, preview
 from orpo_dist.version import __version__
 
@@ -48,9 +49,10 @@ def main(argv: Sequence[str]) -> int:
     if placement.world_size == 1 and name == "single":
         return _one_process(options.recipe, flags, options.dry_run)
     config = accelerate_config(name)
+    public, private = split_flags(flags)
     with tempfile.TemporaryDirectory(prefix="orpo-dist-launch-") as folder:
         config = fitted_config(config, placement, Path(folder), cpu=options.cpu)
-        command = launcher_command(name, config, placement, options.recipe, flags, options.cpu)
+        command = launcher_command(name, config, placement, options.recipe, public, options.cpu)
         print(f"orpo-dist: {shlex.join(command)}", file=sys.stderr, flush=True)
         if options.dry_run:
             return 0
@@ -62,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
             except UserError as error:  # not the recipe's fault: a restart, another port or another node may help
                 print(f"orpo-dist: error (node rank {placement.node_rank}): {error}", file=sys.stderr, flush=True)
                 return FAILED
-        return run_launcher(command)
+        return run_launcher(command, private_environment(private))
 
 
 def choose_config(view: RecipePreview, world_size: int) -> str:
@@ -109,7 +111,7 @@ def _processes(options: argparse.Namespace) -> int:
 
 
 def _one_process(recipe: str, flags: list[str], dry_run: bool) -> int:
-    command = [sys.executable, "-m", "orpo_dist.cli", "train", recipe, *flags]
+    command = [sys.executable, "-m", "orpo_dist.cli", "train", recipe, *split_flags(flags)[0]]
     print(f"orpo-dist: {shlex.join(command)}", file=sys.stderr, flush=True)
     if dry_run:
         return 0

@@ -76,8 +76,8 @@ def run_launcher(command: Sequence[str], environment: Mapping[str, str] | None =
     Variables, signal handlers and logging are restored on return. Outside the main thread signal handlers are not
     changed.
 
-    Returns the most informative exit code of the local processes that failed: 2 before 3 before 75 before any other
-    (128 + number for a signal).
+    Returns the most informative exit code of the local processes that failed: 2 before 3 before any other
+    (128 + number for a signal), 75 only if no process has failed.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -102,11 +102,18 @@ def run_launcher(command: Sequence[str], environment: Mapping[str, str] | None =
 
 def telling_code(codes: Sequence[int]) -> int:
     """The exit code to act on, of several processes (negative: a signal)."""
-    for code in (BAD_INPUT, GAVE_UP, STOPPED):
+    for code in (BAD_INPUT, GAVE_UP):
         if code in codes:
             return code
+    # A run has stopped only if all of it has: a process that was killed meanwhile is a failure.
+    if STOPPED in codes and all(code in (0, STOPPED, -signal.SIGTERM) for code in codes):
+        return STOPPED
     # The first process to fail ends on its own; the launcher sends SIGTERM to the others.
-    own = [code for code in codes if code not in (0, -signal.SIGTERM)] or [code for code in codes if code] or [FAILED]
+    own = (
+        [code for code in codes if code not in (0, STOPPED, -signal.SIGTERM)]
+        or [code for code in codes if code]
+        or [FAILED]
+    )
     return own[0] if own[0] > 0 else 128 - own[0]
 
 

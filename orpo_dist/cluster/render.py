@@ -14,6 +14,7 @@ from orpo_dist.cluster.site import SiteProfile
 from orpo_dist.errors import UserError
 
 _DIRECTIVE = re.compile(r"#SBATCH --([a-z-]+)(?:=(.*))?")
+_PLAIN = re.compile(r"[\w./:%@+,=&|*^\[\]~-]+", re.ASCII)
 _FINDS_LIBRARY = re.compile(r"here=|source |# shellcheck source=|# sbatch runs a copy")
 
 
@@ -78,7 +79,15 @@ def _without_header(text: str) -> list[str]:
 
 
 def _directive(value: str) -> str:
-    """Quotes a value with spaces, at which sbatch would split it, as a shell does."""
-    if "\n" in value:
-        raise UserError(f"an option of sbatch cannot contain a line break: {value!r}.")
-    return f'"{value}"' if " " in value else value
+    """A value as sbatch reads it: a backslash takes the next character as it is, in quotes too; outside of quotes white
+    space ends the option and `#` begins a comment.
+    https://github.com/SchedMD/slurm/blob/master/src/sbatch/opt.c (_get_argument)
+
+    Raises:
+        UserError: a line break or another control character, which cannot be written.
+    """
+    if not value.isprintable():
+        raise UserError(f"an option of sbatch cannot contain a line break or another control character: {value!r}.")
+    if _PLAIN.fullmatch(value):
+        return value
+    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'

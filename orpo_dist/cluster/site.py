@@ -1,6 +1,7 @@
 """The site profile: properties of a cluster, in one shell file (slurm/site.sh) that templates and `submit` read."""
 
 import os
+import re
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ def sbatch_options(words: Sequence[str], where: str) -> dict[str, str | None]:
     options: dict[str, str | None] = {}
     for word in words:
         name, equals, value = word.partition("=")
-        if not name.startswith("--") or len(name) < 3:
+        if not re.fullmatch(r"--[A-Za-z][A-Za-z0-9_-]+", name):
             raise UserError(f"{where}: {word!r} is not of the form --option or --option=value.")
         options[name[2:]] = value if equals else None
     return options

@@ -1,8 +1,9 @@
 """Runs SLURM's commands and parses their output."""
 
+import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,8 +50,8 @@ class PartitionNodes:
     limit: str
 
 
-def call(*command: str) -> str:
-    """Run one of SLURM's commands and return its output.
+def call(*command: str, environment: Mapping[str, str] | None = None) -> str:
+    """Run one of SLURM's commands, with further variables, and return its output.
 
     Raises:
         UserError: SLURM is not installed here, does not answer, or rejects the command.
@@ -58,7 +59,8 @@ def call(*command: str) -> str:
     if shutil.which(command[0]) is None:
         raise UserError(f"{command[0]} is not on this machine: run this on a login node of a SLURM cluster.")
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+        variables = {**os.environ, **(environment or {})}
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=SECONDS, check=False)
     except subprocess.TimeoutExpired as error:
         raise UserError(f"{command[0]} did not answer within {SECONDS} s: is slurmctld up?") from error
     if done.returncode != 0:
@@ -66,10 +68,10 @@ def call(*command: str) -> str:
     return done.stdout
 
 
-def sbatch(script: Path, dependency: str | None = None) -> str:
-    """Submit a script. Returns the job id."""
+def sbatch(script: Path, dependency: str | None = None, environment: Mapping[str, str] | None = None) -> str:
+    """Submit a script, with further variables in the job's environment. Returns the job id."""
     options = [f"--dependency={dependency}", "--kill-on-invalid-dep=yes"] if dependency else []
-    return call("sbatch", "--parsable", *options, str(script)).strip().split(";")[0]
+    return call("sbatch", "--parsable", *options, str(script), environment=environment).strip().split(";")[0]
 
 
 def jobs(job_ids: Sequence[str] = ()) -> list[QueuedJob]:

@@ -19,9 +19,12 @@ from typing import NoReturn
 from orpo_dist.cluster import slurm
 from orpo_dist.cluster.files import accelerate_config
 from orpo_dist.cluster.job import JobRequest, check_request, choose_template, seconds_of
+from orpo_dist.cluster.recipe_copy import public_copy
 from orpo_dist.cluster.render import render
 from orpo_dist.cluster.site import SiteProfile, read_site, sbatch_options
+from orpo_dist.cluster.sweep import array, runs_of
 from orpo_dist.errors import UserError
+from orpo_dist.options.secrets import holds_secret, split_flags, write_private
 from orpo_dist.recipe.preview import RecipePreview, preview, without_gpu
 
 _PATHS = ("dataset_name", "model_name_or_path", "adapter_name_or_path")
@@ -29,13 +32,19 @@ _PATHS = ("dataset_name", "model_name_or_path", "adapter_name_or_path")
 
 @dataclass(frozen=True)
 class Submission:
-    """A checked job, ready to submit; `scripts` in the order in which they run."""
+    """A checked job, ready to submit; `scripts` in the order in which they run.
+
+    Attributes:
+        recipe_text: of the copy that the job reads, without secrets.
+        environment: variables for sbatch: the secrets of recipe and flags, which are in no file of the job.
+    """
 
     run_folder: Path
     recipe: Path
     recipe_text: str
     scripts: dict[str, str]
     notes: list[str]
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -74,15 +83,18 @@ def prepare(options: argparse.Namespace, flags: list[str]) -> Submission:
     check_request(job)
     if job.config is not None:
         accelerate_config(job.config)
-    runs = _sweep_size(options.sweep) if options.sweep else None
+    runs = len(runs_of(options.sweep)) if options.sweep else None
     if (options.array is not None or runs is not None) and options.chain:
         raise UserError("--chain needs a single run: runs of an array are requeued instead.")
     if options.array is not None and runs is None:
         raise UserError("--array needs --sweep FILE, with a line of flags for each run.")
     if runs is not None:
-        job = dataclasses.replace(job, array=_array(options.array, runs))
+        job = dataclasses.replace(job, array=array(options.array, runs))
     notes = _check_folders(view, site, sweep=options.sweep)
     notes += _offline_note(view, prefetch=options.prefetch)
+    if view.values.get("save_only_model"):
+        notes.append("save_only_model: a job that is requeued cannot go on from its checkpoints, and ends with code 2.")
+    _refuse_offline_push(view, site)
     if not options.dry_run:
         job = _fitted(job, site)
         if runs is None:
@@ -90,7 +102,13 @@ def prepare(options: argparse.Namespace, flags: list[str]) -> Submission:
     _check_recipe(options.recipe, flags)  # last: its imports take seconds
     template = choose_template(job, site, images=view.values.get("image_column") is not None)
     recipe = view.run_folder / "slurm" / "recipe.yaml"
-    flags = [*_without_output_dir(flags), "--output_dir", str(view.run_folder)]
+    flags, private = split_flags([*_without_output_dir(flags), "--output_dir", str(view.run_folder)])
+    text, environment = public_copy(options.recipe, private)
+    if environment:
+        notes.append(
+            "the secrets of recipe and flags are in no file of the job: sbatch passes them on in its environment (not "
+            "with --export=NONE: then log in on the nodes)."
+        )
     training = [str(recipe), *([str(Path(options.sweep).absolute())] if options.sweep else []), *flags]
     scripts = {}
     if options.prefetch:
@@ -100,7 +118,7 @@ def prepare(options: argparse.Namespace, flags: list[str]) -> Submission:
         )  # fmt: skip
         scripts["prefetch"] = render("prefetch", fetch, site, [str(recipe), *flags])
     scripts["job"] = render(template, job, site, training)
-    return Submission(view.run_folder, recipe, view.path.read_text("utf-8"), scripts, notes)
+    return Submission(view.run_folder, recipe, text, scripts, notes, environment)
 
 
 def submit(submission: Submission, dependency: str | None = None, *, chain: int = 1) -> list[str]:
@@ -112,17 +130,17 @@ def submit(submission: Submission, dependency: str | None = None, *, chain: int 
     folder = submission.recipe.parent
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     # The job reads this copy, so that editing the recipe while the job waits or between attempts does not change it.
-    submission.recipe.write_text(submission.recipe_text, "utf-8")
+    write_private(submission.recipe, submission.recipe_text)
     job_ids: list[str] = []
     for name, script in submission.scripts.items():
         path = folder / f"{name}.sbatch"
-        path.write_text(script, "utf-8")
-        path.chmod(0o755)
+        write_private(path, script)
+        path.chmod(0o700)
     if "prefetch" in submission.scripts:
-        job_ids.append(slurm.sbatch(folder / "prefetch.sbatch", dependency))
+        job_ids.append(slurm.sbatch(folder / "prefetch.sbatch", dependency, submission.environment))
         dependency = f"afterok:{job_ids[-1]}"
     for _ in range(chain):
-        job_ids.append(slurm.sbatch(folder / "job.sbatch", dependency))
+        job_ids.append(slurm.sbatch(folder / "job.sbatch", dependency, submission.environment))
         dependency = f"afterany:{job_ids[-1]}"
     with (folder / "jobs.jsonl").open("a", encoding="utf-8") as file:
         for job_id in job_ids:
@@ -158,11 +176,17 @@ def _request(options: argparse.Namespace, view: RecipePreview) -> JobRequest:
     chosen["name"] = options.name or f"orpo-{re.sub(r'[^A-Za-z0-9_.-]+', '-', view.run_folder.name)}"
     chosen["chain"] = str(int(time.time())) if options.chain else None
     chosen["python"] = sys.executable
-    logs = view.run_folder / "slurm" / "logs"
+    logs = str(view.run_folder / "slurm" / "logs").replace("%", "%%")  # SLURM replaces %j and others in names of files
+    for option in options.sbatch:
+        if holds_secret(option):
+            raise UserError(
+                f"--sbatch {option.split('=')[0]}: its value would be readable in the job script. Export the variable "
+                "before `orpo-dist submit`: sbatch passes it on."
+            )
     chosen["options"] = {
         "comment": f"{slurm.COMMENT}{view.run_folder}",
         "chdir": str(Path.cwd()),
-        "output": str(logs / ("%A_%a.log" if options.sweep else "%j.log")),
+        "output": f"{logs}/{'%A_%a.log' if options.sweep else '%j.log'}",
     } | sbatch_options(options.sbatch, "--sbatch")
     return JobRequest(**{name: value for name, value in chosen.items() if value is not None})
 
@@ -221,6 +245,17 @@ def _offline_note(view: RecipePreview, *, prefetch: bool) -> list[str]:
     return [f"{model} is not in the cache of this node, and jobs train offline: --prefetch fetches it in a job first."]
 
 
+def _refuse_offline_push(view: RecipePreview, site: SiteProfile) -> None:
+    if re.search(r"HF_HUB_OFFLINE=[\"']?0", site.text):
+        return
+    offline = view.environment.get("HF_HUB_OFFLINE", os.environ.get("HF_HUB_OFFLINE", "1"))  # lib.sh's default
+    if view.values.get("push_to_hub") and offline.upper() in ("1", "ON", "YES", "TRUE"):
+        raise UserError(
+            "push_to_hub needs the network at the end of the job, and jobs train with HF_HUB_OFFLINE=1: submit with "
+            "HF_HUB_OFFLINE=0 if compute nodes have a network, or set push_to_hub=false and upload afterwards."
+        )
+
+
 def _fitted(job: JobRequest, site: SiteProfile) -> JobRequest:
     """The job with a number of CPUs that fits its nodes, unless one was requested.
 
@@ -254,31 +289,6 @@ def _refuse_second_job(run_folder: Path, dependency: str | None) -> None:
             f"Job {active[0].job_id} ({active[0].state.lower()}) already trains this run. Cancel it, wait for it "
             f"(--dependency afterany:{active[0].job_id}), or choose another --output_dir."
         )
-
-
-def _sweep_size(path: str) -> int:
-    if not Path(path).is_file():
-        raise UserError(f"--sweep {path} does not exist.")
-    lines = [line for line in Path(path).read_text("utf-8").splitlines() if line.strip() and line.strip()[0] != "#"]
-    if not lines:
-        raise UserError(f"--sweep {path} contains no flags.")
-    for number, line in enumerate(lines):
-        try:
-            words = shlex.split(line)
-        except ValueError as error:
-            raise UserError(f"--sweep {path}, run {number}: {error}: {line}") from error
-        if not words[0].startswith("--") or any(word.split("=")[0] == "--output_dir" for word in words):
-            raise UserError(f"--sweep {path}, run {number}: a line must contain flags, and not --output_dir: {line}")
-    return len(lines)
-
-
-def _array(asked: str | None, runs: int) -> str:
-    if asked is None:
-        return f"0-{runs - 1}"
-    numbers = [int(number) for number in re.findall(r"\d+", asked.split("%")[0].split(":")[0])]
-    if not numbers or max(numbers) >= runs:
-        raise UserError(f"--array {asked}: the runs of the sweep are 0 to {runs - 1}.")
-    return asked
 
 
 class _Parser(argparse.ArgumentParser):

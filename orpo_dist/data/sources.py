@@ -26,6 +26,7 @@ from orpo_dist.data.split_names import split_called
 from orpo_dist.data.streaming import write_rows
 from orpo_dist.distributed.once import built_on_first_rank, is_first_rank
 from orpo_dist.errors import UserError
+from orpo_dist.options.temporary import is_temporary
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 ROWS_FILE = "rows.arrow"
@@ -224,6 +225,8 @@ def _load_from_hub(
             "Parquet, or look for its `refs/convert/parquet` revision."
         ) from None
     except OSError as error:  # ConnectionError, OfflineModeIsEnabled and the HTTP errors are among them
+        if is_temporary(error):
+            raise
         raise UserError(
             f"{name}: the hub cannot be reached and its cache does not have this data set: {_first_line(error)} "
             "Check the network; without one, load it elsewhere once, copy HF_HOME and set HF_HUB_OFFLINE=1."

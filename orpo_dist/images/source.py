@@ -7,12 +7,12 @@ A data set is somebody else's text. A path in it must not reach files outside th
 import ast
 import base64
 import binascii
+import http.client
 import json
 import os
 import re
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,12 +22,13 @@ from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
 from orpo_dist.errors import BadRow
+from orpo_dist.images import web
 from orpo_dist.images.decode import MAX_BYTES, StoredImage, short
 from orpo_dist.images.pixels import UNREADABLE, pixels_in_lists, stored_pixels
 
 # Keys under which public data sets and APIs keep the image in a mapping; `image_url` may hold a mapping again.
 REFERENCE_KEYS = ("bytes", "path", "image", "url", "image_url", "base64", "data")
-WEB = ("http", "https")
+WEB = web.SCHEMES
 _EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif", ".jp2")
 MAX_NAME = 255  # characters of a file's name, on every common file system
 # First bytes of the formats in decode.FORMATS; PPM's two letters would be found in any text.
@@ -36,7 +37,7 @@ _MAGIC = re.compile(
     rb"|....ftypavi|\0\0\0\x0cjP  |\xff\x4f\xff\x51",
     re.DOTALL,
 )
-URL_TIMEOUT = 20.0  # seconds without an answer, and until the whole image must be there
+URL_TIMEOUT = 20.0  # seconds of one attempt, from resolving the host to the last byte
 URL_ATTEMPTS = 3
 URL_THREADS = 8
 
@@ -177,40 +178,22 @@ def fetch(address: str, column: str) -> bytes:
     """What lies at a web address.
 
     Raises:
-        BadRow: "missing image" when it cannot be had in time, "image too large".
+        BadRow: "missing image" when it cannot be had in time or is not in the public internet, "image too large".
     """
+    last = time.monotonic() + URL_ATTEMPTS * URL_TIMEOUT
     for attempt in range(URL_ATTEMPTS):
         try:
-            return _fetch_once(address, column)
-        except (OSError, ValueError) as error:  # URLError, HTTPError and timeouts are OSErrors
+            return web.get(address, min(last, time.monotonic() + URL_TIMEOUT), MAX_BYTES)
+        except web.TooLarge as error:
+            raise BadRow("image too large", column, f"{short(address)} has {error}") from None
+        except (OSError, ValueError, http.client.HTTPException) as error:  # URLError and HTTPError are OSErrors
             client_error = isinstance(error, urllib.error.HTTPError) and 400 <= error.code < 500 and error.code != 429
-            if client_error or isinstance(error, ValueError) or attempt + 1 == URL_ATTEMPTS:
+            pause = 2**attempt / 2
+            late = attempt + 1 == URL_ATTEMPTS or time.monotonic() + pause >= last
+            if client_error or isinstance(error, ValueError) or late:
                 raise BadRow("missing image", column, f"{short(address)} cannot be fetched: {error}") from None
-            time.sleep(2**attempt / 2)
+            time.sleep(pause)
     raise AssertionError("unreachable")
-
-
-class _WebOnly(urllib.request.HTTPRedirectHandler):
-    """Python's own would follow a redirection to ftp."""
-
-    def redirect_request(self, req, fp, code, msg, headers, newurl):  # type: ignore[no-untyped-def]
-        if urlsplit(newurl).scheme not in WEB:
-            raise urllib.error.HTTPError(newurl, code, "redirected to another protocol", headers, fp)
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def _fetch_once(address: str, column: str) -> bytes:
-    deadline = time.monotonic() + URL_TIMEOUT
-    request = urllib.request.Request(address, headers={"User-Agent": "orpo-dist", "Accept": "image/*"})
-    content = bytearray()
-    with urllib.request.build_opener(_WebOnly).open(request, timeout=URL_TIMEOUT) as answer:
-        while part := answer.read1(1 << 16):
-            content += part
-            if len(content) > MAX_BYTES:
-                raise BadRow("image too large", column, f"{short(address)} has more than {MAX_BYTES} bytes")
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"not complete after {URL_TIMEOUT:g} s")
-    return bytes(content)
 
 
 def _data_url(url: str, column: str) -> bytes:

@@ -1,10 +1,12 @@
 """Rows as batches for a DataLoader."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
 from orpo_dist.packing.sampler import FILLER, GlobalBatchSampler
+from orpo_dist.packing.workers import signals_held
 
 
 class PairDataset(Dataset[dict]):
@@ -29,6 +31,10 @@ class PairDataLoader(DataLoader):
     Do not pass it to `accelerator.prepare`: its sampler is already sharded, and accelerate's BatchSamplerShard loses
     the epoch on a resume in the middle of one.
     """
+
+    def __iter__(self) -> Any:
+        with signals_held():
+            return super().__iter__()
 
     def set_epoch(self, epoch: int) -> None:
         if isinstance(self.batch_sampler, GlobalBatchSampler):

@@ -182,16 +182,18 @@ class Recipe:
         mapping["report_to"] = mapping.get("report_to") or "none"
         return without_secrets(mapping)
 
-    def save(self, path: str | Path) -> None:
-        """Write the recipe, without credentials. `orpo-dist train PATH` repeats the run."""
+    def text(self) -> str:
+        """YAML of the recipe, without credentials. `orpo-dist train` with it repeats the run."""
         mapping = self.to_mapping()
         environment = public_environment(self.environment)
         if environment:
             mapping = {"env": environment, **mapping}
         text = yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True, width=120)
-        Path(path).write_text(
-            f"# Resolved recipe of a run; `orpo-dist train` with this file repeats it.\n{text}", "utf-8"
-        )
+        return f"# Resolved recipe of a run; `orpo-dist train` with this file repeats it.\n{text}"
+
+    def save(self, path: str | Path) -> None:
+        """Write `text` into a file."""
+        Path(path).write_text(self.text(), "utf-8")
 
 
 def _split_off_recipe(argv: list[str]) -> tuple[str | None, list[str]]:

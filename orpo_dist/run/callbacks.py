@@ -8,8 +8,11 @@ from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-LOG_NAME = "log.jsonl"
+from orpo_dist.distributed.log import get_logger
+from orpo_dist.run.jsonl import keep_lines
 
+logger = get_logger(__name__)
+LOG_NAME = "log.jsonl"
 
 # What a progress line shows.
 _SHOWN = {
@@ -31,6 +34,7 @@ class RunLog(TrainerCallback):
     def __init__(self, folder: Path) -> None:
         self._path = folder / LOG_NAME
         self._mark = 0.0
+        self._warned = False
         self.first_step = 0
         self.train_seconds = 0.0
 
@@ -40,8 +44,7 @@ class RunLog(TrainerCallback):
         self.first_step = state.global_step
         self._mark = time.perf_counter()
         if state.is_world_process_zero:
-            kept = [line for line in self._lines() if json.loads(line)["step"] <= state.global_step > 0]
-            self._path.write_text("".join(kept), encoding="utf-8")
+            keep_lines(self._path, lambda event: _precedes_checkpoint(event, state))
 
     def on_log(
         self,
@@ -55,8 +58,17 @@ class RunLog(TrainerCallback):
             event = finite_or_text(
                 {"step": state.global_step, "epoch": state.epoch, "time": round(time.time(), 3), **logs}
             )
+            self._append(json.dumps(event) + "\n")
+
+    def _append(self, line: str) -> None:
+        """A log line is no reason to end a run: a full disk is warned of, and shows at the next checkpoint."""
+        try:
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(event) + "\n")
+                file.write(line)
+        except OSError as error:
+            if not self._warned:
+                logger.warning("%s: a line could not be written (%s). The run goes on.", self._path, error.strerror)
+            self._warned = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         now = time.perf_counter()
@@ -69,11 +81,14 @@ class RunLog(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._mark = time.perf_counter()
 
-    def _lines(self) -> list[str]:
-        if not self._path.exists():
-            return []
-        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [line for line in lines if line.endswith("\n")]  # a killed run may leave a partial last line
+
+def _precedes_checkpoint(event: dict[str, Any], state: TrainerState) -> bool:
+    """Whether an event of log.jsonl was written before the checkpoint that `state` comes from. The end of the training
+    comes after the last one; so does the last evaluation, where the checkpoint's own history lacks it."""
+    if not 0 < event["step"] == state.global_step:
+        return bool(event["step"] < state.global_step)
+    is_evaluation = any(name.startswith("eval_") for name in event)
+    return "train_loss" not in event and (not is_evaluation or was_evaluated(state))
 
 
 class FinalEvaluation(TrainerCallback):
@@ -81,6 +96,12 @@ class FinalEvaluation(TrainerCallback):
 
     def __init__(self) -> None:
         self._evaluated_step: int | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Resumed after the last step: there is no epoch left, so the trainer reads this before its loop.
+        control.should_evaluate = state.global_step >= state.max_steps and not was_evaluated(state)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._evaluated_step = state.global_step
@@ -90,6 +111,14 @@ class FinalEvaluation(TrainerCallback):
     ) -> None:
         if control.should_training_stop and self._evaluated_step != state.global_step:
             control.should_evaluate = True
+
+
+def was_evaluated(state: TrainerState) -> bool:
+    """Whether the log has an evaluation of the current step."""
+    return any(
+        event["step"] == state.global_step and any(name.startswith("eval_") for name in event)
+        for event in state.log_history
+    )
 
 
 class ShortProgress(ProgressCallback):

@@ -15,9 +15,12 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from orpo_dist.errors import SaveError, UserError
 
 MARKER, FORMAT_VERSION = "complete.json", 1
 STAGING, DELETING = "_saving", "_deleting-"  # transformers skips these names when it uploads the run's folder
@@ -146,11 +149,29 @@ def sweep(run: Path) -> list[Path]:
     """Remove checkpoints that a killed run left partly written or partly deleted; returns their folders."""
     if not run.is_dir():
         return []
+    for staged in (run / STAGING).glob("checkpoint-*"):
+        _finish_publishing(staged, run)
     unfinished = [*(run / STAGING).glob("*"), *run.glob(f"{DELETING}*")]
     shutil.rmtree(run / STAGING, ignore_errors=True)
     for folder in run.glob(f"{DELETING}*"):
         shutil.rmtree(folder, ignore_errors=True)
     return unfinished
+
+
+def _finish_publishing(staged: Path, run: Path) -> None:
+    """Finish the two renames of `publish` that a kill has left half done, or undo the first. Without its second one the
+    checkpoint of that step is under neither name."""
+    target, old = run / staged.name, run / f"{DELETING}{staged.name}"
+    if target.exists() or not old.is_dir():
+        return
+    for folder in (staged, old):
+        try:
+            verify(folder)
+        except ValueError:
+            continue
+        os.rename(folder, target)
+        flush(run)
+        return
 
 
 def flush_tree(folder: Path) -> None:
@@ -184,6 +205,25 @@ def why_unwritable(error: BaseException, folder: Path) -> str | None:
     if "PytorchStreamWriter" in text or "file write failed" in text or "unexpected pos" in text:
         return f"writing failed (free: {free / 2**20:.0f} MiB)"
     return f"{type(error).__name__}: {error}" if any(isinstance(cause, OSError) for cause in _causes(error)) else None
+
+
+@contextmanager
+def writing(what: str, folder: Path) -> Iterator[None]:
+    """Within it a failed write into a run's folder, after the last checkpoint, is one line.
+
+    Raises:
+        SaveError: `what` could not be written.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = None if isinstance(error, UserError | SaveError) else why_unwritable(error, folder)
+        if reason is None:
+            raise
+        raise SaveError(
+            f"Cannot write {what} into {folder}: {reason}. Checkpoints are intact: after making room, start again with "
+            "--resume_from_checkpoint auto."
+        ) from error
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -7,6 +7,7 @@ from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 from transformers import TrainingArguments
 
 from orpo_dist.errors import UserError
+from orpo_dist.options.temporary import is_temporary
 
 
 def move_token_to_environment(args: TrainingArguments) -> None:
@@ -27,5 +28,7 @@ def check_login() -> None:
     except OfflineModeIsEnabled as error:
         raise UserError("push_to_hub cannot work offline: unset HF_HUB_OFFLINE, or set push_to_hub=false.") from error
     except Exception as error:  # network errors come from the client's HTTP library, which differs between versions
+        if is_temporary(error):
+            raise
         reason = str(error).strip().split("\n", maxsplit=1)[0]
         raise UserError(f"push_to_hub: the hub rejected the login or could not be reached ({reason}).") from error

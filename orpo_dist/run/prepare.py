@@ -118,7 +118,7 @@ def load_model_of(arguments: "ModelArguments", args: "ORPOConfig") -> "PreTraine
     # They are used up here; the trainer wants them only beside a model given by name.
     extra, args.model_init_kwargs = args.model_init_kwargs or {}, None
     if not isinstance(extra, dict):
-        raise UserError(f"model_init_kwargs={extra!r} is not a mapping, nor a JSON object.")
+        raise UserError("model_init_kwargs is not a mapping, nor a JSON object.")
     model = load_model(str(arguments.model_name_or_path), **(options | extra))
     if arguments.adapter_name_or_path is None:
         return model

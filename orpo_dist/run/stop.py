@@ -19,7 +19,7 @@ import psutil
 from orpo_dist.errors import RunStopped
 
 STOP_FILE = "STOP"
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # A signal to a whole process group reaches a worker twice: directly, and passed on by torchrun. Copies that arrive
 # within this time are the same request.
 ECHO_SECONDS = 5.0
@@ -59,7 +59,7 @@ class StopRequests:
             yield
             return
         self._signal = self._reason = None
-        before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        before = {number: signal.signal(number, self._on_signal) for number in _heard()}
         try:
             yield
         finally:
@@ -119,7 +119,7 @@ class StopRequests:
                 raise RunStopped(name)
             if self._launcher is None:
                 # The kernel's default action: Python handlers do not run while the main thread is in a collective.
-                for other in SIGNALS:
+                for other in _heard():
                     signal.signal(other, signal.SIG_DFL)
             os.write(2, f"orpo-dist: {name}: stopping after this step. Send it again to stop at once.\n".encode())
         elif self._launcher is None or time.monotonic() - self._signalled_at > ECHO_SECONDS:
@@ -140,7 +140,7 @@ def raising_on_signals() -> Iterator[None]:
         raise RunStopped(signal.Signals(number).name)
 
     process = os.getpid()
-    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    before = {number: signal.signal(number, stop) for number in _heard()}
     try:
         yield
     finally:
@@ -153,6 +153,11 @@ def ignore_signals() -> None:
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
+
+
+def _heard() -> list[signal.Signals]:
+    """SIGHUP is left alone where it is ignored: below nohup a run outlives its terminal."""
+    return [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
 
 
 def _die_of(number: int) -> None:

@@ -10,6 +10,7 @@ from transformers import TrainerState
 from orpo_dist.run.callbacks import finite_or_text
 
 SUMMARY_NAME = "run_summary.json"
+PENDING_SUMMARY = f".{SUMMARY_NAME}"
 # Speed metrics of an evaluation.
 _SPEED_KEYS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "num_input_tokens_seen")
 
@@ -55,10 +56,14 @@ class RunSummary:
     versions: dict[str, str]
 
     def save(self, folder: Path) -> None:
+        """Write the file. It appears only after success, and complete."""
+        self.prepare(folder)
+        (folder / PENDING_SUMMARY).replace(folder / SUMMARY_NAME)
+
+    def prepare(self, folder: Path) -> None:
+        """Write the file under another name: an upload takes it along before the run has finished."""
         text = json.dumps(finite_or_text(asdict(self)), indent=2, ensure_ascii=False)
-        temporary = folder / f".{SUMMARY_NAME}"  # the file appears only after success, and complete
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(folder / SUMMARY_NAME)
+        (folder / PENDING_SUMMARY).write_text(text + "\n", encoding="utf-8")
 
     def table(self) -> str:
         """The evaluations side by side, for a terminal; empty without an evaluation set."""

@@ -20,6 +20,7 @@ from orpo_dist.distributed.environment import Environment
 from orpo_dist.distributed.ranks import on_first_rank
 from orpo_dist.errors import SaveError, UserError
 from orpo_dist.run import checkpoint as checkpoints
+from orpo_dist.run.owner import check_owner
 from orpo_dist.training.progress import METRICS, Progress
 
 Result = TypeVar("Result")
@@ -60,10 +61,10 @@ class CheckpointWriter:
 
         Raises:
             SaveError: it could not be written; earlier checkpoints are intact.
-            UserError: the run's folder is not shared by all nodes.
+            UserError: the run's folder is not shared by all nodes, or another run has taken it over.
         """
         staged = run / checkpoints.STAGING / f"checkpoint-{state.global_step}"
-        on_first_rank(lambda: _try(lambda: _empty(staged), run, state))
+        on_first_rank(lambda: _try(lambda: _begin(staged, run), run, state))
 
         def write_all() -> None:
             write()
@@ -111,7 +112,8 @@ class CheckpointWriter:
         return str(published), str(best) if best is not None and best.exists() else None
 
 
-def _empty(staged: Path) -> None:
+def _begin(staged: Path, run: Path) -> None:
+    check_owner(run)
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
 

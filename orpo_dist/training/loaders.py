@@ -11,6 +11,7 @@ from orpo_dist.model.packed.choose_layout import LayoutChoice
 from orpo_dist.packing.lengths import PairLengths, pair_costs, pair_lengths, token_counts
 from orpo_dist.packing.loader import PairDataLoader, PairDataset
 from orpo_dist.packing.sampler import EvaluationSampler, GlobalBatchSampler
+from orpo_dist.packing.workers import begin_worker
 
 
 class PairLoaders:
@@ -61,6 +62,7 @@ class PairLoaders:
             # dropout. A resumed run makes a different number of passes than an uninterrupted one.
             generator=torch.Generator(),
             num_workers=workers,
+            worker_init_fn=begin_worker,
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
             persistent_workers=args.dataloader_persistent_workers and workers > 0,
             prefetch_factor=args.dataloader_prefetch_factor,

@@ -22,6 +22,7 @@ from orpo_dist.distributed.ranks import on_first_rank
 from orpo_dist.distributed.zero import fix_universal, load_universal, weight_decays
 from orpo_dist.errors import UserError
 from orpo_dist.run import checkpoint as checkpoints
+from orpo_dist.run.callbacks import was_evaluated
 from orpo_dist.run.resume import check_same_run, check_topology, checkpoint_to_resume
 from orpo_dist.training.progress import METRICS, Progress
 
@@ -122,17 +123,10 @@ class Resuming:
     def evaluation_is_due(self, state: TrainerState, has_rows: bool) -> bool:
         """Whether the checkpoint's step ends with an evaluation that is missing from the log: the run was stopped
         before it, or killed between a checkpoint and the end of the epoch."""
-        if self.checkpoint is None or not has_rows or _was_evaluated(state):
+        if self.checkpoint is None or not has_rows or was_evaluated(state):
             return False
         args = self._args
         if args.eval_strategy == IntervalStrategy.STEPS:
             return state.global_step % state.eval_steps == 0 and state.global_step >= args.eval_delay
         ends_epoch = state.epoch is not None and float(state.epoch).is_integer()
         return args.eval_strategy == IntervalStrategy.EPOCH and ends_epoch and state.epoch >= args.eval_delay
-
-
-def _was_evaluated(state: TrainerState) -> bool:
-    return any(
-        event["step"] == state.global_step and any(name.startswith("eval_") for name in event)
-        for event in state.log_history
-    )

@@ -23,6 +23,7 @@ from orpo_dist.config import ORPOConfig
 from orpo_dist.errors import UserError
 from orpo_dist.model.loading.processor import tokenizer_of
 from orpo_dist.packing.images import process_prompts
+from orpo_dist.run.jsonl import keep_lines
 
 SAMPLES_NAME = "samples.jsonl"
 PROMPTS = 4
@@ -129,11 +130,8 @@ def _prompts(processing_class: Any, rows: list[dict[str, Any]], pad: int) -> lis
 
 def _write(path: Path, samples: list[Sample]) -> None:
     """Append, after dropping lines of the same or a later step: they come from a restarted run or another one."""
-    kept = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = [line for line in kept if json.loads(line)["step"] < samples[0].step]
-    lines = kept + [json.dumps(asdict(sample), ensure_ascii=False) for sample in samples]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    lines = [json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples]
+    keep_lines(path, lambda line: line["step"] < samples[0].step, added="".join(lines))
 
 
 def _table(samples: list[Sample]) -> list[list[Any]]:

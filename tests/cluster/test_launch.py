@@ -114,6 +114,8 @@ def test_dry_run_prints_the_command(recipe, capsys):
         ([1, 2, -signal.SIGTERM], 2),
         ([75, 3], 3),
         ([75, -signal.SIGTERM, 75], 75),
+        ([75, -signal.SIGKILL], 137),
+        ([75, 1, 75], 1),
         ([1, -signal.SIGTERM], 1),
         ([-signal.SIGTERM, -signal.SIGKILL], 137),
         ([-signal.SIGTERM], 143),

@@ -146,6 +146,71 @@ def test_the_template_follows_the_request(sites, changes, images, template):
     assert choose_template(replace(PLAIN, **changes), sites["shipped"], images=images) == template
 
 
+def as_sbatch_reads(line: str) -> list[str]:
+    """The words of an #SBATCH line: `_get_argument` of sbatch's opt.c, written again from its source."""
+    words, rest = [], line.removeprefix("#SBATCH")
+    while rest := rest.lstrip():
+        if rest[0] == "#":
+            break
+        word, quote, position = "", "", 0
+        while position < len(rest) and (quote or not rest[position].isspace()):
+            letter = rest[position]
+            if letter == "\\":
+                position += 1
+                word += rest[position]
+            elif quote:
+                quote, word = ("", word) if letter == quote else (quote, word + letter)
+            elif letter in "\"'":
+                quote = letter
+            elif letter == "#":
+                return [*words, word]
+            else:
+                word += letter
+            position += 1
+        words, rest = [*words, word], rest[position:]
+    return words
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "a b",
+        'say "no"',
+        "it's",
+        "back\\slash",
+        "end\\",
+        "a#b",
+        "#",
+        "'",
+        '"',
+        "$(x) `y` $HOME",
+        "a\\ b",
+        "ü é",
+        "a,b=c:d",
+        "",
+        "a;b",
+    ],
+)
+def test_directives_mean_what_was_asked(sites, value):
+    job = replace(PLAIN, name=value or "orpo", options={"comment": value, "mail-user": value, "chdir": f"/a/{value}"})
+    lines = [
+        line
+        for line in render("single_node", job, sites["shipped"], [RECIPE]).splitlines()
+        if line.startswith("#SBATCH")
+    ]
+    read = [word for line in lines for word in as_sbatch_reads(line)]
+    for name in ("comment", "mail-user"):
+        assert f"--{name}={value}" in read
+    assert f"--chdir=/a/{value}" in read and f"--job-name={value or 'orpo'}" in read
+    assert all(len(as_sbatch_reads(line)) == 1 for line in lines)
+
+
+@pytest.mark.parametrize("value", ["a\nb", "a\rb", "a\0b", "a\u2028b", "a\x1bb"])
+def test_what_no_directive_can_hold(sites, value):
+    with pytest.raises(UserError, match="cannot contain a line break or another control character"):
+        render("single_node", replace(PLAIN, options={"comment": value}), sites["shipped"], [RECIPE])
+
+
 def test_site_profile_errors(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         read_site(str(tmp_path / "none.sh"))

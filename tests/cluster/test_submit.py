@@ -1,9 +1,11 @@
 """`submit`, `status` and `cancel` on a machine without SLURM: what is checked there, and what a dry run prints."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from orpo_dist.cli import main
 from orpo_dist.cluster.slurm import PartitionNodes, _gpus_of, partition_nodes
@@ -72,6 +74,9 @@ def test_dry_run_of_a_sweep(project, capsys):
         (["--model_name_or_path", "./none"], "model_name_or_path: ./none does not exist"),
         (["--accelerate-config", "zero4"], "Unknown accelerate config 'zero4'"),
         (["--sbatch", "mail"], "'mail' is not of the form --option or --option=value"),
+        (["--sbatch=--export=ALL,HF_TOKEN=planted"], "its value would be readable in the job script"),
+        (["--sbatch=--comment x\n#SBATCH --uid=0"], "is not of the form --option or --option=value"),
+        (["--sbatch=--comment=x\n#SBATCH --uid=0"], "cannot contain a line break"),
         (["--nodes", "two"], "orpo-dist submit: argument --nodes: invalid int value: 'two'"),
     ],
 )
@@ -83,12 +88,83 @@ def test_refused(project, capsys, arguments, said):
     assert code == 2 and said in told
 
 
+def test_a_push_needs_a_job_with_a_network(project, capsys, monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    code, _, told = dry_run(capsys, "--push_to_hub", "true")
+    assert code == 2 and "jobs train with HF_HUB_OFFLINE=1" in told
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    assert dry_run(capsys, "--push_to_hub", "true")[0] == 0
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    with (project / "site.sh").open("a") as file:
+        file.write("site_setup() { export HF_HUB_OFFLINE=0; }\n")
+    assert dry_run(capsys, "--push_to_hub", "true")[0] == 0
+
+
+def test_checkpoints_that_no_job_can_go_on_from_are_warned_of(project, capsys):
+    code, _, told = dry_run(capsys, "--save_only_model", "true")
+    assert code == 0 and "save_only_model: a job that is requeued cannot go on" in told
+
+
 def test_a_finished_run_is_not_submitted_again(project, capsys):
     state = project / "runs" / "recipe" / "slurm"
     state.mkdir(parents=True)
     (state / "done").touch()
     code, _, told = dry_run(capsys)
     assert code == 2 and "is already finished" in told
+
+
+SBATCH = """#!/bin/sh
+env >"$PWD/environment.txt"
+echo 812
+"""
+
+
+@pytest.fixture
+def commands(project, monkeypatch) -> None:
+    """SLURM's commands, replaced: they answer, and keep the environment of the submission."""
+    folder = project / "commands"
+    folder.mkdir()
+    for name, text in {"sbatch": SBATCH, "squeue": "#!/bin/sh\n", "sinfo": "#!/bin/sh\n"}.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/bin:/usr/bin")
+
+
+@pytest.mark.parametrize("extra", [[], ["--prefetch"], ["--chain", "2"]])
+def test_secrets_reach_a_job_in_its_environment_and_no_file(project, commands, capsys, extra):
+    (project / "recipe.yaml").write_text(
+        f"# a comment\n{RECIPE}hub_token: planted-one\nmodel_init_kwargs:\n  token: planted-two\n  a: 1\n"
+        "env:\n  WANDB_API_KEY: planted-three\n  NCCL_DEBUG: INFO\n"
+    )
+    code = main(["submit", "recipe.yaml", "--hub_token", "planted-four", "--beta", "0.2", *extra])
+    said = capsys.readouterr()
+    assert code == 0 and "are in no file of the job" in said.err and "planted" not in said.out + said.err
+    run = project / "runs" / "recipe"
+    files = [path for path in run.rglob("*") if path.is_file()]
+    assert not [path for path in files if b"planted" in path.read_bytes()]
+    copied = run / "slurm" / "recipe.yaml"
+    assert yaml.safe_load(copied.read_text()) == {
+        "env": {"NCCL_DEBUG": "INFO"},
+        "model_name_or_path": "owner/tiny",
+        "dataset_name": "pairs.jsonl",
+        "learning_rate": "1e-5",
+        "bf16": True,
+        "model_init_kwargs": {"a": 1},
+    }
+    assert copied.stat().st_mode & 0o777 == 0o600
+    assert (run / "slurm" / "job.sbatch").stat().st_mode & 0o777 == 0o700
+    environment = dict(
+        line.split("=", 1) for line in (project / "environment.txt").read_text().splitlines() if "=" in line
+    )
+    assert environment["WANDB_API_KEY"] == "planted-three"
+    flags = ["--hub_token", "planted-one", "--model_init_kwargs", '{"token": "planted-two", "a": 1}']
+    assert json.loads(environment["ORPO_DIST_PRIVATE_FLAGS"]) == [*flags, "--hub_token", "planted-four"]
+
+
+def test_a_recipe_without_secrets_is_copied_as_it_is(project, commands, capsys):
+    assert main(["submit", "recipe.yaml"]) == 0
+    assert (project / "runs" / "recipe" / "slurm" / "recipe.yaml").read_text() == RECIPE
+    assert "no file of the job" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [["submit", "recipe.yaml"], ["status"], ["cancel", "17"]])

@@ -214,6 +214,7 @@ def web(monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(image_source, "URL_TIMEOUT", 1.0)
+    monkeypatch.setattr("orpo_dist.images.web.is_public", lambda address: address == "127.0.0.1")
     Web.failures = 0
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Web)
     thread = threading.Thread(target=server.serve_forever, daemon=True)

@@ -34,6 +34,44 @@ def test_a_new_run_starts_a_new_log_and_a_resumed_one_continues_it(args, tmp_pat
     assert steps_in(path) == []
 
 
+def test_what_came_after_the_last_checkpoint_is_written_again(args, tmp_path):
+    path = tmp_path / "log.jsonl"
+    events = [{"loss": 1.0}, {"eval_loss": 1.0}, {"train_loss": 1.0}]
+    for step in (3, 4):
+        for event in events:
+            RunLog(tmp_path).on_log(args, state_at(step), TrainerControl(), event)
+    state = state_at(4)
+    state.log_history = [{"step": 4, "loss": 1.0}]
+    RunLog(tmp_path).on_train_begin(args, state, TrainerControl())
+    assert steps_in(path) == [3, 3, 3, 4]
+    RunLog(tmp_path).on_log(args, state_at(4), TrainerControl(), {"eval_loss": 1.0})
+    state.log_history.append({"step": 4, "eval_loss": 1.0})
+    RunLog(tmp_path).on_train_begin(args, state, TrainerControl())
+    assert steps_in(path) == [3, 3, 3, 4, 4]
+
+
+@pytest.mark.parametrize(("step", "due"), [(7, False), (8, True), (9, True)])
+def test_a_run_resumed_after_its_last_step_still_owes_the_last_evaluation(args, step, due):
+    state, control = state_at(step), TrainerControl()
+    state.max_steps = 8
+    FinalEvaluation().on_train_begin(args, state, control)
+    assert control.should_evaluate is due
+    state.log_history = [{"step": step, "eval_loss": 1.0}]
+    FinalEvaluation().on_train_begin(args, state, control)
+    assert control.should_evaluate is False
+
+
+def test_a_log_line_that_cannot_be_written_is_warned_of_once(args, tmp_path, caplog):
+    (tmp_path / "log.jsonl").mkdir()  # for root, too, a file that cannot be opened
+    log = RunLog(tmp_path)
+    for step in (1, 2):
+        log.on_log(args, state_at(step), TrainerControl(), {"loss": 1.0})
+    assert caplog.text.count("a line could not be written") == 1
+    (tmp_path / "log.jsonl").rmdir()
+    log.on_log(args, state_at(3), TrainerControl(), {"loss": 1.0})
+    assert steps_in(tmp_path / "log.jsonl") == [3]
+
+
 def test_only_the_main_process_writes(args, tmp_path):
     log = RunLog(tmp_path)
     log.on_train_begin(args, state_at(0, main_process=False), TrainerControl())

@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from orpo_dist.errors import SaveError, UserError
 from orpo_dist.run import checkpoint as checkpoints
 
 
@@ -115,3 +116,40 @@ def test_disk_errors_in_every_wrapping(tmp_path):
     assert "no space left" in why(wrapped)
     assert "writing failed" in why(RuntimeError("[enforce fail at inline_container.cc] PytorchStreamWriter failed"))
     assert why(RuntimeError("shapes differ")) is None
+
+
+def test_a_failed_write_after_the_last_checkpoint_is_one_line(tmp_path):
+    told = "Cannot write the model into .*: no space left on the device"
+    with pytest.raises(SaveError, match=told), checkpoints.writing("the model", tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    for error in (UserError("own"), SaveError("own"), ValueError("a bug")):
+        with pytest.raises(type(error)), checkpoints.writing("the model", tmp_path):
+            raise error
+
+
+@pytest.mark.parametrize(("damaged", "content"), [(None, "new"), ("new", "old"), ("both", None)])
+def test_a_kill_between_the_two_renames_of_a_replacement(staged, tmp_path, monkeypatch, damaged, content):
+    rename = os.rename
+    for text in ("old", "new"):
+        folder = staged(5)
+        (folder / "text").write_text(text)
+        checkpoints.seal(folder, 5, 1, {})
+        if text == "old":
+            checkpoints.publish(folder, tmp_path)
+
+    def killed(source, target):
+        if checkpoints.STAGING in str(source):
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(os, "rename", killed)
+        checkpoints.publish(folder, tmp_path)
+    assert not (tmp_path / "checkpoint-5").exists()
+    for place in {None: [], "new": [folder], "both": [folder, tmp_path / "_deleting-checkpoint-5"]}[damaged]:
+        (place / "text").write_text("longer than it was")
+    checkpoints.sweep(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == (["checkpoint-5"] if content else [])
+    if content:
+        checkpoints.verify(tmp_path / "checkpoint-5")
+        assert (tmp_path / "checkpoint-5" / "text").read_text() == content

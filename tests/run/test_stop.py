@@ -70,6 +70,23 @@ def test_one_signal_waits_for_the_step(in_a_long_step):
     assert process.stdout.read() == "SIGUSR1\n"
 
 
+def test_a_closed_terminal_asks_to_stop_unless_nohup_is_in_force(in_a_long_step):
+    process = in_a_long_step(step_ends=True)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 75
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # inherited, as below nohup
+    try:
+        process = in_a_long_step(step_ends=True)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
+    assert process.stdout.read() == "SIGTERM\n"
+
+
 def test_a_second_signal_ends_the_process_at_once(in_a_long_step):
     process = in_a_long_step(step_ends=False)
     process.send_signal(signal.SIGTERM)

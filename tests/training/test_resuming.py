@@ -100,6 +100,18 @@ def test_the_time_limit_leaves_time_for_the_checkpoint(make, tmp_path, monkeypat
     assert time.time() < started + 30  # not all of the 90 steps
 
 
+def test_a_trainer_resumed_after_its_last_step_changes_nothing(make, tmp_path):
+    first = make("run", lr_scheduler_type="constant")
+    first.train()
+    before = checkpoints(tmp_path / "run")
+    for asked in (STEPS, STEPS, STEPS - 1):  # at last, max_steps was lowered since
+        again = make("run", lr_scheduler_type="constant", max_steps=asked, allow_changed=True)
+        result = again.train("auto")
+        assert result.global_step == again.state.global_step == STEPS
+        assert_same_weights(weights(again), weights(first), tolerance=0)
+        assert checkpoints(tmp_path / "run") == before
+
+
 def test_a_stop_in_the_last_step_finishes_the_run(make):
     trainer = make("run", At(STEPS, lambda: os.kill(os.getpid(), signal.SIGTERM)))
     trainer.train()

@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
 
 from orpo_dist.errors import UserError, raised_in
 from orpo_dist.model.upstream import is_unknown_architecture, wants_remote_code
+from orpo_dist.options.temporary import is_temporary
 
 _ABOUT_THE_NAME = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError)
 _ABOUT_THE_FILES = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
@@ -64,6 +65,8 @@ def hub_errors(name: str, revision: str | None = None) -> Iterator[None]:
 
 def _can_be_fixed(error: Exception) -> bool:
     """Whether the user can fix it, judged by its type and, for a ValueError or ImportError, by where it was raised."""
+    if is_temporary(error):
+        return False
     if any(isinstance(link, _ABOUT_THE_NAME) for link in _chain(error)):
         return True
     if isinstance(error, OSError):

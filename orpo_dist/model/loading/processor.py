@@ -128,7 +128,7 @@ def model_init_kwargs(args: ORPOConfig) -> dict[str, Any]:
     """
     kwargs = args.model_init_kwargs
     if isinstance(kwargs, str):
-        raise UserError(f"model_init_kwargs is not a JSON object: {kwargs!r}.")
+        raise UserError("model_init_kwargs is a text that is not a JSON object.")
     return dict(kwargs or {})
 
 
