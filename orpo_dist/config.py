@@ -106,7 +106,8 @@ class ORPOConfig(ImageOptions, DataOptions, TrainingArguments):
     label_smoothing: float = _option(0.0, "Probability that a pair's preference is flipped, as in DPO; below 0.5.")
     router_aux_loss_coef: float | None = _option(
         None,
-        "Weight of a mixture-of-experts model's load-balancing loss. Unset: the model config's; 0 switches it off.",
+        "Weight of a mixture-of-experts model's load-balancing loss. Unset, as in TRL: the model config's if its "
+        "output_router_logits is set, else 0.",
     )
 
     # -- this project's fields: speed and memory --

@@ -49,6 +49,7 @@ from orpo_dist.model.loading.load import load_model
 from orpo_dist.model.loading.processor import model_init_kwargs
 from orpo_dist.model.packed.compile import compile_blocks
 from orpo_dist.model.patches import BLOCKS_COMPILED_ALREADY, ONE_DEVICE_PER_PROCESS, replace_attribute
+from orpo_dist.model.routers import router_aux_loss_coef
 from orpo_dist.options.durations import seconds_of
 from orpo_dist.packing.lengths import PairLengths
 from orpo_dist.packing.sampler import FILLER
@@ -186,8 +187,7 @@ class ORPOTrainer(Trainer):
 
     def _adapted(self, model: nn.Module, args: ORPOConfig) -> nn.Module:
         model = adapted_model(model, args, self._peft_config)
-        coefficient = refusals.router_aux_loss_coef(model.config, args.router_aux_loss_coef)
-        self.layout.choose(model, router_aux_loss_coef=coefficient)
+        self.layout.choose(model, router_aux_loss_coef=router_aux_loss_coef(model, args.router_aux_loss_coef))
         if args.torch_compile:
             compile_blocks(model, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         self._throughput = Throughput(ModelFlops.of(model), args.nll_scope)  # model_init may return another size

@@ -477,6 +477,7 @@ def moe(vocab):
             num_experts=4,
             num_experts_per_tok=2,
             router_aux_loss_coef=0.05,
+            output_router_logits=True,
         )
     )
 

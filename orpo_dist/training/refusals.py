@@ -82,19 +82,3 @@ def warn_without_liger_kernels(model: Any, args: ORPOConfig) -> None:
 
 def no_evaluation_rows() -> UserError:
     return UserError("Evaluation needs rows: pass eval_dataset to the trainer or to evaluate().")
-
-
-def router_aux_loss_coef(config: Any, asked: float | None) -> float:
-    """Weight of the load-balancing loss: `asked` if given, else the model's default; 0 for a model without routers.
-
-    Raises:
-        UserError: a weight is given and the model has no routers.
-    """
-    declared = config.get_text_config().to_dict().get("router_aux_loss_coef")
-    if declared is None:
-        if asked:
-            raise UserError(
-                f"router_aux_loss_coef={asked} needs a mixture-of-experts model; {config.model_type} has no routers."
-            )
-        return 0.0
-    return declared if asked is None else asked
