@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from accelerate.utils import TorchDynamoPlugin, gather_object
@@ -36,7 +36,7 @@ from transformers import (
     TrainerState,
     set_seed,
 )
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, IntervalStrategy
 
 from orpo_dist.config import ORPOConfig
 from orpo_dist.distributed.environment import Environment, sharding_of
@@ -52,7 +52,6 @@ from orpo_dist.model.patches import BLOCKS_COMPILED_ALREADY, ONE_DEVICE_PER_PROC
 from orpo_dist.model.routers import router_aux_loss_coef
 from orpo_dist.options.durations import seconds_of
 from orpo_dist.packing.lengths import PairLengths
-from orpo_dist.packing.sampler import FILLER
 from orpo_dist.run.fingerprint import fingerprint
 from orpo_dist.run.stop import StopRequests, ignore_signals
 from orpo_dist.training import refusals
@@ -61,9 +60,10 @@ from orpo_dist.training.checkpoint_writer import CheckpointWriter
 from orpo_dist.training.evaluation import EvaluationPass, with_prefix
 from orpo_dist.training.loaders import PairLoaders
 from orpo_dist.training.malloc_trim import returning_freed_memory
-from orpo_dist.training.metrics import MetricSums
+from orpo_dist.training.metrics import MetricSums, StoredMetrics
 from orpo_dist.training.nonfinite import PairFacts
 from orpo_dist.training.out_of_memory import is_out_of_memory, out_of_memory
+from orpo_dist.training.overrides import check_evaluation_loader, is_overridden, sampler_of
 from orpo_dist.training.progress import progress_of, take_over
 from orpo_dist.training.resuming import Resuming
 from orpo_dist.training.setup import set_up, tokenised
@@ -92,6 +92,9 @@ class ORPOTrainer(Trainer):
     """
 
     _tag_names: ClassVar = ["orpo", "orpo_dist"]
+    # As in TRL: training_step divides what compute_loss returns by the accumulation steps, so that a term that a
+    # subclass adds to it counts once per optimizer step.
+    loss_is_scaled_for_ga: bool = False
     model: Any
     args: ORPOConfig
     eval_dataset: Any
@@ -120,6 +123,8 @@ class ORPOTrainer(Trainer):
             processing_class=processing_class,
             data_collator=data_collator,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            compute_metrics=compute_metrics,
+            trainer_class=type(self),
         )
         args, self.preparation, self.layout = setup.args, setup.preparation, setup.layout
         self._lengths, self._objective, self._peft_config = setup.lengths, setup.objective, peft_config
@@ -142,10 +147,9 @@ class ORPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        # compute_loss divides by the totals of the global batch. With this flag and the token count returned by
-        # get_batch_samples, training_step does not also divide by the accumulation steps (there is no other way in
-        # transformers 5.17).
-        self.model_accepts_loss_kwargs = True
+        # transformers before 5.23 asks this flag alone whether training_step divides by the accumulation steps.
+        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga
+        self.current_gradient_accumulation_steps = 1  # until the Trainer's loop counts them
         replace_attribute(self.args, "_n_gpu", min(self.args.n_gpu, 1), ONE_DEVICE_PER_PROCESS)
         self.model.add_model_tags(self._tag_names)
         self._make_parts()
@@ -156,7 +160,7 @@ class ORPOTrainer(Trainer):
         self._run_folder = run = Path(str(args.output_dir))
         self.environment = environment = Environment.of(args, sharding_of(self.accelerator))
         self._global_batch = environment.global_batch(args)
-        self._train_sums = MetricSums()
+        self._train_sums, self._stored_metrics = MetricSums(), StoredMetrics()
         self._evaluation: EvaluationPass | None = None
         filler_id = self.preparation.tokenizer.pad_token_id or 0
         self.loaders = PairLoaders(args, environment, self.layout, filler_id)
@@ -205,6 +209,7 @@ class ORPOTrainer(Trainer):
             self._lengths,
             global_batch=self._global_batch,
             micro_batch=self._train_batch_size,
+            order=sampler_of(self),
         )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -268,6 +273,9 @@ class ORPOTrainer(Trainer):
         self.layout.verify(self.model_wrapped)
         self._step_guard.training_begins(self.accelerator)
         take_over(self._resuming.loaded(self.optimizer), self, self._train_sums, self._step_guard, self.environment)
+        if self.args.eval_strategy != IntervalStrategy.NO and is_overridden(type(self), "get_eval_dataloader"):
+            some = next(iter(self.eval_dataset)) if isinstance(self.eval_dataset, dict) else None
+            check_evaluation_loader(self.get_eval_dataloader(some))  # now, and not after the steps before an evaluation
         if self._resuming.evaluation_is_due(self.state, self.eval_dataset is not None):
             self._evaluate(None, None)
         self._step_guard.guard(self.optimizer)
@@ -290,14 +298,14 @@ class ORPOTrainer(Trainer):
         report = self._step_guard.report(self._stop_requests.reason() is not None, device)
         facts = self.accelerator.reduce(torch.cat([counts.to(device), report]), reduction="sum")
         tokens, pairs = facts[:2].unbind()
-        self._step_guard.begin(facts[2:], [i for layout in layouts for i in layout.index if i != FILLER])
+        self._step_guard.begin(facts[2:], [i for layout in layouts for i in layout.index if i >= 0])
         for layout in layouts:
             layout.tokens, layout.pairs = tokens, pairs
             self._throughput.add(self._lengths_of(layout))
         return batches, tokens
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        micro_batch = [index for index in inputs["orpo_layout"].index if index != FILLER]
+        micro_batch = [index for index in inputs["orpo_layout"].index if index >= 0]
         try:
             return super().training_step(model, inputs, num_items_in_batch)
         except (RuntimeError, MemoryError) as error:
@@ -312,6 +320,8 @@ class ORPOTrainer(Trainer):
         self._train_sums.add(pair_sums(result.scores, self._objective))
         assert result.loss is not None, "get_batch_samples has written the totals"
         loss = self._step_guard.count(result.loss) * self.environment.world_size  # gradients are averaged over ranks
+        if not self.loss_is_scaled_for_ga:
+            loss = loss * self.current_gradient_accumulation_steps  # which training_step divides by
         return (loss, result.scores) if return_outputs else loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -332,14 +342,24 @@ class ORPOTrainer(Trainer):
             logs |= self._throughput.drain(self.accelerator)
         if "train_loss" in logs:  # the Trainer divides the sum of the whole run by the steps of this call only
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 0.001)
-        super().log(logs, start_time)
+        super().log(logs | self._stored_metrics.drain("train" if "loss" in logs else "eval"), start_time)
+
+    def store_metrics(self, metrics: dict[str, Any], train_eval: Literal["train", "eval"] = "train") -> None:
+        """Adds the means of these metrics to the next training or evaluation line of the log, as in TRL."""
+        self._stored_metrics.add(metrics, train_eval)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Model FLOPs of a micro-batch (model/flops.py)."""
         return int(self._throughput.flops_of(self._lengths_of(inputs["orpo_layout"])))
 
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """A packed row has no padding, although its pad token may be a real one (EOS)."""
+        if "attention_mask" not in inputs:
+            inputs = {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
+        super()._track_num_input_tokens(inputs)
+
     def _lengths_of(self, layout: Any) -> list[PairLengths]:
-        return [self._lengths[index] for index in layout.index if index != FILLER]
+        return [self._lengths[index] for index in layout.index if index >= 0]  # neither fillers nor unnumbered rows
 
     # ------------------------------------------------------------------ evaluation
 
@@ -352,7 +372,9 @@ class ORPOTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """The Trainer's loop, with the metrics of the whole set (training/evaluation.py)."""
-        keeps_pairs = self.compute_metrics is not None or description == "Prediction"
+        check_evaluation_loader(dataloader)
+        loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
+        keeps_pairs = not loss_only
         self._evaluation = evaluation = EvaluationPass(self._objective, keeps_pairs=keeps_pairs)
         with self._throughput.paused():
             output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)

@@ -14,7 +14,9 @@ from orpo_dist.packing.lengths import PairLengths, is_tokenised, pair_lengths
 from orpo_dist.run.checkpoint import LEAST_KEPT
 from orpo_dist.run.prepare import Preparation, preparation_of
 from orpo_dist.training import refusals
+from orpo_dist.training.best_metric import check_best_metric
 from orpo_dist.training.layout_options import layout_options
+from orpo_dist.training.overrides import is_overridden, refuse_overrides
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,10 @@ def set_up(
     processing_class: Any,
     data_collator: Callable[[list[dict]], dict[str, Any]] | None,
     preprocess_logits_for_metrics: Any,
+    compute_metrics: Callable | None,
+    trainer_class: type,
 ) -> Setup:
-    """The arguments are those of `ORPOTrainer`.
+    """The arguments are those of `ORPOTrainer`; trainer_class is that class or a subclass.
 
     Raises:
         UserError: contradicting options, or data that cannot be trained on.
@@ -58,7 +62,11 @@ def set_up(
     refusals.refuse_what_needs_logits(args, preprocess_logits_for_metrics)
     refusals.refuse_unsupported_parallelism(args)
     refusals.refuse_missing_kernels(args, sharding)
+    refusals.refuse_ignored_options(args)
+    refuse_overrides(trainer_class)
     refusals.refuse_contradictions(args, model, model_init, train_dataset is not None or eval_dataset is not None)
+    if not any(is_overridden(trainer_class, name) for name in ("evaluate", "_evaluate")):
+        check_best_metric(args, eval_dataset, compute_metrics)
     # With a limit of 1, transformers deletes every checkpoint but the best one at the end of training.
     args.save_total_limit = LEAST_KEPT if args.save_total_limit == 1 else args.save_total_limit
 
@@ -77,6 +85,8 @@ def set_up(
     environment = Environment.of(args, sharding)
     options = layout_options(args, objective, preparation, environment, data_collator, train_rows, eval_rows)
     lengths = pair_lengths(train_rows) if train_rows is not None else []
+    if train_rows is not None and not is_overridden(trainer_class, "_get_train_sampler"):
+        refusals.refuse_empty_epoch(args, len(lengths), environment.global_batch(args))
     return Setup(args, preparation, train_rows, eval_rows, lengths, objective, LayoutChoice(options))
 
 

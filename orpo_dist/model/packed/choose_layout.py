@@ -27,7 +27,7 @@ from orpo_dist.model.packed.verify_images import drawn_row, verify_images
 from orpo_dist.packing.collate import PackedCollator
 from orpo_dist.packing.images import ImageCollator, process_prompts
 from orpo_dist.packing.padded import EncoderDecoderCollator, PaddedCollator
-from orpo_dist.packing.sampler import FILLER
+from orpo_dist.packing.sampler import FILLER, UNNUMBERED
 from orpo_dist.packing.trl_collator import TRLCollator
 
 logger = get_logger(__name__)
@@ -74,14 +74,17 @@ class LayoutOptions:
 
 
 class PairCollator:
-    """What data loaders hold: collates in the layout that has been chosen, whose workers start after the choice."""
+    """What data loaders hold: collates in the layout that has been chosen, whose workers start after the choice.
+
+    Rows of a loader that the user has made carry neither weight nor index.
+    """
 
     def __init__(self) -> None:
         self.chosen: Collator | None = None
 
     def __call__(self, rows: Rows) -> dict[str, Any]:
         assert self.chosen is not None, "LayoutChoice.choose() comes first"
-        return self.chosen(rows)
+        return self.chosen([{"weight": 1.0, "index": UNNUMBERED, **row} for row in rows])
 
 
 class LayoutChoice:
