@@ -150,9 +150,11 @@ class ORPOConfig(ImageOptions, DataOptions, TrainingArguments):
         after, self.ddp_timeout = self.ddp_timeout, max(self.ddp_timeout, START_SECONDS)
         super().__post_init__()
         self.ddp_timeout = after
-        self._check()
+        self.check()
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raises UserError for a value that contradicts another, or that no run can use. Attributes may be set after
+        construction, without a check."""
         for name, allowed in (choices_of(DataOptions) | {"nll_scope": NLL_SCOPES}).items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}.")

@@ -58,6 +58,7 @@ from orpo_dist.training import refusals
 from orpo_dist.training.adapting import adapted_model
 from orpo_dist.training.checkpoint_writer import CheckpointWriter
 from orpo_dist.training.evaluation import EvaluationPass, with_prefix
+from orpo_dist.training.following import ArgsInForce
 from orpo_dist.training.loaders import PairLoaders
 from orpo_dist.training.malloc_trim import returning_freed_memory
 from orpo_dist.training.metrics import MetricSums, StoredMetrics
@@ -126,7 +127,7 @@ class ORPOTrainer(Trainer):
             compute_metrics=compute_metrics,
             trainer_class=type(self),
         )
-        args, self.preparation, self.layout = setup.args, setup.preparation, setup.layout
+        args, self.preparation, self.layout, self._setup = setup.args, setup.preparation, setup.layout, setup
         self._lengths, self._objective, self._peft_config = setup.lengths, setup.objective, peft_config
         self._forward = PairForward(self.layout, self._objective)
         set_seed(args.seed)  # a new adapter is initialised at random
@@ -152,21 +153,23 @@ class ORPOTrainer(Trainer):
         self.current_gradient_accumulation_steps = 1  # until the Trainer's loop counts them
         replace_attribute(self.args, "_n_gpu", min(self.args.n_gpu, 1), ONE_DEVICE_PER_PROCESS)
         self.model.add_model_tags(self._tag_names)
+        self._global_batch = Environment.of(self.args, sharding_of(self.accelerator)).global_batch(self.args)
+        limit = seconds_of(args.max_runtime) if args.max_runtime is not None else None
+        self._stop_requests = StopRequests(Path(str(args.output_dir)), limit, is_first_rank=args.process_index == 0)
         self._make_parts()
+        self._add_callbacks()
+        self._args_in_force = ArgsInForce(self.args, makes_models=model_init is not None)
 
     def _make_parts(self) -> None:
         """Create the parts of a run besides the model. Each has one job and receives what it needs."""
         args = self.args
         self._run_folder = run = Path(str(args.output_dir))
         self.environment = environment = Environment.of(args, sharding_of(self.accelerator))
-        self._global_batch = environment.global_batch(args)
         self._train_sums, self._stored_metrics = MetricSums(), StoredMetrics()
         self._evaluation: EvaluationPass | None = None
         filler_id = self.preparation.tokenizer.pad_token_id or 0
         self.loaders = PairLoaders(args, environment, self.layout, filler_id)
         facts = PairFacts(self.train_dataset, self._lengths, self.preparation.tokenizer)
-        limit = seconds_of(args.max_runtime) if args.max_runtime is not None else None
-        self._stop_requests = StopRequests(run, limit, is_first_rank=environment.is_first)
         self._step_guard = StepGuard(run, args, environment, self.accelerator, facts)
         made_of = {
             "topology": environment.sharding.value,
@@ -174,6 +177,9 @@ class ORPOTrainer(Trainer):
         }
         self._checkpoints = CheckpointWriter(args, made_of, environment, self.accelerator)
         self._resuming = Resuming(run, args, made_of, environment, self.accelerator)
+
+    def _add_callbacks(self) -> None:
+        args = self.args
         self.add_callback(_Hooks(self))
         if args.generate_during_eval:
             from orpo_dist.training.samples import SampleReplies
@@ -184,18 +190,52 @@ class ORPOTrainer(Trainer):
                 SampleReplies(rows, self.preparation.processing_class, self._reply, self.callback_handler, args.seed)
             )
 
+    def _follow_args(self) -> bool:
+        """Take over options that have changed since construction or the last train(). Returns whether any has.
+
+        Raises:
+            UserError: one of them is fixed (training/following.py), or its value is refused.
+        """
+        args, before = self.args, self._args_in_force.taken
+        if not self._args_in_force.changed(args):
+            return False
+        self._args_in_force.take(args)
+        self._setup = self._setup.follow(args, self.environment.sharding)
+        self._objective = self._setup.objective
+        self._forward = PairForward(self.layout, self._objective)
+        batch = ("per_device_train_batch_size", "gradient_accumulation_steps")
+        if any(before[name] != getattr(args, name) for name in batch):
+            self._train_batch_size = args.train_batch_size
+            self._global_batch = self.environment.global_batch(args)
+        limit = seconds_of(args.max_runtime) if args.max_runtime is not None else None
+        self._stop_requests.follow(Path(str(args.output_dir)), limit)
+        return True
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        if trial is None or self.model_init is None:
+            super()._hp_search_setup(trial)
+        else:  # call_model_init has set its options
+            self._make_parts()
+            self._resuming.resolve(self._asked_checkpoint)
+
     # ------------------------------------------------------------------ model and data
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
+        if trial is not None:  # a trial's options come before the model, which is made with them
+            super()._hp_search_setup(trial)
+            self._follow_args()
         return self._adapted(super().call_model_init(trial), self.args)
 
     def _adapted(self, model: nn.Module, args: ORPOConfig) -> nn.Module:
         model = adapted_model(model, args, self._peft_config)
-        self.layout.choose(model, router_aux_loss_coef=router_aux_loss_coef(model, args.router_aux_loss_coef))
+        self._choose_layout(model, args)
         if args.torch_compile:
             compile_blocks(model, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
-        self._throughput = Throughput(ModelFlops.of(model), args.nll_scope)  # model_init may return another size
         return model
+
+    def _choose_layout(self, model: Any, args: ORPOConfig) -> None:
+        self.layout.choose(model, router_aux_loss_coef=router_aux_loss_coef(model, args.router_aux_loss_coef))
+        self._throughput = Throughput(ModelFlops.of(model), args.nll_scope)  # model_init may return another size
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -238,13 +278,26 @@ class ORPOTrainer(Trainer):
             SaveError: a checkpoint could not be written.
             UserError: there is no such checkpoint, or it belongs to another run.
         """
-        folder = self._resuming.resolve(resume_from_checkpoint)
+        trial = kwargs.get("trial", args[0] if args else None)
+        self._asked_checkpoint = resume_from_checkpoint
+        if trial is None:
+            self._begin_anew()
+            resume_from_checkpoint = self._resuming.resolve(resume_from_checkpoint)
         pickles = safe_pickles() if self.environment.sharding.is_zero else nullcontext()
         try:
             with self._stop_requests.listening(), pickles:
-                return super().train(folder, *args, **kwargs)
+                return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._step_guard.release()
+
+    def _begin_anew(self) -> None:
+        """Before a train() outside of a search: options may have changed, and a search leaves no model behind."""
+        if self.model is None:
+            self.model = self.model_wrapped = self.call_model_init()
+        if self._follow_args():
+            if self.model_init is None:
+                self._choose_layout(self.model, self.args)
+            self._make_parts()
 
     def _inner_training_loop(  # type: ignore[override]  # the Trainer calls it by these names
         self, batch_size: int | None = None, **kwargs: Any
@@ -257,6 +310,7 @@ class ORPOTrainer(Trainer):
         super()._update_auto_batch_size(batch_size)
         micro_batches = -(-self._global_batch // (batch_size * self.environment.data_ranks))
         self.args.gradient_accumulation_steps = micro_batches
+        self._args_in_force.take(self.args)  # the global batch is still the one that was asked for
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if optimizer is None:

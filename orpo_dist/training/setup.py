@@ -2,12 +2,12 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from orpo_dist.config import ORPOConfig
-from orpo_dist.distributed.environment import Environment, loading_sharding
+from orpo_dist.distributed.environment import Environment, Sharding, loading_sharding
 from orpo_dist.loss import Objective
 from orpo_dist.model.packed.choose_layout import LayoutChoice
 from orpo_dist.packing.lengths import PairLengths, is_tokenised, pair_lengths
@@ -28,6 +28,7 @@ class Setup:
         train_rows, eval_rows: tokenised, or None; eval_rows may be a dict of sets.
         lengths: of the training pairs, in order.
         layout: not yet chosen; that needs the model.
+        data_collator: of the user.
     """
 
     args: ORPOConfig
@@ -37,6 +38,17 @@ class Setup:
     lengths: list[PairLengths]
     objective: Objective
     layout: LayoutChoice
+    data_collator: Callable[[list[dict]], dict[str, Any]] | None
+
+    def follow(self, args: ORPOConfig, sharding: Sharding) -> "Setup":
+        """The set-up of the same data for options that have changed. Raises UserError as `set_up` does."""
+        refusals.refuse_ignored_options(args)
+        refusals.refuse_what_needs_logits(args, None)
+        objective = objective_of(args)
+        environment = Environment.of(args, sharding)
+        rows = (self.train_rows, self.eval_rows)
+        self.layout.follow(layout_options(args, objective, self.preparation, environment, self.data_collator, *rows))
+        return replace(self, args=args, objective=objective)
 
 
 def set_up(
@@ -81,13 +93,18 @@ def set_up(
     else:
         eval_rows = tokenised(eval_dataset, "eval", preparation, dropped_rows)
 
-    objective = Objective(beta=args.beta, label_smoothing=args.label_smoothing)
+    objective = objective_of(args)
     environment = Environment.of(args, sharding)
     options = layout_options(args, objective, preparation, environment, data_collator, train_rows, eval_rows)
     lengths = pair_lengths(train_rows) if train_rows is not None else []
     if train_rows is not None and not is_overridden(trainer_class, "_get_train_sampler"):
         refusals.refuse_empty_epoch(args, len(lengths), environment.global_batch(args))
-    return Setup(args, preparation, train_rows, eval_rows, lengths, objective, LayoutChoice(options))
+    layout = LayoutChoice(options)
+    return Setup(args, preparation, train_rows, eval_rows, lengths, objective, layout, data_collator)
+
+
+def objective_of(args: ORPOConfig) -> Objective:
+    return Objective(beta=args.beta, label_smoothing=args.label_smoothing)
 
 
 def tokenised(rows: Any, name: str, preparation: Preparation, dropped_rows: Path) -> Any:

@@ -124,6 +124,13 @@ class LayoutChoice:
         chosen = self.collator.chosen
         return chosen.inner if isinstance(chosen, ImageCollator) else chosen
 
+    def follow(self, options: LayoutOptions) -> None:
+        """Take over other options; `choose` comes next. The model of the earlier choice has its own attention again."""
+        if self._verdict is not None:
+            self._verdict.restore()
+            self._verdict = None
+        self.options = options
+
     def choose(self, model: nn.Module, *, router_aux_loss_coef: float) -> None:
         """Choose the layout for `model` and switch to it. Logs one line if the requested one is not possible."""
         options = self.options
