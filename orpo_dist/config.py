@@ -1,10 +1,13 @@
 """ORPOConfig: transformers' TrainingArguments, TRL's ORPO fields under TRL's names, and this project's fields."""
 
+import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState, is_initialized
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from orpo_dist.distributed.timeouts import START_SECONDS
 from orpo_dist.errors import UserError
@@ -133,6 +136,7 @@ class ORPOConfig(ImageOptions, DataOptions, TrainingArguments):
     strict_versions: bool = _option(False, "Refuse to resume with other library versions (a warning otherwise).")
 
     def __post_init__(self):
+        self._see_launched_precision()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bf16_is_supported(self.use_cpu)
         # transformers 5.23 renamed gradient_checkpointing and warns about the old name, which is TRL's. The new name is
@@ -151,6 +155,20 @@ class ORPOConfig(ImageOptions, DataOptions, TrainingArguments):
         super().__post_init__()
         self.ddp_timeout = after
         self.check()
+
+    def _see_launched_precision(self) -> None:
+        """Where neither bf16 nor fp16 is set, the accelerator runs in the precision that `accelerate launch` asks for
+        by this variable, or in that of a state that was set up before: the fields then say so too."""
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        config: Any = self.accelerator_config
+        uses_state = config.get("use_configured_state") if isinstance(config, dict) else False
+        if (uses_state or (isinstance(config, AcceleratorConfig) and config.use_configured_state)) and is_initialized():
+            launched = AcceleratorState().mixed_precision
+        if self.bf16 or self.fp16 or launched == "no":
+            return
+        if launched not in ("bf16", "fp16"):
+            raise UserError(f"mixed_precision={launched} of accelerate is not supported: use bf16, fp16 or no.")
+        self.bf16, self.fp16 = launched == "bf16", launched == "fp16"
 
     def check(self) -> None:
         """Raises UserError for a value that contradicts another, or that no run can use. Attributes may be set after

@@ -45,8 +45,8 @@ from orpo_dist.distributed.zero import safe_pickles
 from orpo_dist.errors import RunStopped
 from orpo_dist.loss import pair_sums
 from orpo_dist.model.forward import PairForward
+from orpo_dist.model.loading.init_kwargs import model_init_kwargs
 from orpo_dist.model.loading.load import load_model
-from orpo_dist.model.loading.processor import model_init_kwargs
 from orpo_dist.model.packed.compile import compile_blocks
 from orpo_dist.model.patches import BLOCKS_COMPILED_ALREADY, ONE_DEVICE_PER_PROCESS, replace_attribute
 from orpo_dist.model.routers import router_aux_loss_coef
@@ -132,7 +132,7 @@ class ORPOTrainer(Trainer):
         self._forward = PairForward(self.layout, self._objective)
         set_seed(args.seed)  # a new adapter is initialised at random
         if isinstance(model, str):
-            model = load_model(model, trust_remote_code=args.trust_remote_code, **model_init_kwargs(args))
+            model = load_model(model, **{"trust_remote_code": args.trust_remote_code, **model_init_kwargs(args)})
         if model is not None:
             model = self._adapted(model, args)
 
