@@ -47,8 +47,15 @@ from orpo_dist.loss import pair_sums
 from orpo_dist.model.forward import PairForward
 from orpo_dist.model.loading.init_kwargs import model_init_kwargs
 from orpo_dist.model.loading.load import load_model
+from orpo_dist.model.neftune import EmbeddingNoise
 from orpo_dist.model.packed.compile import compile_blocks
-from orpo_dist.model.patches import BLOCKS_COMPILED_ALREADY, ONE_DEVICE_PER_PROCESS, replace_attribute
+from orpo_dist.model.patches import (
+    BLOCKS_COMPILED_ALREADY,
+    ONE_DEVICE_PER_PROCESS,
+    Patched,
+    replace_attribute,
+    undo_all,
+)
 from orpo_dist.model.routers import router_aux_loss_coef
 from orpo_dist.options.durations import seconds_of
 from orpo_dist.packing.lengths import PairLengths
@@ -149,6 +156,7 @@ class ORPOTrainer(Trainer):
             optimizers=optimizers,
         )
         # transformers before 5.23 asks this flag alone whether training_step divides by the accumulation steps.
+        self.neftune_noise_alpha = None  # the Trainer's hook takes a packed row for one sequence: model/neftune.py
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga
         self.current_gradient_accumulation_steps = 1  # until the Trainer's loop counts them
         replace_attribute(self.args, "_n_gpu", min(self.args.n_gpu, 1), ONE_DEVICE_PER_PROCESS)
@@ -165,6 +173,8 @@ class ORPOTrainer(Trainer):
         args = self.args
         self._run_folder = run = Path(str(args.output_dir))
         self.environment = environment = Environment.of(args, sharding_of(self.accelerator))
+        self._noise = EmbeddingNoise(args.neftune_noise_alpha or 0.0, args.seed)
+        self._noise_hooks: list[Patched] = []
         self._train_sums, self._stored_metrics = MetricSums(), StoredMetrics()
         self._evaluation: EvaluationPass | None = None
         filler_id = self.preparation.tokenizer.pad_token_id or 0
@@ -289,6 +299,7 @@ class ORPOTrainer(Trainer):
                 return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._step_guard.release()
+            undo_all(self._noise_hooks)
 
     def _begin_anew(self) -> None:
         """Before a train() outside of a search: options may have changed, and a search leaves no model behind."""
@@ -326,6 +337,9 @@ class ORPOTrainer(Trainer):
         """Called after the model is wrapped and the checkpoint loaded, before the first step."""
         self.layout.verify(self.model_wrapped)
         self._step_guard.training_begins(self.accelerator)
+        undo_all(self._noise_hooks)  # of an earlier loop of this train() (auto_find_batch_size)
+        if self.args.neftune_noise_alpha is not None:
+            self._noise_hooks.append(self._noise.attach(self.model))
         take_over(self._resuming.loaded(self.optimizer), self, self._train_sums, self._step_guard, self.environment)
         if self.args.eval_strategy != IntervalStrategy.NO and is_overridden(type(self), "get_eval_dataloader"):
             some = next(iter(self.eval_dataset)) if isinstance(self.eval_dataset, dict) else None
@@ -361,7 +375,8 @@ class ORPOTrainer(Trainer):
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         micro_batch = [index for index in inputs["orpo_layout"].index if index >= 0]
         try:
-            return super().training_step(model, inputs, num_items_in_batch)
+            with self._noise.of(inputs, self.state.global_step):
+                return super().training_step(model, inputs, num_items_in_batch)
         except (RuntimeError, MemoryError) as error:
             if self.args.auto_find_batch_size or not is_out_of_memory(error):
                 raise
