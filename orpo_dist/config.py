@@ -1,12 +1,15 @@
 """ORPOConfig: transformers' TrainingArguments, TRL's ORPO fields under TRL's names, and this project's fields."""
 
 import copy
+import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from orpo_dist.distributed.environment import check_world_size, starts_on_cpu_alone
 from orpo_dist.distributed.log import get_logger
@@ -113,7 +116,8 @@ class ORPOConfig(ImageOptions, DataOptions, TrainingArguments):
     label_smoothing: float = _option(0.0, "Probability that a pair's preference is flipped, as in DPO; below 0.5.")
     router_aux_loss_coef: float | None = _option(
         None,
-        "Weight of a mixture-of-experts model's load-balancing loss. Unset: the model config's; 0 switches it off.",
+        "Weight of a mixture-of-experts model's load-balancing loss. Unset, as in TRL: the model config's if its "
+        "output_router_logits is set, else 0.",
     )
 
     # -- this project's fields: speed and memory --
@@ -143,6 +147,7 @@ class ORPOConfig(ImageOptions, DataOptions, TrainingArguments):
             self.use_cpu = True
             if not parse_flag_from_env("ACCELERATE_USE_CPU"):
                 logger.warning("No GPU on this machine: the launched processes train together on its CPU (gloo).")
+        self._see_launched_precision()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bf16_is_supported(self.use_cpu)
         # transformers 5.23 renamed gradient_checkpointing and warns about the old name, which is TRL's. The new name is
@@ -161,7 +166,7 @@ class ORPOConfig(ImageOptions, DataOptions, TrainingArguments):
         super().__post_init__()
         self.ddp_timeout = after
         check_world_size(self.world_size)
-        self._check()
+        self.check()
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle, without credentials: the Trainer pickles its arguments into training_args.bin, which goes into
@@ -179,7 +184,23 @@ class ORPOConfig(ImageOptions, DataOptions, TrainingArguments):
         copied.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
         return copied
 
-    def _check(self) -> None:
+    def _see_launched_precision(self) -> None:
+        """Where neither bf16 nor fp16 is set, the accelerator runs in the precision that `accelerate launch` asks for
+        by this variable, or in that of a state that was set up before: the fields then say so too."""
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        config: Any = self.accelerator_config
+        uses_state = config.get("use_configured_state") if isinstance(config, dict) else False
+        if (uses_state or (isinstance(config, AcceleratorConfig) and config.use_configured_state)) and is_initialized():
+            launched = AcceleratorState().mixed_precision
+        if self.bf16 or self.fp16 or launched == "no":
+            return
+        if launched not in ("bf16", "fp16"):
+            raise UserError(f"mixed_precision={launched} of accelerate is not supported: use bf16, fp16 or no.")
+        self.bf16, self.fp16 = launched == "bf16", launched == "fp16"
+
+    def check(self) -> None:
+        """Raises UserError for a value that contradicts another, or that no run can use. Attributes may be set after
+        construction, without a check."""
         for name, allowed in (choices_of(DataOptions) | {"nll_scope": NLL_SCOPES}).items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}.")

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from accelerate.utils import TorchDynamoPlugin, gather_object
@@ -38,7 +38,7 @@ from transformers import (
     TrainerState,
     set_seed,
 )
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, HubStrategy
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, HubStrategy, IntervalStrategy
 
 from orpo_dist.config import ORPOConfig
 from orpo_dist.distributed.environment import Environment, sharding_of
@@ -47,17 +47,24 @@ from orpo_dist.distributed.zero import safe_pickles
 from orpo_dist.errors import RunStopped
 from orpo_dist.loss import pair_sums
 from orpo_dist.model.forward import PairForward
+from orpo_dist.model.loading.init_kwargs import model_init_kwargs
 from orpo_dist.model.loading.initial import initial_weights, resume_initial, save_initial, to_plain_lora
 from orpo_dist.model.loading.load import load_model
-from orpo_dist.model.loading.processor import model_init_kwargs
 from orpo_dist.model.loading.saved import adapter_folder
+from orpo_dist.model.neftune import EmbeddingNoise
 from orpo_dist.model.packed.compile import compile_blocks
-from orpo_dist.model.patches import BLOCKS_COMPILED_ALREADY, ONE_DEVICE_PER_PROCESS, replace_attribute
+from orpo_dist.model.patches import (
+    BLOCKS_COMPILED_ALREADY,
+    ONE_DEVICE_PER_PROCESS,
+    Patched,
+    replace_attribute,
+    undo_all,
+)
+from orpo_dist.model.routers import router_aux_loss_coef
 from orpo_dist.model.upstream import is_out_of_memory
 from orpo_dist.options.durations import seconds_of
 from orpo_dist.options.secrets import without_secrets
 from orpo_dist.packing.lengths import PairLengths
-from orpo_dist.packing.sampler import FILLER
 from orpo_dist.packing.token_ids import inside
 from orpo_dist.run.fingerprint import fingerprint
 from orpo_dist.run.owner import owned
@@ -69,12 +76,14 @@ from orpo_dist.training.borrowed import BorrowedModel
 from orpo_dist.training.checkpoint_writer import CheckpointWriter
 from orpo_dist.training.evaluation import EvaluationPass, with_prefix
 from orpo_dist.training.final_model import save_checked, whole_weights
+from orpo_dist.training.following import ArgsInForce
 from orpo_dist.training.loaders import PairLoaders
 from orpo_dist.training.malloc_trim import returning_freed_memory
-from orpo_dist.training.metrics import MetricSums
+from orpo_dist.training.metrics import MetricSums, StoredMetrics
 from orpo_dist.training.nonfinite import PairFacts
 from orpo_dist.training.optimizer_modes import use_averaged_weights
 from orpo_dist.training.out_of_memory import out_of_memory
+from orpo_dist.training.overrides import check_evaluation_loader, is_overridden, sampler_of
 from orpo_dist.training.progress import progress_of, take_over
 from orpo_dist.training.resuming import Resuming
 from orpo_dist.training.setup import set_up, tokenised
@@ -104,6 +113,9 @@ class ORPOTrainer(Trainer):
     """
 
     _tag_names: ClassVar = ["orpo", "orpo_dist"]
+    # As in TRL: training_step divides what compute_loss returns by the accumulation steps, so that a term that a
+    # subclass adds to it counts once per optimizer step.
+    loss_is_scaled_for_ga: bool = False
     model: Any
     args: ORPOConfig
     eval_dataset: Any
@@ -135,14 +147,16 @@ class ORPOTrainer(Trainer):
             data_collator=data_collator,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
             optimizer=optimizers[0],
+            compute_metrics=compute_metrics,
+            trainer_class=type(self),
         )
-        args, self.preparation, self.layout = setup.args, setup.preparation, setup.layout
+        args, self.preparation, self.layout, self._setup = setup.args, setup.preparation, setup.layout, setup
         self._lengths, self._objective, self._peft_config = setup.lengths, setup.objective, peft_config
         self._forward = PairForward(self.layout, self._objective)
         self._borrowed = BorrowedModel()
         set_seed(args.seed)  # a new adapter is initialised at random
         if isinstance(model, str):
-            model = load_model(model, trust_remote_code=args.trust_remote_code, **model_init_kwargs(args))
+            model = load_model(model, **{"trust_remote_code": args.trust_remote_code, **model_init_kwargs(args)})
         if model is not None:
             model = self._adapted(model, args)
 
@@ -160,29 +174,33 @@ class ORPOTrainer(Trainer):
         )
         if isinstance(self.args.model_init_kwargs, dict):  # used up; trackers write the arguments down
             self.args.model_init_kwargs = without_secrets(self.args.model_init_kwargs)
-        # compute_loss divides by the totals of the global batch. With this flag and the token count returned by
-        # get_batch_samples, training_step does not also divide by the accumulation steps (there is no other way in
-        # transformers 5.17).
-        self.model_accepts_loss_kwargs = True
+        # transformers before 5.23 asks this flag alone whether training_step divides by the accumulation steps.
+        self.neftune_noise_alpha = None  # the Trainer's hook takes a packed row for one sequence: model/neftune.py
+        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga
+        self.current_gradient_accumulation_steps = 1  # until the Trainer's loop counts them
         replace_attribute(self.args, "_n_gpu", min(self.args.n_gpu, 1), ONE_DEVICE_PER_PROCESS)
         self.model.add_model_tags(self._tag_names)
+        self._global_batch = Environment.of(self.args, sharding_of(self.accelerator)).global_batch(self.args)
+        limit = seconds_of(args.max_runtime) if args.max_runtime is not None else None
+        self._stop_requests = StopRequests(Path(str(args.output_dir)), limit, is_first_rank=args.process_index == 0)
         self._make_parts()
+        self._add_callbacks()
+        self._args_in_force = ArgsInForce(self.args, makes_models=model_init is not None)
 
     def _make_parts(self) -> None:
         """Create the parts of a run besides the model. Each has one job and receives what it needs."""
         args = self.args
         self._run_folder = run = Path(str(args.output_dir))
         self.environment = environment = Environment.of(args, sharding_of(self.accelerator))
-        self._global_batch = environment.global_batch(args)
-        self._train_sums = MetricSums()
+        self._noise = EmbeddingNoise(args.neftune_noise_alpha or 0.0, args.seed)
+        self._noise_hooks: list[Patched] = []
+        self._train_sums, self._stored_metrics = MetricSums(), StoredMetrics()
         self._evaluation: EvaluationPass | None = None
         for name, rows in (("train", self.train_dataset), ("eval", self.eval_dataset)):
             refuse_unknown_tokens(rows, name, self.model.config, self.preparation.tokenizer)
         self._filler_id = filler_token(self.model.config, self.preparation.tokenizer)
         self.loaders = PairLoaders(args, environment, self.layout, self._filler_id)
         facts = PairFacts(self.train_dataset, self._lengths, self.preparation.tokenizer)
-        limit = seconds_of(args.max_runtime) if args.max_runtime is not None else None
-        self._stop_requests = StopRequests(run, limit, is_first_rank=environment.is_first)
         self._step_guard = StepGuard(run, args, environment, self.accelerator, facts)
         made_of = {
             "topology": environment.sharding.value,
@@ -190,6 +208,9 @@ class ORPOTrainer(Trainer):
         }
         self._checkpoints = CheckpointWriter(args, made_of, environment, self.accelerator)
         self._resuming = Resuming(run, args, made_of, environment, self.accelerator)
+
+    def _add_callbacks(self) -> None:
+        args = self.args
         self.add_callback(_Hooks(self))
         if args.generate_during_eval:
             from orpo_dist.training.samples import SampleReplies
@@ -200,9 +221,40 @@ class ORPOTrainer(Trainer):
                 SampleReplies(rows, self.preparation.processing_class, self._reply, self.callback_handler, args.seed)
             )
 
+    def _follow_args(self) -> bool:
+        """Take over options that have changed since construction or the last train(). Returns whether any has.
+
+        Raises:
+            UserError: one of them is fixed (training/following.py), or its value is refused.
+        """
+        args, before = self.args, self._args_in_force.taken
+        if not self._args_in_force.changed(args):
+            return False
+        self._args_in_force.take(args)
+        self._setup = self._setup.follow(args, self.environment.sharding)
+        self._objective = self._setup.objective
+        self._forward = PairForward(self.layout, self._objective)
+        batch = ("per_device_train_batch_size", "gradient_accumulation_steps")
+        if any(before[name] != getattr(args, name) for name in batch):
+            self._train_batch_size = args.train_batch_size
+            self._global_batch = self.environment.global_batch(args)
+        limit = seconds_of(args.max_runtime) if args.max_runtime is not None else None
+        self._stop_requests.follow(Path(str(args.output_dir)), limit)
+        return True
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        if trial is None or self.model_init is None:
+            super()._hp_search_setup(trial)
+        else:  # call_model_init has set its options
+            self._make_parts()
+            self._resuming.resolve(self._asked_checkpoint)
+
     # ------------------------------------------------------------------ model and data
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
+        if trial is not None:  # a trial's options come before the model, which is made with them
+            super()._hp_search_setup(trial)
+            self._follow_args()
         return self._adapted(super().call_model_init(trial), self.args)
 
     def _adapted(self, model: nn.Module, args: ORPOConfig) -> nn.Module:
@@ -211,14 +263,16 @@ class ORPOTrainer(Trainer):
         given = isinstance(model, PeftModel)
         adapted = model = adapted_model(model, args, self._peft_config, borrowed)
         self._initial_adapters = initial_weights(model, given=given)
-        coefficient = refusals.router_aux_loss_coef(model.config, args.router_aux_loss_coef)
-        self.layout.choose(model, router_aux_loss_coef=coefficient)
+        self._choose_layout(model, args)
         if args.torch_compile:
             compiler = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
             borrowed.change(lambda: compile_blocks(adapted, **compiler))
         borrowed.change(self.layout.fix_rotary)
-        self._throughput = Throughput(ModelFlops.of(model), args.nll_scope)  # model_init may return another size
         return model
+
+    def _choose_layout(self, model: Any, args: ORPOConfig) -> None:
+        self.layout.choose(model, router_aux_loss_coef=router_aux_loss_coef(model, args.router_aux_loss_coef))
+        self._throughput = Throughput(ModelFlops.of(model), args.nll_scope)  # model_init may return another size
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -233,6 +287,7 @@ class ORPOTrainer(Trainer):
             self._lengths,
             global_batch=self._global_batch,
             micro_batch=self._train_batch_size,
+            order=sampler_of(self),
         )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -261,14 +316,29 @@ class ORPOTrainer(Trainer):
             SaveError: a checkpoint could not be written.
             UserError: there is no such checkpoint, it belongs to another run, or another run trains in the folder.
         """
+        trial = kwargs.get("trial", args[0] if args else None)
+        self._asked_checkpoint = resume_from_checkpoint
+        if trial is None:
+            self._begin_anew()
         pickles = safe_pickles() if self.environment.sharding.is_zero else nullcontext()
         with owned(self._run_folder):
-            folder = self._resuming.resolve(resume_from_checkpoint)
+            if trial is None:
+                resume_from_checkpoint = self._resuming.resolve(resume_from_checkpoint)
             try:
                 with self._stop_requests.listening(), pickles, self._borrowed.in_use():
-                    return super().train(folder, *args, **kwargs)
+                    return super().train(resume_from_checkpoint, *args, **kwargs)
             finally:
                 self._step_guard.release()
+                undo_all(self._noise_hooks)
+
+    def _begin_anew(self) -> None:
+        """Before a train() outside of a search: options may have changed, and a search leaves no model behind."""
+        if self.model is None:
+            self.model = self.model_wrapped = self.call_model_init()
+        if self._follow_args():
+            if self.model_init is None:
+                self._choose_layout(self.model, self.args)
+            self._make_parts()
 
     def _inner_training_loop(  # type: ignore[override]  # the Trainer calls it by these names
         self, batch_size: int | None = None, **kwargs: Any
@@ -293,6 +363,7 @@ class ORPOTrainer(Trainer):
         super()._update_auto_batch_size(batch_size)
         micro_batches = -(-self._global_batch // (batch_size * self.environment.data_ranks))
         self.args.gradient_accumulation_steps = micro_batches
+        self._args_in_force.take(self.args)  # the global batch is still the one that was asked for
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if optimizer is None:
@@ -308,10 +379,16 @@ class ORPOTrainer(Trainer):
         """Called after the model is wrapped and the checkpoint loaded, before the first step."""
         self.layout.verify(self.model_wrapped)
         self._step_guard.training_begins(self.accelerator)
+        undo_all(self._noise_hooks)  # of an earlier loop of this train() (auto_find_batch_size)
+        if self.args.neftune_noise_alpha is not None:
+            self._noise_hooks.append(self._noise.attach(self.model))
         take_over(self._resuming.loaded(self.optimizer), self, self._train_sums, self._step_guard, self.environment)
         if self._resuming.checkpoint is not None:
             sharded, folder = self.environment.sharding.partitions_weights, self._resuming.checkpoint
             self._initial_adapters = resume_initial(self.model, self._initial_adapters, folder, sharded=sharded)
+        if self.args.eval_strategy != IntervalStrategy.NO and is_overridden(type(self), "get_eval_dataloader"):
+            some = next(iter(self.eval_dataset)) if isinstance(self.eval_dataset, dict) else None
+            check_evaluation_loader(self.get_eval_dataloader(some))  # now, and not after the steps before an evaluation
         steps_left = self.state.global_step < self.state.max_steps
         if self._resuming.evaluation_is_due(self.state, self.eval_dataset is not None) or (
             not steps_left and self.control.should_evaluate
@@ -339,16 +416,16 @@ class ORPOTrainer(Trainer):
         report = self._step_guard.report(self._stop_requests.reason() is not None, device)
         facts = self.accelerator.reduce(torch.cat([counts.to(device, report.dtype), report]), reduction="sum")
         tokens, pairs = facts[:2].unbind()
-        self._step_guard.begin(facts[2:], [i for layout in layouts for i in layout.index if i != FILLER])
+        self._step_guard.begin(facts[2:], [i for layout in layouts for i in layout.index if i >= 0])
         for layout in layouts:
             layout.tokens, layout.pairs = tokens, pairs
             self._throughput.add(self._lengths_of(layout))
         return batches, tokens
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        micro_batch = [index for index in inputs["orpo_layout"].index if index != FILLER]
+        micro_batch = [index for index in inputs["orpo_layout"].index if index >= 0]
         try:
-            with self.layout.in_force():
+            with self.layout.in_force(), self._noise.of(inputs, self.state.global_step):
                 return super().training_step(model, inputs, num_items_in_batch)
         except (RuntimeError, MemoryError) as error:
             if self.args.auto_find_batch_size or not is_out_of_memory(error):
@@ -362,6 +439,8 @@ class ORPOTrainer(Trainer):
         self._train_sums.add(pair_sums(result.scores, self._objective))
         assert result.loss is not None, "get_batch_samples has written the totals"
         loss = self._step_guard.count(result.loss) * self.environment.world_size  # gradients are averaged over ranks
+        if not self.loss_is_scaled_for_ga:
+            loss = loss * self.current_gradient_accumulation_steps  # which training_step divides by
         return (loss, result.scores) if return_outputs else loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -385,14 +464,24 @@ class ORPOTrainer(Trainer):
                 self._tr_loss.nan_to_num_(0.0)
         if "train_loss" in logs:  # the Trainer divides the sum of the whole run by the steps of this call only
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 0.001)
-        super().log(logs, start_time)
+        super().log(logs | self._stored_metrics.drain("train" if "loss" in logs else "eval"), start_time)
+
+    def store_metrics(self, metrics: dict[str, Any], train_eval: Literal["train", "eval"] = "train") -> None:
+        """Adds the means of these metrics to the next training or evaluation line of the log, as in TRL."""
+        self._stored_metrics.add(metrics, train_eval)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Model FLOPs of a micro-batch (model/flops.py)."""
         return int(self._throughput.flops_of(self._lengths_of(inputs["orpo_layout"])))
 
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """A packed row has no padding, although its pad token may be a real one (EOS)."""
+        if "attention_mask" not in inputs:
+            inputs = {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
+        super()._track_num_input_tokens(inputs)
+
     def _lengths_of(self, layout: Any) -> list[PairLengths]:
-        return [self._lengths[index] for index in layout.index if index != FILLER]
+        return [self._lengths[index] for index in layout.index if index >= 0]  # neither fillers nor unnumbered rows
 
     # ------------------------------------------------------------------ evaluation
 
@@ -413,7 +502,9 @@ class ORPOTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """The Trainer's loop, with the metrics of the whole set (training/evaluation.py)."""
-        keeps_pairs = self.compute_metrics is not None or description == "Prediction"
+        check_evaluation_loader(dataloader)
+        loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
+        keeps_pairs = not loss_only
         self._evaluation = evaluation = EvaluationPass(self._objective, keeps_pairs=keeps_pairs)
         with self._throughput.paused():
             output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)

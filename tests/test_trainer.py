@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import LoraConfig
 from transformers import (
     AutoModelForCausalLM,
@@ -477,6 +479,7 @@ def moe(vocab):
             num_experts=4,
             num_experts_per_tok=2,
             router_aux_loss_coef=0.05,
+            output_router_logits=True,
         )
     )
 
@@ -549,3 +552,47 @@ def test_max_length_is_what_was_decided_for_the_model(tmp_path, chat_tokenizer, 
         processing_class=chat_tokenizer,
     )
     assert type(trainer.args.max_length) is int and trainer.args.max_length == 1024
+
+
+# ---------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize("launched, said", [("fp16", {}), ("fp16", {"bf16": False}), ("bf16", {}), ("no", {})])
+def test_the_precision_that_accelerate_launch_asks_for_is_seen(tmp_path, monkeypatch, launched, said):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    args = config(tmp_path, **said)
+    assert (args.bf16, args.fp16) == (launched == "bf16", launched == "fp16")
+    assert args.mixed_precision == launched
+
+
+def test_the_configs_own_precision_wins(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    args = config(tmp_path, bf16=True)
+    assert args.bf16 and not args.fp16 and args.mixed_precision == "bf16"
+
+
+def test_a_precision_that_is_not_supported_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(UserError, match="mixed_precision=fp8"):
+        config(tmp_path)
+
+
+@pytest.fixture
+def no_accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_what_the_accelerator_runs_in_is_believed(tmp_path, chat_tokenizer, tiny_llama, no_accelerator):
+    """accelerate was set up by the process, and the trainer is told to use that."""
+    Accelerator(mixed_precision="bf16", cpu=True)
+    trainer = ORPOTrainer(
+        tiny_llama(len(chat_tokenizer)),
+        config(tmp_path, max_steps=1, accelerator_config={"use_configured_state": True}),
+        train_dataset=pairs(4, len(chat_tokenizer)),
+        processing_class=chat_tokenizer,
+    )
+    assert trainer.accelerator.mixed_precision == "bf16"
+    assert trainer.args.bf16 and trainer.layout.options.compute_dtype == torch.bfloat16
+    trainer.train()

@@ -8,6 +8,7 @@ from torch import nn
 
 from orpo_dist.loss import Objective, PairScores, orpo_loss
 from orpo_dist.model.packed.choose_layout import LayoutChoice
+from orpo_dist.model.routers import balancing_loss
 from orpo_dist.packing.layout import PackedLayout
 from orpo_dist.packing.padded import PaddedLayout, score_padded
 
@@ -51,5 +52,5 @@ class PairForward:
         loss = orpo_loss(scores, self._objective, layout.tokens, layout.pairs)
         if balances_routers:
             share = (scores.weight * scores.nll_tokens).sum() / layout.tokens
-            loss = loss + coefficient * share * outputs.aux_loss
+            loss = loss + coefficient * share * balancing_loss(outputs)
         return PairResult(loss, scores)

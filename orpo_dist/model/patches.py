@@ -118,6 +118,14 @@ HEAD_CALL = Patch(
     undone="after the call, in every step",
 )
 
+EMBEDDING_NOISE = Patch(
+    name="noise on the embeddings",
+    replaces="forward hooks of the input embeddings",
+    reason="neftune_noise_alpha: transformers' own hook takes a packed row for one sequence.",
+    link=f"{_TRANSFORMERS}/integrations/neftune.py",
+    undone="after train()",
+)
+
 # ---------------------------------------------------------------- loading, adapters, vision
 
 WHOLE_MODEL_LOADING = Patch(

@@ -150,7 +150,8 @@ class PackedLayout:
 
     def counts(self) -> torch.Tensor:
         """(2,) float64 NLL tokens and pairs of this micro-batch. Called before `to`: no device sync."""
-        tokens = torch.tensor([s.nll_prompt + s.scored_chosen for s in self.segments], dtype=torch.float64)
+        scored = [s.nll_prompt + s.scored_chosen for s in self.segments]
+        tokens = torch.tensor(scored, dtype=torch.float64).to(self.weight.device)
         return torch.stack([(tokens * self.weight).sum(), self.weight.sum().double()])
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "PackedLayout":

@@ -6,12 +6,18 @@ cost share one, and every rank has the same number of them.
 """
 
 import heapq
+import operator
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
 
+from orpo_dist.distributed.ranks import on_first_rank
+from orpo_dist.errors import UserError
+
 FILLER = -1  # index of a pair of weight zero, with which a rank without pairs takes part in collectives
+UNNUMBERED = -2  # index of a row whose place in the dataset is not known: its loader is the user's
 
 
 def balanced_bins(batch: Sequence[int], costs: Sequence[float], bins: int) -> list[list[int]]:
@@ -32,6 +38,8 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
     Every optimizer step uses `global_batch` pairs, split into `accumulation` bins per rank. The last, smaller global
     batch of an epoch is kept unless `drop_last`, with only as many micro-steps as it needs.
+
+    order: a sampler of the user. It yields the positions of an epoch's pairs, which the first rank draws for all.
     """
 
     def __init__(
@@ -45,17 +53,23 @@ class GlobalBatchSampler(Sampler[list[int]]):
         seed: int,
         shuffle: bool = True,
         drop_last: bool = False,
+        order: "Sampler[int] | None" = None,
     ):
         self.costs, self.global_batch, self.accumulation = costs, global_batch, accumulation
         self.data_ranks, self.data_rank, self.seed = data_ranks, data_rank, seed
         self.shuffle, self.drop_last, self.epoch = shuffle, drop_last, 0
+        self.order: Any = order
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
+        if callable(getattr(self.order, "set_epoch", None)):  # as accelerate asks: samplers have no type for it
+            self.order.set_epoch(epoch)
 
     def global_batches(self) -> Iterator[list[int]]:
         """The pairs of each optimizer step of this epoch, the same on every rank and for any number of ranks."""
-        if self.shuffle:
+        if self.order is not None:
+            order = on_first_rank(self._ordered)
+        elif self.shuffle:
             generator = torch.Generator().manual_seed(self.seed + self.epoch)
             order = torch.randperm(len(self.costs), generator=generator).tolist()
         else:
@@ -65,11 +79,17 @@ class GlobalBatchSampler(Sampler[list[int]]):
             if len(batch) == self.global_batch or not self.drop_last:
                 yield batch
 
+    def _ordered(self) -> list[int]:
+        try:
+            return [operator.index(position) for position in self.order]
+        except TypeError as error:
+            raise UserError(f"The training sampler must yield positions of rows, whole numbers: {error}.") from error
+
     def _micro_steps(self, pairs: int) -> int:
         return min(self.accumulation, -(-pairs // self.data_ranks))
 
     def __len__(self) -> int:
-        full, tail = divmod(len(self.costs), self.global_batch)
+        full, tail = divmod(len(self.costs if self.order is None else self.order), self.global_batch)
         return full * self._micro_steps(self.global_batch) + (0 if self.drop_last else self._micro_steps(tail))
 
     def plan(self, batch: Sequence[int]) -> list[list[list[int]]]:

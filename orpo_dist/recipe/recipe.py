@@ -37,7 +37,6 @@ OTHER_NAMES = {
     "max_seq_length": "max_length",
     "model": "model_name_or_path",
     "revision": "model_revision",
-    "torch_dtype": "dtype",
 }
 # Set by the config itself, or of no use for repeating a run.
 _NOT_SAVED = {
@@ -84,6 +83,7 @@ _OPTION_CHECKS = (
     "transformers.utils.generic",
     "trl.scripts",
 )
+_FLAG_OF_DTYPE = re.compile(r"^--torch[-_]dtype(?==|$)")
 _KINDS = {"float": "a number", "int": "a whole number", "string_to_bool": "true or false"}
 
 
@@ -131,6 +131,8 @@ class Recipe:
         from orpo_dist.config import ORPOConfig
         from orpo_dist.options.model import ModelArguments
 
+        values, where = _with_dtype(dict(values), where)
+        flags = [_FLAG_OF_DTYPE.sub("--dtype", flag) for flag in flags]
         parser = _parser((DataArguments, ModelArguments, ORPOConfig))
         hints = {name: hint for kind in parser.dataclass_types for name, hint in get_type_hints(kind).items()}
         names = [option.name for kind in parser.dataclass_types for option in fields(kind) if option.init]
@@ -194,6 +196,16 @@ class Recipe:
     def save(self, path: str | Path) -> None:
         """Write `text` into a file."""
         Path(path).write_text(self.text(), "utf-8")
+
+
+def _with_dtype(values: dict[str, Any], where: Callable[[str], str]) -> tuple[dict[str, Any], Callable[[str], str]]:
+    """`torch_dtype`, which `dtype` was once called, under its name of today; and where each name stands."""
+    if "torch_dtype" not in values:
+        return values, where
+    if values.get("dtype", values["torch_dtype"]) != values["torch_dtype"]:
+        raise UserError(f"{where('torch_dtype')}: `torch_dtype` and `dtype` are the same option: keep one.")
+    values["dtype"] = str(values.pop("torch_dtype")).removeprefix("torch.")
+    return values, lambda name: where("torch_dtype" if name == "dtype" else name)
 
 
 def _split_off_recipe(argv: list[str]) -> tuple[str | None, list[str]]:

@@ -46,10 +46,13 @@ def fingerprint(
     args: ORPOConfig, model: nn.Module, rows: Any, lengths: list[PairLengths], global_batch: int
 ) -> dict[str, Any]:
     """The parts that must not change, as short values under readable names, and the versions of the libraries."""
+    options = {"global batch": global_batch, **{name: _plain(getattr(args, name)) for name in OPTIONS}}
+    if args.train_sampling_strategy == "sequential":  # absent otherwise, as in checkpoints from before it was honoured
+        options["train_sampling_strategy"] = "sequential"
     return {
         "model": _model(model),
         "data": {"pairs": len(lengths), "content": _content(rows, lengths)},
-        "options": {"global batch": global_batch, **{name: _plain(getattr(args, name)) for name in OPTIONS}},
+        "options": options,
         "versions": versions(),
     }
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from orpo_dist.config import ORPOConfig
 from orpo_dist.distributed.environment import Sharding, loading_sharding
-from orpo_dist.errors import UserError
+from orpo_dist.model.loading.init_kwargs import model_init_kwargs
 from orpo_dist.model.loading.load import load_config
 from orpo_dist.model.loading.processor import (
     image_sizes,
@@ -93,6 +93,7 @@ def prepare(recipe: Recipe, folder: Path) -> "tuple[PreTrainedTokenizerBase | Pr
     from orpo_dist.data.splits import RunPairs, load_splits
 
     args = recipe.training
+    model_init_kwargs(args)  # refused before rows are read
     preparation = preparation_of(args, str(recipe.model.model_name_or_path), revision=recipe.model.model_revision)
     args.max_length = preparation.options.max_length  # what recipe.yaml of the run states
     train_rows, eval_rows = load_splits(recipe.data, args.seed)
@@ -116,9 +117,7 @@ def load_model_of(arguments: "ModelArguments", args: "ORPOConfig") -> "PreTraine
         "trust_remote_code": args.trust_remote_code,
     }
     # They are used up here; the trainer wants them only beside a model given by name.
-    extra, args.model_init_kwargs = args.model_init_kwargs or {}, None
-    if not isinstance(extra, dict):
-        raise UserError("model_init_kwargs is not a mapping, nor a JSON object.")
+    extra, args.model_init_kwargs = model_init_kwargs(args), None
     model = load_model(str(arguments.model_name_or_path), **(options | extra))
     if arguments.adapter_name_or_path is None:
         return model

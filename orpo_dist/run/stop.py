@@ -50,6 +50,10 @@ class StopRequests:
         self._longest_step = self._longest_save = 0.0
         self._step_began: float | None = None
 
+    def follow(self, folder: Path, max_runtime: float | None) -> None:
+        """Take over another folder or limit, which options have changed."""
+        self._file, self._max_runtime = folder / STOP_FILE, max_runtime
+
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Within this block signals set the flag. Outside it and in other threads their handlers are unchanged."""

@@ -41,7 +41,7 @@ def layout_options(
     return LayoutOptions(
         objective=objective,
         padding_free=args.padding_free,
-        prefix_sharing=args.prefix_sharing and _sharing_pays(train_rows),
+        prefix_sharing=args.prefix_sharing and not _has_noise(args) and _sharing_pays(train_rows),
         verify_layout=args.verify_layout,
         loss_chunk_size=args.loss_chunk_size,
         nll_scope=args.nll_scope,
@@ -51,6 +51,14 @@ def layout_options(
         trl_collator=trl_collator,
         images=_image_setup(sets, preparation, environment),
     )
+
+
+def _has_noise(args: ORPOConfig) -> bool:
+    if args.neftune_noise_alpha is None:
+        return False
+    if args.padding_free:
+        logger.warning("prefix_sharing is off: with neftune_noise_alpha each sequence has a prompt with its own noise.")
+    return True
 
 
 def _longest(sets: list[Any]) -> int | None:

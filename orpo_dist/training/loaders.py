@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 from orpo_dist.config import ORPOConfig
 from orpo_dist.distributed.environment import Environment
@@ -12,6 +12,7 @@ from orpo_dist.packing.lengths import PairLengths, pair_costs, pair_lengths, tok
 from orpo_dist.packing.loader import PairDataLoader, PairDataset
 from orpo_dist.packing.sampler import EvaluationSampler, GlobalBatchSampler
 from orpo_dist.packing.workers import begin_worker
+from orpo_dist.training.refusals import refuse_empty_epoch
 
 
 class PairLoaders:
@@ -26,10 +27,23 @@ class PairLoaders:
         self._args, self._environment, self._layout, self._filler_id = args, environment, layout, filler_id
 
     def training(
-        self, rows: Any, lengths: list[PairLengths], *, global_batch: int, micro_batch: int
+        self,
+        rows: Any,
+        lengths: list[PairLengths],
+        *,
+        global_batch: int,
+        micro_batch: int,
+        order: "Sampler[int] | None" = None,
     ) -> DataLoader[dict[str, Any]]:
-        """Global batches of `global_batch` pairs, cut into micro-batches of about `micro_batch` pairs per data rank."""
+        """Global batches of `global_batch` pairs, cut into micro-batches of about `micro_batch` pairs per data rank.
+
+        order: positions of an epoch's pairs, from a sampler of the user; unset, `train_sampling_strategy` decides.
+
+        Raises:
+            UserError: dataloader_drop_last, and there is no whole global batch.
+        """
         args, environment = self._args, self._environment
+        refuse_empty_epoch(args, len(lengths) if order is None else len(order), global_batch)  # type: ignore[arg-type]
         sampler = GlobalBatchSampler(
             self._costs(rows, lengths),
             global_batch=global_batch,
@@ -37,7 +51,9 @@ class PairLoaders:
             data_ranks=environment.data_ranks,
             data_rank=environment.data_rank,
             seed=args.data_seed if args.data_seed is not None else args.seed,
+            shuffle=args.train_sampling_strategy != "sequential",
             drop_last=args.dataloader_drop_last,
+            order=order,
         )
         return self.of(rows, sampler)
 
@@ -66,6 +82,7 @@ class PairLoaders:
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
             persistent_workers=args.dataloader_persistent_workers and workers > 0,
             prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context if workers > 0 else None,
         )
 
     def _costs(self, rows: Any, lengths: list[PairLengths]) -> list[float]:

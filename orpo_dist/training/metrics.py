@@ -1,5 +1,7 @@
 """Metric sums that stay on the device until they are logged."""
 
+from collections import defaultdict
+
 import torch
 from accelerate import Accelerator
 
@@ -34,3 +36,19 @@ class MetricSums:
         """Add the sums of a checkpoint."""
         if state is not None:
             self.add(state.to(device))
+
+
+class StoredMetrics:
+    """What a subclass stores with `store_metrics`, as in TRL: this rank's means go into the next log line."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, dict[str, list[float | torch.Tensor]]] = defaultdict(lambda: defaultdict(list))
+
+    def add(self, metrics: dict[str, float | torch.Tensor], kind: str) -> None:
+        for name, value in metrics.items():
+            self._values[kind][name].append(value.detach() if isinstance(value, torch.Tensor) else value)
+
+    def drain(self, kind: str) -> dict[str, float]:
+        """Means since the last call. Resets them."""
+        stored = self._values.pop(kind, {})
+        return {name: float(sum(map(float, values)) / len(values)) for name, values in stored.items()}

@@ -1,5 +1,6 @@
 """Argument checks of ORPOTrainer, before any model is loaded."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from peft import PeftModel, PrefixTuningConfig, PromptLearningConfig
@@ -100,21 +101,76 @@ def warn_without_liger_kernels(model: Any, args: ORPOConfig) -> None:
         logger.warning("use_liger_kernel has no effect: Liger has no kernels for %s.", model.config.model_type)
 
 
+def refuse_ignored_options(args: ORPOConfig) -> None:
+    """Raises UserError for a value of transformers' options that would have no effect here."""
+    for option, asked, reason in (*_ignored(args), *_ignored_of_accelerator(args.accelerator_config)):
+        if asked:
+            raise UserError(f"{option} cannot be used: {reason}.")
+
+
+def _ignored(args: ORPOConfig) -> Iterator[tuple[str, Any, str]]:
+    """Option, whether it was asked for, and why it cannot be."""
+    yield (
+        "train_sampling_strategy=group_by_length",
+        args.train_sampling_strategy == "group_by_length",
+        "global batches are drawn first, and pairs of like cost share a micro-batch without padding. Use random, "
+        "sequential or batch_rebalance",
+    )
+    yield (
+        "length_column_name",
+        args.length_column_name != "length",
+        "the cost of a pair is counted from its tokens. Drop it",
+    )
+    yield (
+        "average_tokens_across_devices=False",
+        not args.average_tokens_across_devices,
+        "the loss is normalised by the tokens of all ranks. Leave it unset",
+    )
+    yield "label_names", args.label_names is not None, "pairs have no labels. Drop it"
+    yield (
+        "eval_do_concat_batches=False",
+        not args.eval_do_concat_batches,
+        "predictions come in the order of the evaluation set, whose batches depend on the ranks. Leave it unset",
+    )
+    yield (
+        "dataloader_in_order=False",
+        not args.dataloader_in_order,
+        "micro-batches of one global batch would end up in another. Leave it unset",
+    )
+    yield (
+        "enable_jit_checkpoint",
+        args.enable_jit_checkpoint,
+        "a run saves a checkpoint when it is asked to stop, on all ranks together. Drop it",
+    )
+    yield (
+        "save_on_each_node",
+        args.save_on_each_node,
+        "a checkpoint is written once, into a folder that all nodes share. Drop it",
+    )
+
+
+def _ignored_of_accelerator(config: Any) -> Iterator[tuple[str, Any, str]]:
+    yield (
+        "accelerator_config.split_batches",
+        config.split_batches,
+        "per_device_train_batch_size counts the pairs of one rank. Drop it",
+    )
+    yield "accelerator_config.dispatch_batches", config.dispatch_batches, "every rank reads its own pairs. Drop it"
+    yield (
+        "accelerator_config.even_batches=False",
+        not config.even_batches,
+        "every rank has the same number of micro-batches, and no pair counts twice. Leave it unset",
+    )
+
+
+def refuse_empty_epoch(args: ORPOConfig, pairs: int, global_batch: int) -> None:
+    """Raises UserError where dataloader_drop_last leaves no step."""
+    if args.dataloader_drop_last and pairs < global_batch:
+        raise UserError(
+            f"dataloader_drop_last leaves no step: {pairs} training pairs are fewer than a global batch of "
+            f"{global_batch}. Unset it, or lower per_device_train_batch_size or gradient_accumulation_steps."
+        )
+
+
 def no_evaluation_rows() -> UserError:
     return UserError("Evaluation needs rows: pass eval_dataset to the trainer or to evaluate().")
-
-
-def router_aux_loss_coef(config: Any, asked: float | None) -> float:
-    """Weight of the load-balancing loss: `asked` if given, else the model's default; 0 for a model without routers.
-
-    Raises:
-        UserError: a weight is given and the model has no routers.
-    """
-    declared = config.get_text_config().to_dict().get("router_aux_loss_coef")
-    if declared is None:
-        if asked:
-            raise UserError(
-                f"router_aux_loss_coef={asked} needs a mixture-of-experts model; {config.model_type} has no routers."
-            )
-        return 0.0
-    return declared if asked is None else asked

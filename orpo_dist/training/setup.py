@@ -2,20 +2,22 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from orpo_dist.config import ORPOConfig
-from orpo_dist.distributed.environment import Environment, loading_sharding
+from orpo_dist.distributed.environment import Environment, Sharding, loading_sharding
 from orpo_dist.loss import Objective
 from orpo_dist.model.packed.choose_layout import LayoutChoice
 from orpo_dist.packing.lengths import PairLengths, is_tokenised, pair_lengths
 from orpo_dist.run.checkpoint import LEAST_KEPT
 from orpo_dist.run.prepare import Preparation, preparation_of
 from orpo_dist.training import refusals
+from orpo_dist.training.best_metric import check_best_metric
 from orpo_dist.training.layout_options import layout_options
 from orpo_dist.training.optimizer_modes import refuse_modes_under_zero
+from orpo_dist.training.overrides import is_overridden, refuse_overrides
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Setup:
         train_rows, eval_rows: tokenised, or None; eval_rows may be a dict of sets.
         lengths: of the training pairs, in order.
         layout: not yet chosen; that needs the model.
+        data_collator: of the user.
     """
 
     args: ORPOConfig
@@ -36,6 +39,17 @@ class Setup:
     lengths: list[PairLengths]
     objective: Objective
     layout: LayoutChoice
+    data_collator: Callable[[list[dict]], dict[str, Any]] | None
+
+    def follow(self, args: ORPOConfig, sharding: Sharding) -> "Setup":
+        """The set-up of the same data for options that have changed. Raises UserError as `set_up` does."""
+        refusals.refuse_ignored_options(args)
+        refusals.refuse_what_needs_logits(args, None)
+        objective = objective_of(args)
+        environment = Environment.of(args, sharding)
+        rows = (self.train_rows, self.eval_rows)
+        self.layout.follow(layout_options(args, objective, self.preparation, environment, self.data_collator, *rows))
+        return replace(self, args=args, objective=objective)
 
 
 def set_up(
@@ -49,8 +63,10 @@ def set_up(
     data_collator: Callable[[list[dict]], dict[str, Any]] | None,
     preprocess_logits_for_metrics: Any,
     optimizer: Any,
+    compute_metrics: Callable | None,
+    trainer_class: type,
 ) -> Setup:
-    """The arguments are those of `ORPOTrainer`.
+    """The arguments are those of `ORPOTrainer`; trainer_class is that class or a subclass.
 
     Raises:
         UserError: contradicting options, or data that cannot be trained on.
@@ -61,7 +77,11 @@ def set_up(
     refusals.refuse_unsupported_parallelism(args)
     refusals.refuse_missing_kernels(args, sharding)
     refuse_modes_under_zero(str(args.optim), optimizer, sharding)
+    refusals.refuse_ignored_options(args)
+    refuse_overrides(trainer_class)
     refusals.refuse_contradictions(args, model, model_init, train_dataset is not None or eval_dataset is not None)
+    if not any(is_overridden(trainer_class, name) for name in ("evaluate", "_evaluate")):
+        check_best_metric(args, eval_dataset, compute_metrics)
     # With a limit of 1, transformers deletes every checkpoint but the best one at the end of training.
     args.save_total_limit = LEAST_KEPT if args.save_total_limit == 1 else args.save_total_limit
 
@@ -76,11 +96,18 @@ def set_up(
     else:
         eval_rows = tokenised(eval_dataset, "eval", preparation, dropped_rows)
 
-    objective = Objective(beta=args.beta, label_smoothing=args.label_smoothing)
+    objective = objective_of(args)
     environment = Environment.of(args, sharding)
     options = layout_options(args, objective, preparation, environment, data_collator, train_rows, eval_rows)
     lengths = pair_lengths(train_rows) if train_rows is not None else []
-    return Setup(args, preparation, train_rows, eval_rows, lengths, objective, LayoutChoice(options))
+    if train_rows is not None and not is_overridden(trainer_class, "_get_train_sampler"):
+        refusals.refuse_empty_epoch(args, len(lengths), environment.global_batch(args))
+    layout = LayoutChoice(options)
+    return Setup(args, preparation, train_rows, eval_rows, lengths, objective, layout, data_collator)
+
+
+def objective_of(args: ORPOConfig) -> Objective:
+    return Objective(beta=args.beta, label_smoothing=args.label_smoothing)
 
 
 def tokenised(rows: Any, name: str, preparation: Preparation, dropped_rows: Path) -> Any:

@@ -23,6 +23,7 @@ from orpo_dist.model.head.install import install_head
 from orpo_dist.model.loading.adapters import disable_base_dropout, quiet_peft, record_base
 from orpo_dist.model.loading.load import loading_whole_models
 from orpo_dist.model.loading.vision import features_for_both, name_present_layers
+from orpo_dist.model.neftune import EmbeddingNoise
 from orpo_dist.model.packed.compile import compile_blocks
 from orpo_dist.model.packed.rotary import fix_rotary_frequencies
 from orpo_dist.model.packed.switch import use_packed_layout
@@ -56,6 +57,7 @@ NAMES = {
     "image options of a processor",
     "skipped step",
     "blocks are compiled already",
+    "noise on the embeddings",
     "one device per process",
 }
 
@@ -193,6 +195,7 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], set[patches.Patc
         lambda model: compile_blocks(model, backend="eager"),
         {patches.COMPILED_BLOCK},
     ),
+    "noise": (lambda: tiny_model("llama"), EmbeddingNoise(5.0, 0).attach, {patches.EMBEDDING_NOISE}),
     "loading": (lambda: deepspeed_integration, _loading_whole, {patches.WHOLE_MODEL_LOADING}),
     "commit": (
         lambda: tiny_model("llama").config,

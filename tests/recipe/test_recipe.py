@@ -268,3 +268,18 @@ def test_the_docs_list_every_field_of_ours_with_its_default():
     for name, field in own.items():
         is_word = isinstance(field.default, bool) or field.default is None
         assert documented[name] == (shown[field.default] if is_word else str(field.default)), name
+
+
+def test_torch_dtype_is_dtype(tmp_path):
+    """In a file and as a flag, where recipes of other trainers have it."""
+    file = tmp_path / "r.yaml"
+    file.write_text("dataset_name: d\nmodel_name_or_path: m\nuse_peft: true\ntorch_dtype: bfloat16\n")
+    assert Recipe.parse([str(file)]).model.dtype == "bfloat16"
+    for flags in (["--torch_dtype", "float32"], ["--torch-dtype=float32"]):
+        assert Recipe.parse([str(file), *flags]).model.dtype == "float32"
+    file.write_text("dataset_name: d\nmodel_name_or_path: m\ntorch_dtype: bfloat16\ndtype: float32\n")
+    with pytest.raises(UserError, match="same option"):
+        Recipe.parse([str(file)])
+    file.write_text("dataset_name: d\nmodel_name_or_path: m\ntorch_dtype: bfloat61\n")
+    with pytest.raises(UserError, match=r"line 3.*`dtype` is 'bfloat61'"):
+        Recipe.parse([str(file)])

@@ -29,6 +29,7 @@ from orpo_dist.loss import Objective, PairScores
 from orpo_dist.model.head.call import HeadOptions, call_head
 from orpo_dist.model.head.chunked_pass import LogitTransform
 from orpo_dist.model.patches import HEAD_STAND_IN, LOSS_HEAD, Patched, replace_attribute, replace_item
+from orpo_dist.model.routers import balancing_loss
 from orpo_dist.packing.layout import PackedLayout, PackedLayoutError
 
 # Where the logit transform is measured: so near 0 that a softcap is linear there, and so far that it is flat.
@@ -130,7 +131,7 @@ class LossHead:
         if balances_routers and tokens is not None:
             scores = cast(PairScores, layout.scores)
             share = (scores.weight * scores.nll_tokens).sum() / tokens
-            loss = loss + self.router_aux_loss_coef * share * outputs.aux_loss
+            loss = loss + self.router_aux_loss_coef * share * balancing_loss(outputs)
         return loss
 
 

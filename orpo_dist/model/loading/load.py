@@ -91,7 +91,7 @@ def load_model(
     revision: str | None = None,
     dtype: torch.dtype | str | None = None,
     attn_implementation: str | None = None,
-    quantization_config: BitsAndBytesConfig | None = None,
+    quantization_config: Any = None,
     trust_remote_code: bool = False,
     token: str | bool | None = None,
     **model_init_kwargs: Any,
@@ -105,28 +105,35 @@ def load_model(
     TrainingArguments exist) transformers partitions the weights while it loads them.
 
     Raises:
-        UserError: what `load_config` raises, or a quantisation that the distributed set-up cannot shard.
+        UserError: what `load_config` raises, an argument that from_pretrained does not have, or a quantisation that
+            the distributed set-up cannot shard.
     """
     config = load_config(name, revision=revision, trust_remote_code=trust_remote_code, token=token)
     _check_shardable(name, quantization_config, config.to_dict().get("quantization_config") or {})
     if quantization_config is not None:
-        if is_vision_language(config):
+        if is_vision_language(config) and isinstance(quantization_config, BitsAndBytesConfig):
             quantization_config.llm_int8_skip_modules = _unquantised_modules(config)
         model_init_kwargs["quantization_config"] = quantization_config
         if torch.cuda.is_available() and loading_sharding() is not Sharding.ZERO3:
             # Each rank would otherwise fill GPU 0 when its device has not been selected yet.
             launched = launched_rank()
             model_init_kwargs.setdefault("device_map", {"": launched.local_rank or 0 if launched is not None else 0})
-    with hub_errors(name, revision):
-        model = auto_class_of(config).from_pretrained(
-            name,
-            revision=revision,
-            dtype=torch.float32 if dtype is None else dtype,
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-            token=token,
-            **model_init_kwargs,
-        )
+    try:
+        with hub_errors(name, revision):
+            model = auto_class_of(config).from_pretrained(
+                name,
+                revision=revision,
+                dtype=torch.float32 if dtype is None else dtype,
+                attn_implementation=attn_implementation,
+                trust_remote_code=trust_remote_code,
+                token=token,
+                **model_init_kwargs,
+            )
+    except TypeError as error:  # from_pretrained passes on what it does not know
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown is None or unknown[1] not in model_init_kwargs:
+            raise
+        raise UserError(f"model_init_kwargs: from_pretrained has no argument {unknown[1]!r}. Drop it.") from error
     # transformers 5.17 notes the commit here; later ones do not, and still leave it out of what they save.
     replace_attribute(model.config, "_commit_hash", _cached_commit(name, revision), COMMIT_OF_MODEL)
     return model
@@ -179,13 +186,14 @@ def _cached_commit(name: str, revision: str | None) -> str | None:
     return snapshot["revision"] if snapshot else None
 
 
-def _check_shardable(name: str, quantization: BitsAndBytesConfig | None, stored: dict[str, Any]) -> None:
+def _check_shardable(name: str, quantization: Any, stored: dict[str, Any]) -> None:
     """stored: the quantisation that the checkpoint is stored in, empty for a plain one."""
     sharding = loading_sharding()
     if not sharding.partitions_weights:
         return
     strategy = "ZeRO-3" if sharding is Sharding.ZERO3 else "FSDP"
-    if (quantization is not None and quantization.load_in_8bit) or stored.get("load_in_8bit"):
+    in_8bit = isinstance(quantization, BitsAndBytesConfig) and quantization.load_in_8bit
+    if in_8bit or stored.get("load_in_8bit"):
         raise UserError(
             f"8-bit weights cannot be sharded by {strategy}: use load_in_4bit=true, or DDP or ZeRO-2 with 8 bits."
         )

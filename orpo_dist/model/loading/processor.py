@@ -14,6 +14,7 @@ from orpo_dist.config import ORPOConfig
 from orpo_dist.distributed.log import get_logger
 from orpo_dist.errors import UserError
 from orpo_dist.model.loading.hub import hub_errors
+from orpo_dist.model.loading.init_kwargs import model_init_kwargs
 from orpo_dist.model.loading.load import load_config
 from orpo_dist.model.loading.tokenizer import load_tokenizer
 from orpo_dist.model.loading.vision import is_vision_language
@@ -120,18 +121,6 @@ def set_image_sizes(processing_class: PreTrainedTokenizerBase | ProcessorMixin, 
         replace_attribute(processing_class, "images_kwargs", own_options, FIXED_IMAGE_OPTIONS)
 
 
-def model_init_kwargs(args: ORPOConfig) -> dict[str, Any]:
-    """The keyword arguments for from_pretrained.
-
-    Raises:
-        UserError: model_init_kwargs is a string that is not a JSON object.
-    """
-    kwargs = args.model_init_kwargs
-    if isinstance(kwargs, str):
-        raise UserError("model_init_kwargs is a text that is not a JSON object.")
-    return dict(kwargs or {})
-
-
 def is_encoder_decoder(model: Any, args: ORPOConfig) -> bool:
     """Whether it is an encoder-decoder model, from the model, its config by name, or `args` with model_init.
 
@@ -139,8 +128,9 @@ def is_encoder_decoder(model: Any, args: ORPOConfig) -> bool:
         UserError: model_init without is_encoder_decoder, or a model that does not exist.
     """
     if isinstance(model, str):
-        revision = model_init_kwargs(args).get("revision")
-        return load_config(model, revision=revision, trust_remote_code=args.trust_remote_code).is_encoder_decoder
+        kwargs = model_init_kwargs(args)
+        trusted = kwargs.get("trust_remote_code", args.trust_remote_code)
+        return load_config(model, revision=kwargs.get("revision"), trust_remote_code=trusted).is_encoder_decoder
     if model is not None:
         return model.config.is_encoder_decoder
     if args.is_encoder_decoder is None:
@@ -163,8 +153,9 @@ def processing_class_of(model: Any, args: ORPOConfig, given: Any) -> PreTrainedT
     name = model if isinstance(model, str) else model.config._name_or_path
     if not name:
         raise UserError("The model does not say where it came from: pass its tokenizer as processing_class.")
-    revision = model_init_kwargs(args).get("revision")
-    return load_processing_class(name, revision=revision, trust_remote_code=args.trust_remote_code, sizes=sizes)
+    kwargs = model_init_kwargs(args)
+    trusted = kwargs.get("trust_remote_code", args.trust_remote_code)
+    return load_processing_class(name, revision=kwargs.get("revision"), trust_remote_code=trusted, sizes=sizes)
 
 
 def image_sizes(args: ORPOConfig) -> ImageSizes:

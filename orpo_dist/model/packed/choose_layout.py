@@ -38,7 +38,7 @@ from orpo_dist.model.patches import Patched
 from orpo_dist.packing.collate import PackedCollator
 from orpo_dist.packing.images import ImageCollator, process_prompts
 from orpo_dist.packing.padded import EncoderDecoderCollator, PaddedCollator
-from orpo_dist.packing.sampler import FILLER
+from orpo_dist.packing.sampler import FILLER, UNNUMBERED
 from orpo_dist.packing.token_ids import inside
 from orpo_dist.packing.trl_collator import TRLCollator
 
@@ -86,14 +86,17 @@ class LayoutOptions:
 
 
 class PairCollator:
-    """What data loaders hold: collates in the layout that has been chosen, whose workers start after the choice."""
+    """What data loaders hold: collates in the layout that has been chosen, whose workers start after the choice.
+
+    Rows of a loader that the user has made carry neither weight nor index.
+    """
 
     def __init__(self) -> None:
         self.chosen: Collator | None = None
 
     def __call__(self, rows: Rows) -> dict[str, Any]:
         assert self.chosen is not None, "LayoutChoice.choose() comes first"
-        return self.chosen(rows)
+        return self.chosen([{"weight": 1.0, "index": UNNUMBERED, **row} for row in rows])
 
 
 class LayoutChoice:
@@ -137,6 +140,13 @@ class LayoutChoice:
     def _layout_collator(self) -> Collator | None:
         chosen = self.collator.chosen
         return chosen.inner if isinstance(chosen, ImageCollator) else chosen
+
+    def follow(self, options: LayoutOptions) -> None:
+        """Take over other options; `choose` comes next. The model of the earlier choice has its own attention again."""
+        if self._verdict is not None:
+            self._verdict.restore()
+            self._verdict = None
+        self.options = options
 
     def choose(self, model: nn.Module, *, router_aux_loss_coef: float) -> None:
         """Choose the layout for `model` and switch to it. Logs one line if the requested one is not possible."""
