@@ -88,8 +88,8 @@ SHORT_WINDOW = Patch(
 )
 OBSERVED_STATES = Patch(
     name="observed hidden states",
-    replaces="forward hooks of the text model",
-    reason="The start-up check compares the last hidden states, which the loss head does not return.",
+    replaces="forward hooks of the text model, its blocks and its token mixers",
+    reason="The start-up check compares the layouts layer by layer, and lets every layer start from the same states.",
     link=_TORCH_MODULE,
     undone="after the forward of the start-up check",
 )
@@ -292,6 +292,6 @@ def add_forward_hook(module: nn.Module, hook: Callable[..., Any], patch: Patch) 
     return Patched(patch, module.register_forward_hook(hook).remove)
 
 
-def add_forward_pre_hook(module: nn.Module, hook: Callable[..., Any], patch: Patch) -> Patched:
-    """`hook(module, args, kwargs)` before every forward of `module`."""
-    return Patched(patch, module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+def add_forward_pre_hook(module: nn.Module, hook: Callable[..., Any], patch: Patch, *, first: bool = False) -> Patched:
+    """`hook(module, args, kwargs)` before every forward of `module`; `first`: before its other hooks."""
+    return Patched(patch, module.register_forward_pre_hook(hook, with_kwargs=True, prepend=first).remove)

@@ -33,6 +33,7 @@ class PackingVerdict:
     fixed_rotary: rotary embeddings whose frequencies were fixed for max_length.
     patches: what is in force on the model for this layout. A loss head (`install_head`) may be appended.
     rotary_patches: those of fixed_rotary.
+    max_length: the longest sequence of the data, None for no bound.
     """
 
     ok: bool
@@ -41,6 +42,7 @@ class PackingVerdict:
     fixed_rotary: list[str] = field(default_factory=list)
     patches: list[Patched] = field(default_factory=list)
     rotary_patches: list[Patched] = field(default_factory=list)
+    max_length: int | None = None
     _model: PreTrainedModel | None = None
     _attention_before: dict = field(default_factory=dict)
 
@@ -95,6 +97,7 @@ def use_packed_layout(model: nn.Module, *, max_length: int | None) -> PackingVer
         fixed_rotary=list(fixed_rotary),
         patches=[attention, row.handle, *hooks],
         rotary_patches=[handle for handles in fixed_rotary.values() for handle in handles],
+        max_length=max_length,
         _model=base,
         _attention_before=before,
     )

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -10,31 +11,27 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from orpo_dist.model.loading.vision import features_for_both
+from orpo_dist.model.packed.stations import compare_layouts
 from orpo_dist.model.packed.switch import PackingVerdict
-from orpo_dist.model.packed.verify import (
-    TOLERANCES,
-    LayoutCheck,
-    difference_of_packed,
-    last_hidden_states,
-    ordinary_ids,
-    short_window,
-)
+from orpo_dist.model.packed.verify import LayoutCheck, layout_check, ordinary_ids, rounding_unit, run
+from orpo_dist.packing.collate import PackedCollator
 from orpo_dist.packing.images import ImageCollator
-from orpo_dist.packing.layout import PackedLayoutError
 from orpo_dist.packing.padded import PaddedCollator
 
 _SIZES = ((40, 24), (24, 56), (32, 32), (64, 24))  # width, height of the drawn images, in turn
 
 
-def drawn_row(example: dict[str, Any], processor: Any, first: int = 0) -> dict[str, Any]:
-    """The prompt of a row of the data set with small drawn images in place of its own. No completions yet."""
+def drawn_row(example: dict[str, Any], processor: Any, first: int = 0, again: int = 0) -> dict[str, Any]:
+    """The prompt of a row of the data set with small drawn images in place of its own. No completions yet.
+
+    first: which sizes and drawings. again: other drawings of those sizes."""
     from orpo_dist.images.decode import open_image
 
     if processor.image_processor.do_resize is False:  # its images must have the size that they have
         sizes = [open_image(stored).size for stored in example["images"]]
     else:
         sizes = [_SIZES[(first + i) % len(_SIZES)] for i in range(len(example["images"]))]
-    images = [_drawing(*size, first + i) for i, size in enumerate(sizes)]
+    images = [_drawing(*size, first + i + 3 * again) for i, size in enumerate(sizes)]
     made = processor(text=[example["prompt_text"]], images=[images], add_special_tokens=False)
     return {
         "prompt_ids": list(map(int, made["input_ids"][0])),
@@ -52,7 +49,7 @@ def verify_images(
     compute_dtype: torch.dtype = torch.float32,
 ) -> LayoutCheck:
     """Run tiny pairs with and without images through `collator`'s layout and through the model's own forward of a
-    padded batch, and compare the last hidden states.
+    padded batch, and compare them layer by layer.
 
     example: a row of the data set that has images; its prompt says where they stand. verdict: of the packed layout,
     None where the layout is padded. Every rank must call it.
@@ -62,56 +59,61 @@ def verify_images(
     pads = PaddedCollator(pad_token_id=0, nll_scope="sequence")
     reference = replace(collator, inner=pads, filler=None, pixels_twice=True)(rows)
     batch = replace(collator, filler=None)(rows)
-    mask, layout = reference["attention_mask"], batch["orpo_layout"]
+    layout = PackedCollator(prefix_sharing=True, nll_scope="sequence")(rows)["orpo_layout"]
     del reference["orpo_layout"]
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), short_window(base):
-            if verdict is not None:
-                layout.tokens, layout.pairs = layout.counts().float().unbind()
-                states = last_hidden_states(model, base, batch)[0]
-                with verdict.paused():
-                    expected = last_hidden_states(model, base, reference)
-            else:
-                del batch["orpo_layout"]
-                with features_for_both(base):
-                    states = last_hidden_states(model, base, batch)
-                expected = last_hidden_states(model, base, reference)
-    except (PackedLayoutError, ValueError, TypeError, RuntimeError, AttributeError) as error:
-        # With an unknown family anything may fail on the layout's path; the run then falls back to the model's own.
-        return LayoutCheck(float("inf"), 0.0, f"{type(error).__name__} with images: {error}")
-    finally:
-        model.train(was_training)
-    tolerance = max(TOLERANCES[compute_dtype], TOLERANCES[expected.dtype])
     if verdict is not None:
-        difference = difference_of_packed(states.double(), expected.double(), layout)
+        layout = batch["orpo_layout"]
+        layout.tokens, layout.pairs = layout.counts().float().unbind()
     else:
-        seen = mask.bool().to(states.device)
-        ours, theirs = states[seen].double(), expected[seen].double()
-        difference = ((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).square().mean().sqrt().item()
-    reason = f"with images its hidden states differ by {difference:.2g} (rounding explains {tolerance:.2g})"
-    check = LayoutCheck(difference, tolerance)
-    return check if check.ok else replace(check, reason=reason)
+        del batch["orpo_layout"]
+
+    def run_reference() -> None:
+        with nullcontext() if verdict is None else verdict.paused():
+            run(model, base, reference)
+
+    def run_ours() -> None:
+        with features_for_both(base) if verdict is None else nullcontext():
+            run(model, base, batch)
+
+    return layout_check(
+        model,
+        base,
+        lambda: compare_layouts(
+            base,
+            run_reference,
+            run_ours,
+            layout=layout,
+            padded=tuple(reference["input_ids"].shape),
+            packed=verdict is not None,
+            unit=rounding_unit(base, compute_dtype),
+            amplified=False,
+        ),
+        max_length=None if verdict is None else verdict.max_length,
+        what="with images its hidden states",
+    )
 
 
 def _rows(base: PreTrainedModel, processor: Any, example: dict[str, Any]) -> list[dict[str, Any]]:
-    """Pairs with images of unequal size around one without, completions of unequal length."""
+    """Pairs with images of unequal size around one without, completions of unequal length; once more with other
+    drawings and tokens, see model/packed/stations.py."""
     ordinary = ordinary_ids(base)
     generator = torch.Generator().manual_seed(1)
 
     def ids(count: int) -> list[int]:
         return ordinary[torch.randint(len(ordinary), (count,), generator=generator)].tolist()
 
-    prompts: Sequence[dict[str, Any]] = (
-        drawn_row(example, processor),
-        {"prompt_ids": ids(7), "images": [], "prompt_text": ""},
-        drawn_row(example, processor, first=1),
-    )
-    return [
-        {**prompt, "chosen_ids": ids(3 + index), "rejected_ids": ids(6 - index), "weight": 1.0, "index": index}
-        for index, prompt in enumerate(prompts)
-    ]
+    rows: list[dict[str, Any]] = []
+    for again in (0, 1):
+        prompts: Sequence[dict[str, Any]] = (
+            drawn_row(example, processor, again=again),
+            {"prompt_ids": ids(7), "images": [], "prompt_text": ""},
+            drawn_row(example, processor, first=1, again=again),
+        )
+        rows += [
+            {**prompt, "chosen_ids": ids(3 + i), "rejected_ids": ids(6 - i), "weight": 1.0, "index": len(rows) + i}
+            for i, prompt in enumerate(prompts)
+        ]
+    return rows
 
 
 def _drawing(width: int, height: int, number: int) -> Any:
