@@ -65,6 +65,13 @@ UNSHARED_MIXER = Patch(
     link=_TORCH_MODULE,
     undone="by PackingVerdict.restore()",
 )
+CARRIED_LAYOUT = Patch(
+    name="carried layout",
+    replaces="forward of decoder layers that give their attention or mixer no keywords",
+    reason="The layout, a keyword of the layer, has to reach the attention in it.",
+    link=f"{_TRANSFORMERS}/models/stablelm/modeling_stablelm.py",
+    undone="by PackingVerdict.restore()",
+)
 FIXED_ROTARY = Patch(
     name="fixed rotary frequencies",
     replaces="inv_freq, attention_scaling and rope_type of rotary embeddings of kind dynamic and longrope",

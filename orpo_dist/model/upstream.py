@@ -3,7 +3,9 @@
 Each is read only here, and tests/model/test_upstream.py fails when a release changes it.
 """
 
+import ast
 import inspect
+import textwrap
 from typing import Any
 
 import transformers
@@ -29,6 +31,25 @@ def uses_attention_interface(module: type[nn.Module]) -> bool:
     except OSError:  # no source file
         return False
     return "ALL_ATTENTION_FUNCTIONS" in source
+
+
+def drops_keywords(module: type[nn.Module], part: str) -> bool:
+    """Whether the forward of a layer calls its part `self.<part>` without `**kwargs`, and so keeps from it what the
+    layer was given beside its own arguments.
+
+    Reads the source of the forward, which no class describes: transformers' decoder layers differ in it.
+    https://github.com/huggingface/transformers/blob/main/src/transformers/models/stablelm/modeling_stablelm.py
+    """
+    try:
+        source = inspect.getsource(inspect.unwrap(module.forward))
+    except OSError:  # no source file
+        return False
+    calls = [
+        node
+        for node in ast.walk(ast.parse(textwrap.dedent(source)))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == part
+    ]
+    return bool(calls) and not any(keyword.arg is None for call in calls for keyword in call.keywords)
 
 
 def refuses_keyword(error: TypeError, keyword: str) -> bool:

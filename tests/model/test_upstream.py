@@ -16,6 +16,7 @@ from orpo_dist.model.upstream import (
     CHECKPOINTS_FORWARD,
     computes_mrope_positions,
     config_value,
+    drops_keywords,
     has_image_features,
     is_adapter_on_experts_refusal,
     is_unknown_architecture,
@@ -39,6 +40,14 @@ def test_checkpointing_goes_around_what_the_version_says():
     assert ("__call__" in vars(GradientCheckpointingLayer)) is not CHECKPOINTS_FORWARD
     block = type(tiny_model("llama").model.layers[0])
     assert hasattr(block.forward, "__wrapped__") or not CHECKPOINTS_FORWARD
+
+
+def test_layers_that_drop_keywords_are_told_by_their_source():
+    for family, part, drops in (("llama", "self_attn", False), ("stablelm", "self_attn", True),
+                                ("nemotron", "self_attn", True), ("jamba", "mamba", True), ("gpt2", "attn", False)):  # fmt: skip
+        block = next(m for m in tiny_model(family).modules() if isinstance(m, GradientCheckpointingLayer))
+        assert drops_keywords(type(block), part) is drops, family
+    assert not drops_keywords(LlamaMLP, "self_attn")  # never called
 
 
 def test_an_unknown_keyword_is_told_by_its_name():

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from orpo_dist.errors import UserError
+from orpo_dist.model.packed.carried import LayoutCarrier, carrier_of
 from orpo_dist.model.packed.mixers import find_token_mixers
 from orpo_dist.model.patches import COMPILED_BLOCK, Patched, replace_attribute
 from orpo_dist.model.upstream import CHECKPOINTS_FORWARD
@@ -45,7 +46,18 @@ def compile_blocks(model: nn.Module, *, backend: Any = "inductor", mode: str | N
     if not blocks:
         raise UserError(f"torch_compile: {type(base).__name__} has no decoder block to compile. Leave it unset.")
     compile_one = _compile_under_checkpointing if CHECKPOINTS_FORWARD else _compile_call
-    return [compile_one(block, backend, mode) for block in blocks]
+    return [
+        compile_one(block, backend, mode)
+        if (carrier := carrier_of(block)) is None
+        else _compile_carried(carrier, backend, mode)
+        for block in blocks
+    ]
+
+
+def _compile_carried(carrier: LayoutCarrier, backend: Any, mode: str | None) -> Patched:
+    """What holds the layout of a block that drops keywords stays outside the compiled code."""
+    compiled = torch.compile(carrier.own_forward, backend=backend, mode=mode, dynamic=True)
+    return replace_attribute(carrier, "compiled", compiled, COMPILED_BLOCK)
 
 
 def _compile_call(block: nn.Module, backend: Any, mode: str | None) -> Patched:
