@@ -11,7 +11,7 @@ from typing import Any
 import transformers
 from packaging.version import Version
 from torch import nn
-from transformers import PreTrainedConfig, ProcessorMixin
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 CHECKPOINTS_FORWARD = Version(transformers.__version__).release >= (5, 19)
 """Whether transformers checkpoints a layer's forward, which it wraps when the class is made, or its __call__, as up to
@@ -31,6 +31,18 @@ def uses_attention_interface(module: type[nn.Module]) -> bool:
     except OSError:  # no source file
         return False
     return "ALL_ATTENTION_FUNCTIONS" in source
+
+
+def text_model_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The decoder of a model, without its output layer.
+
+    `get_decoder` guesses by names and returns the model itself for Llama 4, whose decoder has another name than its
+    class says. https://github.com/huggingface/transformers/blob/main/src/transformers/modeling_utils.py
+    """
+    decoder = model.get_decoder()
+    if decoder is model and model.get_output_embeddings() is not None:
+        return next((part for part in model.children() if isinstance(part, PreTrainedModel)), decoder)
+    return decoder
 
 
 def drops_keywords(module: type[nn.Module], part: str) -> bool:

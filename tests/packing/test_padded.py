@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from orpo_dist.packing.padded import EncoderDecoderCollator, PaddedCollator, score_padded
@@ -49,3 +50,32 @@ def test_encoder_decoder_rows_are_not_shifted_twice():
     layout = batch["orpo_layout"]
     assert layout.targets.tolist() == [[7, 2, 0], [4, 2, 0], [8, 9, 2], [3, 2, 0]]
     assert layout.counts().tolist() == [4, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_scoring_keeps_the_logits_alone(dtype):
+    layout = PaddedCollator(0, "sequence")(ROWS)["orpo_layout"]
+    shape = (*layout.targets.shape, 50)
+    logits = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    logits.requires_grad_()
+    kept: dict[int, int] = {}
+
+    def note(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        scores = score_padded(logits * 1, layout)
+    assert sum(kept.values()) < 1.3 * logits.numel() * logits.element_size()
+    total = scores.chosen_logps.sum() - 2 * scores.rejected_logps.sum() + scores.nll_sum.sum()
+    (found,) = torch.autograd.grad(total, logits)
+
+    exact = logits.detach().double().requires_grad_()
+    logps = torch.log_softmax(exact, 2).gather(2, layout.targets[..., None])[..., 0]
+    means = (logps * layout.completion).sum(1) / layout.completion.sum(1)
+    pairs = len(layout.weight)
+    expected = means[:pairs].sum() - 2 * means[pairs:].sum() - (logps[:pairs] * layout.nll).sum()
+    torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-5)
+    (gradient,) = torch.autograd.grad(expected, exact)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    assert (found.double() - gradient).abs().max() <= tolerance * gradient.abs().max()

@@ -6,11 +6,10 @@ attention and mixers that see no keyword look there. The forward that holds it i
 layer that is recomputed in the backward pass has the layout of its own row.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -29,7 +28,8 @@ def carried_layout() -> PackedLayout | None:
 
 
 @contextmanager
-def _carrying(layout: PackedLayout | None) -> Iterator[None]:
+def carrying(layout: PackedLayout | None) -> Iterator[None]:
+    """Within it, `layout` is that of the decoder layer that is running."""
     token = _CARRIED.set(layout)
     try:
         yield
@@ -38,17 +38,15 @@ def _carrying(layout: PackedLayout | None) -> Iterator[None]:
 
 
 class LayoutCarrier:
-    """The forward of a decoder layer that drops keywords. compiled: of its own forward, see model/packed/compile.py."""
+    """A forward for a decoder layer that drops keywords, to be put on and taken off."""
 
     def __init__(self, block: Any):
         self.block = block
-        self.compiled: Callable[..., Any] | None = None
 
-    @property
-    def own_forward(self) -> Callable[..., Any]:
-        """Without the checkpoint that transformers puts around it from 5.19 on."""
-        forward = type(self.block).forward
-        return MethodType(forward.__wrapped__ if CHECKPOINTS_FORWARD else forward, self.block)
+    def put_on(self) -> list[Patched]:
+        if "forward" in vars(self.block):  # a compiled block holds the layout itself (model/packed/compile.py)
+            return []
+        return [replace_attribute(self.block, "forward", self.forward, CARRIED_LAYOUT)]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Checkpoints as GradientCheckpointingLayer does, around what holds the layout."""
@@ -57,18 +55,14 @@ class LayoutCarrier:
         return self._run(*args, **kwargs)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        with _carrying(kwargs.get("orpo_layout")):
-            return (self.compiled or self.own_forward)(*args, **kwargs)
+        forward = type(self.block).forward
+        own_forward = forward.__wrapped__ if CHECKPOINTS_FORWARD else forward
+        with carrying(kwargs.get("orpo_layout")):
+            return own_forward(self.block, *args, **kwargs)
 
 
-def carrier_of(block: nn.Module) -> LayoutCarrier | None:
-    carrier = getattr(vars(block).get("forward"), "__self__", None)
-    return carrier if isinstance(carrier, LayoutCarrier) else None
-
-
-def carry_layout(text_model: nn.Module, mixers: Sequence[str]) -> list[Patched]:
-    """Give each decoder layer that drops the keywords of one of `mixers` (names in the text model) a forward that holds
-    the layout. Returns the handles."""
+def layout_carriers(text_model: nn.Module, mixers: Sequence[str]) -> list[LayoutCarrier]:
+    """One for each decoder layer that drops the keywords of one of `mixers` (names in the text model)."""
     blocks = {name: module for name, module in text_model.named_modules()
               if isinstance(module, GradientCheckpointingLayer)}  # fmt: skip
     dropping = {}
@@ -76,9 +70,7 @@ def carry_layout(text_model: nn.Module, mixers: Sequence[str]) -> list[Patched]:
         around = max((name for name in blocks if mixer.startswith(f"{name}.")), key=len, default=None)
         if around is not None and _drops(blocks[around], mixer.removeprefix(f"{around}.").split(".")):
             dropping[around] = blocks[around]
-    return [
-        replace_attribute(block, "forward", LayoutCarrier(block).forward, CARRIED_LAYOUT) for block in dropping.values()
-    ]
+    return [LayoutCarrier(block) for block in dropping.values()]
 
 
 def _drops(module: nn.Module, path: Sequence[str]) -> bool:

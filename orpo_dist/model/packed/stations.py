@@ -31,6 +31,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from orpo_dist.model.packed.mixers import find_token_mixers
 from orpo_dist.model.patches import OBSERVED_STATES, Patched, add_forward_hook, add_forward_pre_hook, undo_all
+from orpo_dist.model.upstream import text_model_of
 from orpo_dist.packing.layout import PackedLayout, PackedLayoutError
 
 GAIN = 8.0
@@ -267,7 +268,7 @@ def _equal_lengths(layout: PackedLayout, amplified: bool) -> list[list[int]]:
 
 @contextmanager
 def _observed(base: PreTrainedModel, work: _Pass) -> Iterator[None]:
-    text_model = base.get_decoder()
+    text_model = text_model_of(base)
     mixers = find_token_mixers(text_model)
     inside = {id(mixer.module) for mixer in mixers}
     handles: list[Patched] = []

@@ -19,10 +19,11 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from orpo_dist.model.attention.interface import PACKED_ATTENTION
-from orpo_dist.model.packed.carried import carry_layout
+from orpo_dist.model.packed.carried import layout_carriers
 from orpo_dist.model.packed.mixers import PackedRow, TokenMixer, Unsharing, find_token_mixers
 from orpo_dist.model.packed.rotary import fix_rotary_frequencies
 from orpo_dist.model.patches import PACKED_ATTENTION_OF_MODEL, Patched, undo_all
+from orpo_dist.model.upstream import text_model_of
 
 
 @dataclass
@@ -80,7 +81,7 @@ def use_packed_layout(model: nn.Module, *, max_length: int | None) -> PackingVer
     data, None for no bound.
     """
     base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-    text_model = base.get_decoder()
+    text_model = text_model_of(base)
     mixers = find_token_mixers(text_model)
     reason = _obstacle(base, text_model, mixers, max_length)
     if reason:
@@ -92,12 +93,12 @@ def use_packed_layout(model: nn.Module, *, max_length: int | None) -> PackingVer
     row = PackedRow(text_model)
     unshared = [mixer for mixer in mixers if not mixer.uses_interface]
     hooks = [handle for mixer in unshared for handle in Unsharing(mixer, row).handles]
-    carriers = carry_layout(text_model, [mixer.name for mixer in mixers])
+    carriers = layout_carriers(text_model, [mixer.name for mixer in mixers])
     return PackingVerdict(
         ok=True,
         unshared=[mixer.name for mixer in unshared],
         fixed_rotary=list(fixed_rotary),
-        patches=[attention, row.handle, *hooks, *carriers],
+        patches=[attention, row.handle, *hooks, *(handle for carrier in carriers for handle in carrier.put_on())],
         rotary_patches=[handle for handles in fixed_rotary.values() for handle in handles],
         max_length=max_length,
         _model=base,

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from orpo_dist.model.packed.stations import compare_layouts
 from orpo_dist.model.packed.switch import PackingVerdict
 from orpo_dist.model.patches import SHORT_WINDOW, replace_attribute, undo_all
+from orpo_dist.model.upstream import text_model_of
 from orpo_dist.packing.collate import PackedCollator
 from orpo_dist.packing.layout import PackedLayout, PackedLayoutError
 from orpo_dist.packing.padded import PaddedCollator
@@ -151,7 +152,7 @@ def run(model: nn.Module, base: PreTrainedModel, batch: dict[str, Any]) -> None:
 def short_window(base: PreTrainedModel, max_length: int | None) -> Iterator[None]:
     """Within it, sliding windows are short enough for the tiny rows of a check to reach beyond them. Not those that no
     sequence of the data reaches: some models have one in their config and apply it nowhere but in their masks."""
-    holders = [base.config.get_text_config(decoder=True), *base.get_decoder().modules()]
+    holders = [base.config.get_text_config(decoder=True), *text_model_of(base).modules()]
     windowed = [
         holder
         for holder in holders
