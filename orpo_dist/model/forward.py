@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from orpo_dist.errors import UserError
 from orpo_dist.loss import Objective, PairScores, orpo_loss
 from orpo_dist.model.packed.choose_layout import LayoutChoice
 from orpo_dist.model.routers import balancing_loss
@@ -36,6 +37,11 @@ class PairForward:
             with self._layout.in_force(), self._layout.autocast():
                 loss = model(**tensors, orpo_layout=layout, use_cache=False)
             assert layout.scores is not None
+            if not layout.reached:  # trained on, the pairs of the row would have seen each other
+                raise UserError(
+                    f"No layer of {self._layout.model_class} receives the packed layout: its "
+                    "forward passes no keywords on. Set padding_free=false."
+                )
             return PairResult(loss, layout.scores)
         return self._padded(model, tensors, layout)
 

@@ -65,6 +65,13 @@ UNSHARED_MIXER = Patch(
     link=_TORCH_MODULE,
     undone="after each micro-batch (LayoutChoice.in_force); by PackingVerdict.restore()",
 )
+CARRIED_LAYOUT = Patch(
+    name="carried layout",
+    replaces="forward of decoder layers that give their attention or mixer no keywords",
+    reason="The layout, a keyword of the layer, has to reach the attention in it.",
+    link=f"{_TRANSFORMERS}/models/stablelm/modeling_stablelm.py",
+    undone="by PackingVerdict.restore()",
+)
 FIXED_ROTARY = Patch(
     name="fixed rotary frequencies",
     replaces="inv_freq, attention_scaling and rope_type of rotary embeddings of kind dynamic and longrope",
@@ -88,8 +95,8 @@ SHORT_WINDOW = Patch(
 )
 OBSERVED_STATES = Patch(
     name="observed hidden states",
-    replaces="forward hooks of the text model",
-    reason="The start-up check compares the last hidden states, which the loss head does not return.",
+    replaces="forward hooks of the text model, its blocks and its token mixers",
+    reason="The start-up check compares the layouts layer by layer, and lets every layer start from the same states.",
     link=_TORCH_MODULE,
     undone="after the forward of the start-up check",
 )
@@ -300,6 +307,6 @@ def add_forward_hook(module: nn.Module, hook: Callable[..., Any], patch: Patch) 
     return Patched(patch, module.register_forward_hook(hook).remove)
 
 
-def add_forward_pre_hook(module: nn.Module, hook: Callable[..., Any], patch: Patch) -> Patched:
-    """`hook(module, args, kwargs)` before every forward of `module`."""
-    return Patched(patch, module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+def add_forward_pre_hook(module: nn.Module, hook: Callable[..., Any], patch: Patch, *, first: bool = False) -> Patched:
+    """`hook(module, args, kwargs)` before every forward of `module`; `first`: before its other hooks."""
+    return Patched(patch, module.register_forward_pre_hook(hook, with_kwargs=True, prepend=first).remove)

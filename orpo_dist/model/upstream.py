@@ -3,14 +3,16 @@
 Each is read only here, and tests/model/test_upstream.py fails when a release changes it.
 """
 
+import ast
 import inspect
+import textwrap
 from typing import Any
 
 import torch
 import transformers
 from packaging.version import Version
 from torch import distributed, nn
-from transformers import PreTrainedConfig, ProcessorMixin
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 CHECKPOINTS_FORWARD = Version(transformers.__version__).release >= (5, 19)
 """Whether transformers checkpoints a layer's forward, which it wraps when the class is made, or its __call__, as up to
@@ -30,6 +32,37 @@ def uses_attention_interface(module: type[nn.Module]) -> bool:
     except OSError:  # no source file
         return False
     return "ALL_ATTENTION_FUNCTIONS" in source
+
+
+def text_model_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The decoder of a model, without its output layer.
+
+    `get_decoder` guesses by names and returns the model itself for Llama 4, whose decoder has another name than its
+    class says. https://github.com/huggingface/transformers/blob/main/src/transformers/modeling_utils.py
+    """
+    decoder = model.get_decoder()
+    if decoder is model and model.get_output_embeddings() is not None:
+        return next((part for part in model.children() if isinstance(part, PreTrainedModel)), decoder)
+    return decoder
+
+
+def drops_keywords(module: type[nn.Module], part: str) -> bool:
+    """Whether the forward of a layer calls its part `self.<part>` without `**kwargs`, and so keeps from it what the
+    layer was given beside its own arguments.
+
+    Reads the source of the forward, which no class describes: transformers' decoder layers differ in it.
+    https://github.com/huggingface/transformers/blob/main/src/transformers/models/stablelm/modeling_stablelm.py
+    """
+    try:
+        source = inspect.getsource(inspect.unwrap(module.forward))
+    except OSError:  # no source file
+        return False
+    calls = [
+        node
+        for node in ast.walk(ast.parse(textwrap.dedent(source)))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == part
+    ]
+    return bool(calls) and not any(keyword.arg is None for call in calls for keyword in call.keywords)
 
 
 def refuses_keyword(error: TypeError, keyword: str) -> bool:

@@ -92,6 +92,7 @@ class PackedLayout:
     index: positions of the pairs in the dataset, on the host.
     tokens, pairs: () totals of the whole global batch, written by the trainer once per optimizer step.
     scores: per-pair results, written by the loss head.
+    reached: whether a layer has used it: some models drop the keywords that they do not know.
     prompt_blocks: (sum of P,) for prompts with bidirectional attention: tokens of a prompt with the same number see
         each other, -1 where attention is causal; None where it is causal everywhere. A block is one stretch of tokens.
         Written by the image collator.
@@ -133,6 +134,7 @@ class PackedLayout:
         self.tokens: torch.Tensor | None = None
         self.pairs: torch.Tensor | None = None
         self.scores: PairScores | None = None
+        self.reached = False
         self.prompt_blocks: torch.Tensor | None = None
         self.visibility: dict[tuple[int, int, int | None], torch.Tensor] = {}
         self.block_masks: dict[int | None, BlockMask] = {}

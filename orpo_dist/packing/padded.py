@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from orpo_dist.loss import PairScores
 
@@ -53,17 +54,37 @@ class PaddedLayout:
         return self
 
 
+class _TargetLogps(torch.autograd.Function):
+    """(2B, L) log-probabilities of `targets` from logits (2B, L, V), row by row in float32 at least.
+
+    Nothing of the size of the logits is kept but the logits: autograd would keep a float32 copy and a softmax, four
+    times the bytes of bfloat16 logits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        total = torch.stack([torch.logsumexp(row.to(wide), 1) for row in logits])
+        ctx.save_for_backward(logits, targets, total)
+        return logits.gather(2, targets[..., None])[..., 0].to(wide) - total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        logits, targets, total = ctx.saved_tensors
+        result = torch.empty_like(logits)
+        for into, row, target, row_total, row_grad in zip(result, logits, targets, total, grad, strict=True):
+            error = (row.to(total.dtype) - row_total[:, None]).exp_().mul_(-row_grad[:, None])
+            into.copy_(error.scatter_add_(1, target[:, None], row_grad[:, None]))
+        return result, None
+
+
 def score_padded(logits: torch.Tensor, layout: PaddedLayout) -> PairScores:
     """Scores of B pairs from the logits (2B, L, V) of a padded batch, in float32 (float64 for float64 logits)."""
     pairs = layout.weight.shape[0]
     wide = torch.promote_types(logits.dtype, torch.float32)
-    # Row by row: a float32 copy of all the logits would double the largest tensor of the step.
-    logps = torch.stack(
-        [
-            row_logits.to(wide).gather(1, target[:, None])[:, 0] - torch.logsumexp(row_logits.to(wide), dim=1)
-            for row_logits, target in zip(logits, layout.targets, strict=True)
-        ]
-    )
+    logps = _TargetLogps.apply(logits, layout.targets)
+    assert isinstance(logps, torch.Tensor)
     lengths = layout.completion.sum(1)
     means = torch.where(layout.completion, logps, 0.0).sum(1) / lengths
     with torch.no_grad():

@@ -32,8 +32,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*falling back to its reference PyTorch implementation"),
 ]
 PACKED = ("llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "gemma2", "gemma3", "phi3", "olmo2", "gpt_oss", "cohere2",
-          "qwen3_5", "bamba", "granite_hybrid", "lfm2", "gpt2")  # fmt: skip
-UNSHARED = {"qwen3_5": 3, "bamba": 1, "granite_hybrid": 1, "lfm2": 1}
+          "qwen3_5", "bamba", "granite_hybrid", "lfm2", "gpt2", "stablelm", "nemotron", "jamba")  # fmt: skip
+DROP_KEYWORDS = ("stablelm", "nemotron", "jamba")
+UNSHARED = {"jamba": 1, "qwen3_5": 3, "bamba": 1, "granite_hybrid": 1, "lfm2": 1}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
@@ -118,7 +119,7 @@ def test_the_flex_path_equals_padded(monkeypatch, family, sharing):
     assert_equal(packed_result(model, prefix_sharing=sharing), expected)
 
 
-@pytest.mark.parametrize("family", ["gemma2", "bamba"])
+@pytest.mark.parametrize("family", ["gemma2", "bamba", "stablelm", "jamba"])
 def test_reentrant_checkpointing(family):
     model = tiny_model(family)
     expected = padded_result(model)
@@ -129,7 +130,7 @@ def test_reentrant_checkpointing(family):
 
 def test_recomputation_uses_the_layout_of_its_own_forward():
     """Two packed forwards before one backward: the first is recomputed with its own layout."""
-    for family in ("mistral", "bamba"):
+    for family in ("mistral", "bamba", *DROP_KEYWORDS):
         model = tiny_model(family)
         use_packed_layout(model, max_length=64)
         collator = PackedCollator(True, "sequence")
@@ -262,13 +263,29 @@ def test_chunked_attention_is_packed_within_a_chunk_only():
 
 
 def test_a_mixer_that_gets_no_layout_is_found_out():
-    model = tiny_model("jamba")
+    class Indirect(t.models.jamba.modeling_jamba.JambaMambaDecoderLayer):
+        """Its source does not show that it drops keywords."""
+
+        def forward(self, hidden_states, **kwargs):
+            mixer = self.mamba
+            return hidden_states + mixer(hidden_states)
+
+    model, expected = tiny_model("jamba"), tiny_model("jamba")
+    for one in (model, expected):
+        weights = one.model.layers[0].state_dict()
+        one.model.layers[0] = Indirect(one.config, 0)
+        one.model.layers[0].load_state_dict(weights)
     verdict = use_packed_layout(model, max_length=64)
     check = verify_layout(model, verdict, prefix_sharing=True)
     assert not check.ok and "JambaMambaMixer) receives no layout" in check.reason
-    expected = tiny_model("jamba")
     verdict.restore()
     assert_equal(padded_result(model), padded_result(expected))
+
+
+def test_models_that_pass_no_keywords_to_their_layers_stay_padded():
+    model = t.MambaForCausalLM(t.MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=8))
+    verdict = use_packed_layout(model, max_length=64)
+    assert not verify_layout(model, verdict, prefix_sharing=True).ok
 
 
 def test_an_indexer_inside_attention_stays_padded():

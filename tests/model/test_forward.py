@@ -4,7 +4,9 @@ import pickle
 
 import pytest
 import torch
+from transformers import MambaConfig, MambaForCausalLM
 
+from orpo_dist.errors import UserError
 from orpo_dist.loss import Objective
 from orpo_dist.model.forward import PairForward
 from orpo_dist.model.packed.choose_layout import LayoutChoice, LayoutOptions
@@ -99,3 +101,13 @@ def test_a_collator_reaches_workers_without_the_model(tiny_llama):
     copy = pickle.loads(pickle.dumps(layout.collator))
     assert isinstance(copy(ROWS)["orpo_layout"], PaddedLayout)
     assert len(pickle.dumps(layout.collator)) < 5000
+
+
+@pytest.mark.filterwarnings("ignore:.*falling back to its reference PyTorch implementation")
+def test_a_layout_that_reaches_no_layer_is_an_error():
+    """Mamba's model gives its layers no keywords; without the start-up check only the step itself can tell."""
+    model = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4))
+    layout = chosen(model, verify_layout=False)
+    assert layout.is_packed
+    with pytest.raises(UserError, match="No layer of MambaForCausalLM receives the packed layout"):
+        run(layout, model)

@@ -38,6 +38,7 @@ NAMES = {
     "packed attention of a model",
     "layout seen",
     "mixer on unshared rows",
+    "carried layout",
     "fixed rotary frequencies",
     "compiled block",
     "short window",
@@ -180,6 +181,11 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], set[patches.Patc
         },
     ),
     "packed step of a hybrid": (lambda: tiny_model("qwen3_5"), _packed_step, {patches.UNSHARED_MIXER}),
+    "packed step of layers that drop keywords": (
+        lambda: tiny_model("stablelm"),
+        _packed_step,
+        {patches.CARRIED_LAYOUT},
+    ),
     "packed text of a vlm": (
         lambda: tiny_model("llava"),
         lambda model: use_packed_layout(model, max_length=64),

@@ -17,6 +17,7 @@ from orpo_dist.model.upstream import (
     CHECKPOINTS_FORWARD,
     computes_mrope_positions,
     config_value,
+    drops_keywords,
     has_image_features,
     is_adapter_on_experts_refusal,
     is_failure_of_peers,
@@ -24,6 +25,7 @@ from orpo_dist.model.upstream import (
     is_unknown_architecture,
     layer_configs,
     refuses_keyword,
+    text_model_of,
     uses_attention_interface,
     wants_remote_code,
 )
@@ -43,6 +45,23 @@ def test_checkpointing_goes_around_what_the_version_says():
     assert ("__call__" in vars(GradientCheckpointingLayer)) is not CHECKPOINTS_FORWARD
     block = type(tiny_model("llama").model.layers[0])
     assert hasattr(block.forward, "__wrapped__") or not CHECKPOINTS_FORWARD
+
+
+def test_the_text_model_is_the_decoder_without_the_output_layer():
+    llama4 = t.Llama4ForCausalLM(t.Llama4TextConfig(**HEADS, num_local_experts=2, intermediate_size_mlp=32))
+    assert llama4.get_decoder() is llama4 and text_model_of(llama4) is llama4.model
+    vlm = tiny_model("llava")
+    assert text_model_of(vlm) is vlm.model.language_model
+    gpt2 = tiny_model("gpt2")
+    assert text_model_of(gpt2) is gpt2.transformer is text_model_of(gpt2.transformer)
+
+
+def test_layers_that_drop_keywords_are_told_by_their_source():
+    dropping = {"stablelm": "self_attn", "nemotron": "self_attn", "jamba": "mamba"}
+    for family, part in {**dropping, "llama": "self_attn", "gpt2": "attn"}.items():
+        block = next(m for m in tiny_model(family).modules() if isinstance(m, GradientCheckpointingLayer))
+        assert drops_keywords(type(block), part) is (family in dropping), family
+    assert not drops_keywords(LlamaMLP, "self_attn")  # never called
 
 
 def test_an_unknown_keyword_is_told_by_its_name():

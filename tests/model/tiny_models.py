@@ -64,6 +64,8 @@ def _configs() -> dict[str, tuple[type, t.PreTrainedConfig]]:
             t.JambaForCausalLM,
             t.JambaConfig(**COMMON, num_experts=2, attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False),
         ),
+        "stablelm": (t.StableLmForCausalLM, t.StableLmConfig(**COMMON)),
+        "nemotron": (t.NemotronForCausalLM, t.NemotronConfig(**HEADS)),
         "lfm2": (t.Lfm2ForCausalLM, t.Lfm2Config(**COMMON, layer_types=["conv", "full_attention"])),
         "gpt2": (
             t.GPT2LMHeadModel,

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from orpo_dist.packing.padded import EncoderDecoderCollator, PaddedCollator, score_padded
@@ -67,3 +68,32 @@ def test_turns_that_the_model_did_not_write_are_not_scored():
     layout = EncoderDecoderCollator(pad_token_id=0, decoder_start_token_id=1)(TURNS)["orpo_layout"]
     assert layout.completion.tolist() == crosses(["x x . . . .", "x x . . x x", "x x x . . .", "x . x . . ."])
     assert layout.counts().tolist() == [2 + 4, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_scoring_keeps_the_logits_alone(dtype):
+    layout = PaddedCollator(0, "sequence")(ROWS)["orpo_layout"]
+    shape = (*layout.targets.shape, 50)
+    logits = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    logits.requires_grad_()
+    kept: dict[int, int] = {}
+
+    def note(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        scores = score_padded(logits * 1, layout)
+    assert sum(kept.values()) < 1.3 * logits.numel() * logits.element_size()
+    total = scores.chosen_logps.sum() - 2 * scores.rejected_logps.sum() + scores.nll_sum.sum()
+    (found,) = torch.autograd.grad(total, logits)
+
+    exact = logits.detach().double().requires_grad_()
+    logps = torch.log_softmax(exact, 2).gather(2, layout.targets[..., None])[..., 0]
+    means = (logps * layout.completion).sum(1) / layout.completion.sum(1)
+    pairs = len(layout.weight)
+    expected = means[:pairs].sum() - 2 * means[pairs:].sum() - (logps[:pairs] * layout.nll).sum()
+    torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-5)
+    (gradient,) = torch.autograd.grad(expected, exact)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    assert (found.double() - gradient).abs().max() <= tolerance * gradient.abs().max()

@@ -137,6 +137,11 @@ class LayoutChoice:
         return self._base.config
 
     @property
+    def model_class(self) -> str:
+        """Of the model that was chosen for."""
+        return type(self._base).__name__
+
+    @property
     def _layout_collator(self) -> Collator | None:
         chosen = self.collator.chosen
         return chosen.inner if isinstance(chosen, ImageCollator) else chosen

@@ -20,9 +20,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from orpo_dist.errors import UserError
+from orpo_dist.model.packed.carried import carrying
 from orpo_dist.model.packed.mixers import find_token_mixers
 from orpo_dist.model.patches import COMPILED_BLOCK, Patched, replace_attribute
-from orpo_dist.model.upstream import CHECKPOINTS_FORWARD
+from orpo_dist.model.upstream import CHECKPOINTS_FORWARD, text_model_of
 
 
 def compile_blocks(model: nn.Module, *, backend: Any = "inductor", mode: str | None = None) -> list[Patched]:
@@ -35,7 +36,7 @@ def compile_blocks(model: nn.Module, *, backend: Any = "inductor", mode: str | N
         UserError: the model has no block that can be compiled.
     """
     base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-    text_model = base.get_decoder()
+    text_model = text_model_of(base)
     unshared = {id(mixer.module) for mixer in find_token_mixers(text_model) if not mixer.uses_interface}
     blocks = [
         block
@@ -54,13 +55,18 @@ def _compile_call(block: nn.Module, backend: Any, mode: str | None) -> Patched:
 
 
 def _compile_under_checkpointing(block: Any, backend: Any, mode: str | None) -> Patched:
-    """A checkpoint inside the compiled code could not break at the attention, and nothing would be compiled."""
+    """A checkpoint inside the compiled code could not break at the attention, and nothing would be compiled. Inside the
+    checkpoint is also what holds the layout for a block that drops keywords (model/packed/carried.py)."""
     own_forward = types.MethodType(type(block).forward.__wrapped__, block)
     compiled = torch.compile(own_forward, backend=backend, mode=mode, dynamic=True)
 
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with carrying(kwargs.get("orpo_layout")):
+            return compiled(*args, **kwargs)
+
     def forward(*args: Any, **kwargs: Any) -> Any:
         if block.gradient_checkpointing and block.training:
-            return block._gradient_checkpointing_func(partial(compiled, **kwargs), *args)
-        return compiled(*args, **kwargs)
+            return block._gradient_checkpointing_func(partial(run, **kwargs), *args)
+        return run(*args, **kwargs)
 
     return replace_attribute(block, "forward", forward, COMPILED_BLOCK)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from orpo_dist.model.packed.carried import carried_layout
 from orpo_dist.model.patches import LAYOUT_SEEN, UNSHARED_MIXER, Patched, add_forward_hook, add_forward_pre_hook
 from orpo_dist.model.upstream import uses_attention_interface
 from orpo_dist.packing.layout import PackedLayout, PackedLayoutError
@@ -69,11 +70,13 @@ class Unsharing:
         ]
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        self.layout = layout = kwargs.pop("orpo_layout", None)
+        layout = kwargs.pop("orpo_layout", None)
+        self.layout = layout = carried_layout() if layout is None else layout
         if layout is None:
             if self.row.packed:
                 raise PackedLayoutError(f"{self.name} receives no layout: its decoder layer passes no keywords on.")
             return args, kwargs
+        layout.reached = True
         return _map(args, layout, _unshare), _map(kwargs, layout, _unshare)
 
     def _after(self, module: nn.Module, args: tuple, output: Any) -> Any:

@@ -20,9 +20,11 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from orpo_dist.model.attention.interface import PACKED_ATTENTION
+from orpo_dist.model.packed.carried import layout_carriers
 from orpo_dist.model.packed.mixers import PackedRow, TokenMixer, Unsharing, find_token_mixers
 from orpo_dist.model.packed.rotary import fix_rotary_frequencies
 from orpo_dist.model.patches import PACKED_ATTENTION_OF_MODEL, Patched, replace_attribute, undo_all
+from orpo_dist.model.upstream import text_model_of
 
 
 @dataclass
@@ -35,6 +37,7 @@ class PackingVerdict:
     patches: what is in force on the model for this layout.
     makers: put those patches on; that of a loss head may be appended.
     rotary_patches: those of fixed_rotary.
+    max_length: the longest sequence of the data, None for no bound.
     """
 
     ok: bool
@@ -44,6 +47,7 @@ class PackingVerdict:
     patches: list[Patched] = field(default_factory=list)
     makers: list[Callable[[], list[Patched]]] = field(default_factory=list)
     rotary_patches: list[Patched] = field(default_factory=list)
+    max_length: int | None = None
 
     def put_on(self) -> None:
         """Switch the model to the packed layout, after restore(). Cheap: names and hooks, no look at the model."""
@@ -80,7 +84,7 @@ def use_packed_layout(model: nn.Module, *, max_length: int | None) -> PackingVer
     data, None for no bound.
     """
     base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-    text_model = base.get_decoder()
+    text_model = text_model_of(base)
     mixers = find_token_mixers(text_model)
     reason = _obstacle(base, text_model, mixers, max_length)
     if reason:
@@ -95,8 +99,10 @@ def use_packed_layout(model: nn.Module, *, max_length: int | None) -> PackingVer
         fixed_rotary=list(fixed_rotary),
         makers=[lambda: [_packed_attention_in(config) for config in configs], row.put_on],
         rotary_patches=[handle for handles in fixed_rotary.values() for handle in handles],
+        max_length=max_length,
     )
     verdict.makers += [Unsharing(mixer, row).put_on for mixer in unshared]
+    verdict.makers += [carrier.put_on for carrier in layout_carriers(text_model, [mixer.name for mixer in mixers])]
     verdict.put_on()
     return verdict
 

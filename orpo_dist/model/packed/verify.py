@@ -1,6 +1,6 @@
 """Compares the packed with the padded layout, for every model before training."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -9,26 +9,28 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from orpo_dist.distributed.devices import widest_float
+from orpo_dist.errors import UserError
+from orpo_dist.model.packed.stations import compare_layouts
 from orpo_dist.model.packed.switch import PackingVerdict
-from orpo_dist.model.patches import OBSERVED_STATES, SHORT_WINDOW, add_forward_hook, replace_attribute, undo_all
-from orpo_dist.model.upstream import refuses_keyword
+from orpo_dist.model.patches import SHORT_WINDOW, replace_attribute, undo_all
+from orpo_dist.model.upstream import is_failure_of_peers, is_out_of_memory, text_model_of
 from orpo_dist.packing.collate import PackedCollator
 from orpo_dist.packing.layout import PackedLayout, PackedLayoutError
 from orpo_dist.packing.padded import PaddedCollator
 
-# A wrong layout is off by tenths. Rounding adds up over layers; float32 may be TF32 on a GPU.
-TOLERANCES = {torch.float64: 1e-6, torch.float32: 5e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-_LENGTHS = ((9, 5, 8), (4, 9, 3))  # P, C, R of two pairs: each completion once the longer one, all beyond the window
+# What a forward raises that cannot compute what it is given.
+FAILURES = (ValueError, TypeError, RuntimeError, AttributeError, LookupError, AssertionError)
+# P, C, R of pairs: each completion once the longer one, all beyond the window; every length twice (stations.py).
+_LENGTHS = ((9, 5, 8), (4, 9, 3)) * 2
 _WINDOW = 6  # stands in for the model's own window, which a tiny batch would not reach
+_TF32_UNIT = 2.0**-10
 
 
 @dataclass(frozen=True)
 class LayoutCheck:
-    """difference: root mean square over all tokens of |packed - padded| / |padded|, norms of the last hidden states;
-    infinite when the model cannot run the packed row. Not the largest, because in half precision rounding alone may
-    send a token of a mixture of experts to another expert.
-    tolerance: what rounding explains in the precision of the computation.
+    """difference: the largest relative difference of a token's state at one layer, beside what rounding explains there
+    (model/packed/stations.py); infinite when the model cannot run the packed row.
+    tolerance: what rounding explains at that layer, measured.
     reason: what is wrong, for the log; empty when ok."""
 
     difference: float
@@ -43,10 +45,12 @@ class LayoutCheck:
 def verify_layout(
     model: nn.Module, verdict: PackingVerdict, *, prefix_sharing: bool, compute_dtype: torch.dtype = torch.float32
 ) -> LayoutCheck:
-    """Run two tiny pairs through a model that `use_packed_layout` has switched, packed and padded, and compare.
+    """Run a few tiny pairs through a model that `use_packed_layout` has switched, packed and padded, and compare them
+    layer by layer.
 
-    `model` may be wrapped (PEFT, DDP, DeepSpeed, FSDP2); every rank must call it, as each of the two forwards may
-    gather weights. No gradients, no dropout; sliding windows are shortened meanwhile so that the batch exercises them.
+    `model` may be wrapped (PEFT, DDP, DeepSpeed, FSDP2); every rank must call it, as each of the three forwards may
+    gather weights. No gradients, no dropout, nothing compiled; sliding windows that the data reaches are shortened
+    meanwhile so that the batch exercises them.
     compute_dtype: the precision of autocast where the model runs under it; the weights' own coarser one counts too.
     """
     base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
@@ -56,28 +60,69 @@ def verify_layout(
     del padded["orpo_layout"]
     layout: PackedLayout = packed["orpo_layout"]
     layout.tokens, layout.pairs = layout.counts().float().unbind()  # a loss head inside the forward divides by them
+
+    def run_padded() -> None:
+        with verdict.paused():
+            run(model, base, padded)
+
+    return layout_check(
+        model,
+        base,
+        lambda: compare_layouts(
+            base,
+            run_padded,
+            lambda: run(model, base, packed),
+            layout=layout,
+            padded=tuple(padded["input_ids"].shape),
+            packed=True,
+            unit=rounding_unit(base, compute_dtype),
+            amplified=True,
+        ),
+        max_length=verdict.max_length,
+        what="its packed and padded hidden states",
+    )
+
+
+def layout_check(
+    model: nn.Module,
+    base: PreTrainedModel,
+    compare: Callable[[], Any],
+    *,
+    max_length: int | None,
+    what: str,
+) -> LayoutCheck:
+    """`compare` as a check: without gradients, dropout, compiled code or windows longer than its rows.
+
+    An error of the model's code is a reason not to use the layout: with an unknown family anything may fail on it. A
+    full memory or a lost rank says nothing about the layout and is raised.
+    """
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), short_window(base):
-            packed_states = last_hidden_states(model, base, packed)[0]
-            with verdict.paused():
-                padded_states = last_hidden_states(model, base, padded)
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), short_window(base, max_length):
+            found = compare()
     except PackedLayoutError as error:
-        return LayoutCheck(float("inf"), 0.0, str(error))
-    except TypeError as error:
-        if not refuses_keyword(error, "orpo_layout"):
+        return LayoutCheck(float("inf"), 0.0, str(error).removesuffix("."))
+    except UserError:
+        raise
+    except FAILURES as error:
+        if is_out_of_memory(error) or is_failure_of_peers(error):
             raise
-        return LayoutCheck(float("inf"), 0.0, str(error))
+        return LayoutCheck(float("inf"), 0.0, f"{type(error).__name__}: {error}")
     finally:
         model.train(was_training)
-    tolerance = max(TOLERANCES[compute_dtype], TOLERANCES[padded_states.dtype])
-    difference = difference_of_packed(wide(packed_states), wide(padded_states), layout)
-    check = LayoutCheck(difference, tolerance)
+    check = LayoutCheck(found.difference, found.tolerance)
     if check.ok:
         return check
-    reason = f"its packed and padded hidden states differ by {difference:.2g} (rounding explains {tolerance:.2g})"
-    return LayoutCheck(difference, tolerance, reason)
+    reason = f"{what} differ by {found.difference:.2g} at {found.worst} (rounding explains {found.tolerance:.2g})"
+    return LayoutCheck(found.difference, found.tolerance, reason)
+
+
+def rounding_unit(base: PreTrainedModel, compute_dtype: torch.dtype) -> float:
+    """Relative unit of rounding: of the coarser of autocast's precision and the weights' own."""
+    unit = max(torch.finfo(compute_dtype).eps, torch.finfo(base.dtype).eps)
+    on_cuda = next(base.parameters()).device.type == "cuda"
+    return max(unit, _TF32_UNIT) if on_cuda and torch.get_float32_matmul_precision() != "highest" else unit
 
 
 def ordinary_ids(base: PreTrainedModel) -> torch.Tensor:
@@ -90,7 +135,7 @@ def ordinary_ids(base: PreTrainedModel) -> torch.Tensor:
 
 
 def _rows(base: PreTrainedModel) -> list[dict[str, Any]]:
-    """Two pairs of ordinary token ids, the same on every rank."""
+    """Pairs of ordinary token ids, the same on every rank, and once more the same pairs."""
     ordinary = ordinary_ids(base)
     generator = torch.Generator().manual_seed(0)
     rows = []
@@ -100,41 +145,24 @@ def _rows(base: PreTrainedModel) -> list[dict[str, Any]]:
         rows.append(
             {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, "weight": 1.0, "index": index}
         )
-    return rows
+    return [*rows, *({**row, "index": len(rows) + row["index"]} for row in rows)]
 
 
-def last_hidden_states(model: nn.Module, base: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
-    """Taken by a hook: what the whole model returns depends on its head."""
+def run(model: nn.Module, base: PreTrainedModel, batch: dict[str, Any]) -> None:
     device = next(base.parameters()).device
-    found: list[torch.Tensor] = []
-    with add_forward_hook(base.get_decoder(), lambda module, args, output: found.append(output[0]), OBSERVED_STATES):
-        model(**{name: value.to(device) for name, value in batch.items()}, use_cache=False)
-    return found[0]
-
-
-def wide(states: torch.Tensor) -> torch.Tensor:
-    return states.to(widest_float(states.device))
-
-
-def difference_of_packed(packed: torch.Tensor, padded: torch.Tensor, layout: PackedLayout) -> float:
-    """packed (T, H) against padded (2B, L, H), chosen rows first, every token of both sequences of each pair."""
-    pairs = len(layout.segments)
-    errors = []
-    for i, s in enumerate(layout.segments):
-        for sequence, row, length in (
-            (2 * i, i, s.prompt + s.chosen),
-            (2 * i + 1, pairs + i, s.prompt + s.rejected),
-        ):
-            ours, theirs = packed[layout.unshare_index[sequence, :length]], padded[row, :length]
-            errors.append((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1))
-    return torch.cat(errors).square().mean().sqrt().item()
+    model(**{name: value.to(device) for name, value in batch.items()}, use_cache=False)
 
 
 @contextmanager
-def short_window(base: PreTrainedModel) -> Iterator[None]:
-    """Within it, sliding windows are short enough for the tiny rows of a check to reach beyond them."""
-    holders = [base.config.get_text_config(decoder=True), *base.get_decoder().modules()]
-    windowed = [holder for holder in holders if isinstance(vars(holder).get("sliding_window"), int)]
+def short_window(base: PreTrainedModel, max_length: int | None) -> Iterator[None]:
+    """Within it, sliding windows are short enough for the tiny rows of a check to reach beyond them. Not those that no
+    sequence of the data reaches: some models have one in their config and apply it nowhere but in their masks."""
+    holders = [base.config.get_text_config(decoder=True), *text_model_of(base).modules()]
+    windowed = [
+        holder
+        for holder in holders
+        if isinstance(window := vars(holder).get("sliding_window"), int) and (max_length is None or window < max_length)
+    ]
     handles = [replace_attribute(holder, "sliding_window", _WINDOW, SHORT_WINDOW) for holder in windowed]
     try:
         yield

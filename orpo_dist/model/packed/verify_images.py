@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -11,36 +12,29 @@ from transformers import PreTrainedModel
 
 from orpo_dist.errors import UserError
 from orpo_dist.model.loading.vision import features_for_both
+from orpo_dist.model.packed.stations import Comparison, compare_layouts
 from orpo_dist.model.packed.switch import PackingVerdict
-from orpo_dist.model.packed.verify import (
-    TOLERANCES,
-    LayoutCheck,
-    difference_of_packed,
-    last_hidden_states,
-    ordinary_ids,
-    short_window,
-    wide,
-)
+from orpo_dist.model.packed.verify import FAILURES, LayoutCheck, layout_check, ordinary_ids, rounding_unit, run
 from orpo_dist.model.upstream import is_failure_of_peers, is_out_of_memory
+from orpo_dist.packing.collate import PackedCollator
 from orpo_dist.packing.images import ImageCollator
-from orpo_dist.packing.layout import PackedLayoutError
 from orpo_dist.packing.padded import PaddedCollator
 
-# What a forward raises that cannot compute what it is given.
-_FAILURES = (ValueError, TypeError, RuntimeError, AttributeError, LookupError, AssertionError)
 _SIZES = ((40, 24), (24, 56), (32, 32), (64, 24))  # width, height of the drawn images, in turn
 
 
-def drawn_row(example: dict[str, Any], processor: Any, first: int = 0) -> dict[str, Any]:
+def drawn_row(example: dict[str, Any], processor: Any, first: int = 0, again: int = 0) -> dict[str, Any]:
     """The prompt of a row of the data set with small drawn images in place of its own, or the row's own where the
-    processor refuses drawings. No completions yet."""
+    processor refuses drawings. No completions yet.
+
+    first: which sizes and drawings. again: other drawings of those sizes."""
     from orpo_dist.images.decode import open_image
 
     if processor.image_processor.do_resize is False:  # its images must have the size that they have
         sizes = [open_image(stored).size for stored in example["images"]]
     else:
         sizes = [_SIZES[(first + i) % len(_SIZES)] for i in range(len(example["images"]))]
-    images = [_drawing(*size, first + i) for i, size in enumerate(sizes)]
+    images = [_drawing(*size, first + i + 3 * again) for i, size in enumerate(sizes)]
     try:
         made = processor(text=[example["prompt_text"]], images=[images], add_special_tokens=False, return_tensors="pt")
     except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError):  # too small or too narrow for it
@@ -62,7 +56,7 @@ def verify_images(
     compute_dtype: torch.dtype = torch.float32,
 ) -> LayoutCheck:
     """Run tiny pairs with and without images through `collator`'s layout and through the model's own forward of a
-    padded batch, and compare the last hidden states. Where the layout is that forward, it is only run.
+    padded batch, and compare them layer by layer. Where the layout is that forward, it is only run.
 
     example: a row of the data set that has images; its prompt says where they stand. verdict: of the packed layout,
     None where the layout is padded. Every rank must call it.
@@ -75,52 +69,52 @@ def verify_images(
     pads = PaddedCollator(pad_token_id=0, nll_scope="sequence")
     reference = replace(collator, inner=pads, filler=None, pixels_twice=True)(rows)
     batch = replace(collator, filler=None)(rows)
-    mask, layout = reference["attention_mask"], batch["orpo_layout"]
+    layout = PackedCollator(prefix_sharing=True, nll_scope="sequence")(rows)["orpo_layout"]
     del reference["orpo_layout"]
-    was_training = model.training
-    model.eval()
+    if verdict is not None:
+        layout = batch["orpo_layout"]
+        layout.tokens, layout.pairs = layout.counts().float().unbind()
+    else:
+        del batch["orpo_layout"]
+
+    def run_reference() -> None:
+        with nullcontext() if verdict is None else verdict.paused():
+            _run_own(model, base, reference)
+
+    def run_ours() -> None:
+        with features_for_both(base) if verdict is None else nullcontext():
+            run(model, base, batch)
+
+    def compare() -> Comparison:
+        if verdict is None and collator.pixels_twice:
+            run_reference()
+            return Comparison("", 0.0, 0.0)
+        return compare_layouts(
+            base,
+            run_reference,
+            run_ours,
+            layout=layout,
+            padded=tuple(reference["input_ids"].shape),
+            packed=verdict is not None,
+            unit=rounding_unit(base, compute_dtype),
+            amplified=False,
+        )
+
+    return layout_check(
+        model,
+        base,
+        compare,
+        max_length=None if verdict is None else verdict.max_length,
+        what="with images its hidden states",
+    )
+
+
+def _run_own(model: nn.Module, base: PreTrainedModel, batch: dict[str, Any]) -> None:
     try:
-        with torch.no_grad(), short_window(base):
-            if verdict is not None:
-                layout.tokens, layout.pairs = layout.counts().float().unbind()
-                states = last_hidden_states(model, base, batch)[0]
-                with verdict.paused():
-                    expected = _own_states(model, base, reference)
-            else:
-                expected = _own_states(model, base, reference)
-                if collator.pixels_twice:
-                    return LayoutCheck(0.0, 0.0)
-                del batch["orpo_layout"]
-                with features_for_both(base):
-                    states = last_hidden_states(model, base, batch)
-    except UserError:
-        raise
-    except (PackedLayoutError, *_FAILURES) as error:
-        # With an unknown family anything may fail on the layout's path; the run then falls back to the model's own. A
-        # full memory or a lost rank says nothing about the layout.
+        run(model, base, batch)
+    except FAILURES as error:
         if is_out_of_memory(error) or is_failure_of_peers(error):
             raise
-        return LayoutCheck(float("inf"), 0.0, f"{type(error).__name__} with images: {error}")
-    finally:
-        model.train(was_training)
-    tolerance = max(TOLERANCES[compute_dtype], TOLERANCES[expected.dtype])
-    if verdict is not None:
-        difference = difference_of_packed(wide(states), wide(expected), layout)
-    else:
-        seen = mask.bool().to(states.device)
-        ours, theirs = wide(states[seen]), wide(expected[seen])
-        difference = ((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).square().mean().sqrt().item()
-    reason = f"with images its hidden states differ by {difference:.2g} (rounding explains {tolerance:.2g})"
-    check = LayoutCheck(difference, tolerance)
-    return check if check.ok else replace(check, reason=reason)
-
-
-def _own_states(model: nn.Module, base: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
-    try:
-        return last_hidden_states(model, base, batch)
-    except torch.OutOfMemoryError:
-        raise
-    except _FAILURES as error:
         raise UserError(
             f"{type(base).__name__} cannot compute pairs with and without images in one batch "
             f"({type(error).__name__}: {error}). Choose another vision-language model, or set image_column='' to train "
@@ -129,22 +123,26 @@ def _own_states(model: nn.Module, base: PreTrainedModel, batch: dict[str, Any]) 
 
 
 def _rows(base: PreTrainedModel, processor: Any, example: dict[str, Any]) -> list[dict[str, Any]]:
-    """Pairs with images of unequal size around one without, completions of unequal length."""
+    """Pairs with images of unequal size around one without, completions of unequal length; once more with other
+    drawings and tokens, see model/packed/stations.py."""
     ordinary = ordinary_ids(base)
     generator = torch.Generator().manual_seed(1)
 
     def ids(count: int) -> list[int]:
         return ordinary[torch.randint(len(ordinary), (count,), generator=generator)].tolist()
 
-    prompts: Sequence[dict[str, Any]] = (
-        drawn_row(example, processor),
-        {"prompt_ids": ids(7), "images": [], "prompt_text": ""},
-        drawn_row(example, processor, first=1),
-    )
-    return [
-        {**prompt, "chosen_ids": ids(3 + index), "rejected_ids": ids(6 - index), "weight": 1.0, "index": index}
-        for index, prompt in enumerate(prompts)
-    ]
+    rows: list[dict[str, Any]] = []
+    for again in (0, 1):
+        prompts: Sequence[dict[str, Any]] = (
+            drawn_row(example, processor, again=again),
+            {"prompt_ids": ids(7), "images": [], "prompt_text": ""},
+            drawn_row(example, processor, first=1, again=again),
+        )
+        rows += [
+            {**prompt, "chosen_ids": ids(3 + i), "rejected_ids": ids(6 - i), "weight": 1.0, "index": len(rows) + i}
+            for i, prompt in enumerate(prompts)
+        ]
+    return rows
 
 
 def _drawing(width: int, height: int, number: int) -> Any:

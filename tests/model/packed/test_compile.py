@@ -49,7 +49,10 @@ def counter():
     "family, blocks",
     [
         ("llama", 2),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("gemma2", 2), ("gpt_oss", 2), ("qwen3_5", 1))),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("gemma2", 2), ("gpt_oss", 2), ("qwen3_5", 1), ("stablelm", 2))
+        ),
     ],
 )
 def test_numbers_and_recompilations(counter, family, blocks, checkpointing):
@@ -65,7 +68,8 @@ def test_numbers_and_recompilations(counter, family, blocks, checkpointing):
         for ours, other in zip(numbers(model, lengths), theirs, strict=True):
             assert (ours - other).abs().max() <= 2e-5 * other.abs().max() + 1e-7
         counts.append(counter.frame_count)
-    assert 2 <= counts[0] <= 6 and counts[-1] == counts[0], counts
+    most = 7 if family == "stablelm" else 6  # rotary angles on a part of each head
+    assert 2 <= counts[0] <= most and counts[-1] == counts[0], counts
     assert list(model.state_dict()) == names
 
 
