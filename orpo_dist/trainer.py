@@ -160,6 +160,7 @@ class ORPOTrainer(Trainer):
         self._run_folder = run = Path(str(args.output_dir))
         self.environment = environment = Environment.of(args, sharding_of(self.accelerator))
         self._global_batch = environment.global_batch(args)
+        self._wrapped_by: str | None = None  # what has prepared the model for sharded training
         self._train_sums = MetricSums()
         self._evaluation: EvaluationPass | None = None
         for name, rows in (("train", self.train_dataset), ("eval", self.eval_dataset)):
@@ -240,7 +241,10 @@ class ORPOTrainer(Trainer):
             SaveError: a checkpoint could not be written.
             UserError: there is no such checkpoint, or it belongs to another run.
         """
+        if self.model_init is None:
+            refusals.refuse_to_wrap_again(self.environment.sharding, self._wrapped_by)
         folder = self._resuming.resolve(resume_from_checkpoint)
+        self._wrapped_by = "train()"
         pickles = safe_pickles() if self.environment.sharding.is_zero else nullcontext()
         try:
             with self._stop_requests.listening(), pickles:
@@ -362,6 +366,9 @@ class ORPOTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """The Trainer's loop, with the metrics of the whole set (training/evaluation.py)."""
+        if self._wrapped_by is None:
+            refusals.refuse_to_evaluate_first(self.environment.sharding)
+            self._wrapped_by = "evaluate() or predict()"
         keeps_pairs = self.compute_metrics is not None or description == "Prediction"
         self._evaluation = evaluation = EvaluationPass(self._objective, keeps_pairs=keeps_pairs)
         with self._throughput.paused():

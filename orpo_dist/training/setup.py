@@ -9,12 +9,15 @@ from typing import Any
 from orpo_dist.config import ORPOConfig
 from orpo_dist.distributed.environment import Environment, loading_sharding
 from orpo_dist.loss import Objective
+from orpo_dist.model.loading.processor import model_init_kwargs
+from orpo_dist.model.loading.wrapped_layers import refuse_unknown_layers
 from orpo_dist.model.packed.choose_layout import LayoutChoice
 from orpo_dist.packing.lengths import PairLengths, is_tokenised, pair_lengths
 from orpo_dist.run.checkpoint import LEAST_KEPT
 from orpo_dist.run.prepare import Preparation, preparation_of
 from orpo_dist.training import refusals
 from orpo_dist.training.layout_options import layout_options
+from orpo_dist.training.packages import quantization_asked, refuse_missing_packages
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,9 @@ def set_up(
     refusals.refuse_what_needs_logits(args, preprocess_logits_for_metrics)
     refusals.refuse_unsupported_parallelism(args)
     refusals.refuse_missing_kernels(args, sharding)
+    kwargs = model_init_kwargs(args) if isinstance(model, str) else {}
+    refuse_missing_packages(args.optim, kwargs.get("attn_implementation"), quantization_asked(kwargs))
+    refuse_unknown_layers(model, revision=kwargs.get("revision"), trust_remote_code=args.trust_remote_code)
     refusals.refuse_contradictions(args, model, model_init, train_dataset is not None or eval_dataset is not None)
     # With a limit of 1, transformers deletes every checkpoint but the best one at the end of training.
     args.save_total_limit = LEAST_KEPT if args.save_total_limit == 1 else args.save_total_limit
