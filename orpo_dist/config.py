@@ -11,6 +11,7 @@ from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from orpo_dist.distributed import zero
 from orpo_dist.distributed.environment import check_world_size, starts_on_cpu_alone
 from orpo_dist.distributed.log import get_logger
 from orpo_dist.distributed.timeouts import START_SECONDS
@@ -166,6 +167,7 @@ class ORPOConfig(ImageOptions, DataOptions, TrainingArguments):
         super().__post_init__()
         self.ddp_timeout = after
         check_world_size(self.world_size)
+        zero.check_config(self)
         self.check()
 
     def __getstate__(self) -> dict[str, Any]:

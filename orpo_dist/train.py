@@ -121,6 +121,7 @@ def _begin(recipe: Recipe, folder: Path) -> str | None:
     args = recipe.training
     checkpoint = on_first_rank(lambda: checkpoint_to_resume(args.resume_from_checkpoint, folder))
     _check_evaluation(recipe)
+    _check_packages_and_layers(recipe)
     move_token_to_environment(args)
     if args.push_to_hub:
         check_login()
@@ -178,6 +179,19 @@ def _check_evaluation(recipe: Recipe) -> None:
                 f"{option} needs rows to evaluate on: set dataset_test_split to a split, or test_split_size to hold "
                 "rows out of the training split."
             )
+
+
+def _check_packages_and_layers(recipe: Recipe) -> None:
+    """What the trainer checks too, but only once data and model are there."""
+    from orpo_dist.model.loading.wrapped_layers import refuse_unknown_layers
+    from orpo_dist.training.packages import refuse_missing_packages
+
+    model, args = recipe.model, recipe.training
+    quantization = next((name for name in ("load_in_4bit", "load_in_8bit") if getattr(model, name)), None)
+    refuse_missing_packages(args.optim, model.attn_implementation, quantization)
+    refuse_unknown_layers(
+        str(model.model_name_or_path), revision=model.model_revision, trust_remote_code=args.trust_remote_code
+    )
 
 
 def _save_model(trainer: "ORPOTrainer", folder: Path) -> None:

@@ -154,6 +154,7 @@ class ORPOTrainer(Trainer):
         self._lengths, self._objective, self._peft_config = setup.lengths, setup.objective, peft_config
         self._forward = PairForward(self.layout, self._objective)
         self._borrowed = BorrowedModel()
+        self._wrapped_by: str | None = None  # what has prepared the model for sharded training
         set_seed(args.seed)  # a new adapter is initialised at random
         if isinstance(model, str):
             model = load_model(model, **{"trust_remote_code": args.trust_remote_code, **model_init_kwargs(args)})
@@ -316,6 +317,9 @@ class ORPOTrainer(Trainer):
             SaveError: a checkpoint could not be written.
             UserError: there is no such checkpoint, it belongs to another run, or another run trains in the folder.
         """
+        if self.model_init is None:
+            refusals.refuse_to_wrap_again(self.environment.sharding, self._wrapped_by)
+        self._wrapped_by = "train()"
         trial = kwargs.get("trial", args[0] if args else None)
         self._asked_checkpoint = resume_from_checkpoint
         if trial is None:
@@ -502,6 +506,9 @@ class ORPOTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """The Trainer's loop, with the metrics of the whole set (training/evaluation.py)."""
+        if self._wrapped_by is None:
+            refusals.refuse_to_evaluate_first(self.environment.sharding)
+            self._wrapped_by = "evaluate() or predict()"
         check_evaluation_loader(dataloader)
         loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
         keeps_pairs = not loss_only

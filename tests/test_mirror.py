@@ -19,10 +19,6 @@ MIRRORED_ELSEWHERE: dict[str, tuple[list[str], str]] = {
     "commands/merge.py": (["model/loading/test_merge.py"], "the flags of merge_run, tested with it"),
     "config.py": (["recipe/test_recipe.py", "test_trainer.py"], "its fields reach a recipe and change a run"),
     "demo/texts.py": (["demo/test_support_set.py"], "the words of the support set, without code of their own"),
-    "distributed/zero.py": (
-        ["survival/test_security.py", "survival/test_world_size.py"],
-        "DeepSpeed's files, kept real",
-    ),
     "model/head/call.py": (["model/head/test_install.py"], "one call of an installed head"),
     "model/head/chunked_pass.py": (["model/head/test_fused_loss.py"], "the forward and backward of the fused loss"),
     "model/loading/processor.py": (

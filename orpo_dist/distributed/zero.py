@@ -1,5 +1,7 @@
-"""DeepSpeed's checkpoints: loading them without running code from a pickle, and on another number of ranks."""
+"""DeepSpeed's config against the run's, and its checkpoints: loading them without running code from a pickle, and on
+another number of ranks."""
 
+import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,6 +9,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from transformers import SchedulerType
+from transformers.training_args import OptimizerNames
+
+from orpo_dist.distributed.log import get_logger
+from orpo_dist.errors import UserError
+
+logger = get_logger(__name__)
 
 LATEST_UNIVERSAL = "latest_universal"  # DeepSpeed's own mark of a converted checkpoint
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
@@ -53,3 +62,53 @@ def fix_universal(optimizer: Any, decays: list[float]) -> None:
     for state in optimizer.state.values():
         if isinstance(state.get("step"), torch.Tensor):
             state["step"] = state["step"].clone()
+
+
+def check_config(args: Any) -> None:
+    """args: TrainingArguments that are complete. Without DeepSpeed nothing is checked.
+
+    transformers finds the same contradictions when training begins, after the data has been prepared.
+
+    Raises:
+        UserError: values of DeepSpeed's config that are not those of the run.
+    """
+    config, contradictions = _config_of(args)
+    if contradictions:
+        raise UserError(
+            f"The DeepSpeed config {_where(args)} contradicts the run: {'; '.join(contradictions)}. Set these values "
+            'to "auto" there, or to the run\'s.'
+        )
+    for section, option, value in (
+        ("optimizer", "optim", OptimizerNames(args.optim).value),
+        ("scheduler", "lr_scheduler_type", SchedulerType(args.lr_scheduler_type).value),
+    ):
+        if section in config:
+            logger.warning(
+                "%s=%s has no effect: the DeepSpeed config has its own %s, %s.",
+                option,
+                value,
+                section,
+                config[section].get("type"),
+            )
+
+
+def _config_of(args: Any) -> tuple[dict[str, Any], list[str]]:
+    """DeepSpeed's config, and what transformers would say of it."""
+    if args.deepspeed_plugin is None:
+        return {}, []
+    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+    if args.deepspeed:
+        config, mismatches = args.hf_deepspeed_config.config, args.hf_deepspeed_config.mismatches
+    else:  # accelerate's, which the Trainer compares when it makes the accelerator
+        tried = HfTrainerDeepSpeedConfig(copy.deepcopy(args.deepspeed_plugin.deepspeed_config))
+        tried.trainer_config_process(args, args.auto_find_batch_size)
+        args.deepspeed_plugin.set_deepspeed_weakref()  # a config that is made becomes the one that models load by
+        config, mismatches = tried.config, tried.mismatches
+    # "- ds gradient_clipping=2.0 vs hf max_grad_norm=1.0"
+    return config, [line.removeprefix("- ds ").replace(" vs hf ", " against ") for line in mismatches]
+
+
+def _where(args: Any) -> str:
+    file = args.deepspeed if isinstance(args.deepspeed, str) else os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    return file or "of accelerate"

@@ -72,6 +72,31 @@ def refuse_unsupported_parallelism(args: ORPOConfig) -> None:
         )
 
 
+def refuse_to_wrap_again(sharding: Sharding, wrapped_by: str | None) -> None:
+    """Raises UserError where DeepSpeed or FSDP2 has wrapped the model already: neither wraps a model twice."""
+    if wrapped_by is not None and sharding is not Sharding.REPLICATED:
+        raise UserError(
+            f"train() after {wrapped_by} is not possible with {_name(sharding)}, which has wrapped the model for good. "
+            "Evaluate first with eval_on_start=true; to train on, save the model and make a new trainer, or raise "
+            "num_train_epochs and resume."
+        )
+
+
+def refuse_to_evaluate_first(sharding: Sharding) -> None:
+    """Raises UserError where a model cannot be evaluated before train() has wrapped it: ZeRO's stages below 3 and FSDP2
+    wrap it together with its optimizer."""
+    if sharding not in (Sharding.REPLICATED, Sharding.ZERO3):
+        raise UserError(
+            f"evaluate() and predict() before train() are not possible with {_name(sharding)}, which wraps the model "
+            "together with its optimizer. Set eval_on_start=true for an evaluation before the first step, or evaluate "
+            "in a process of its own without it."
+        )
+
+
+def _name(sharding: Sharding) -> str:
+    return "FSDP2" if sharding is Sharding.FSDP else f"ZeRO-{sharding.value.removeprefix('zero')}"
+
+
 def refuse_missing_kernels(args: ORPOConfig, sharding: Sharding) -> None:
     """Raises UserError for kernels that are not installed or have no device, and for compiled blocks under ZeRO-3."""
     if args.torch_compile and sharding is Sharding.ZERO3:

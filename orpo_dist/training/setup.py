@@ -9,6 +9,8 @@ from typing import Any
 from orpo_dist.config import ORPOConfig
 from orpo_dist.distributed.environment import Environment, Sharding, loading_sharding
 from orpo_dist.loss import Objective
+from orpo_dist.model.loading.init_kwargs import model_init_kwargs
+from orpo_dist.model.loading.wrapped_layers import refuse_unknown_layers
 from orpo_dist.model.packed.choose_layout import LayoutChoice
 from orpo_dist.packing.lengths import PairLengths, is_tokenised, pair_lengths
 from orpo_dist.run.checkpoint import LEAST_KEPT
@@ -18,6 +20,7 @@ from orpo_dist.training.best_metric import check_best_metric
 from orpo_dist.training.layout_options import layout_options
 from orpo_dist.training.optimizer_modes import refuse_modes_under_zero
 from orpo_dist.training.overrides import is_overridden, refuse_overrides
+from orpo_dist.training.packages import quantization_asked, refuse_missing_packages
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,9 @@ def set_up(
     refusals.refuse_what_needs_logits(args, preprocess_logits_for_metrics)
     refusals.refuse_unsupported_parallelism(args)
     refusals.refuse_missing_kernels(args, sharding)
+    kwargs = model_init_kwargs(args) if isinstance(model, str) else {}
+    refuse_missing_packages(args.optim, kwargs.get("attn_implementation"), quantization_asked(kwargs))
+    refuse_unknown_layers(model, revision=kwargs.get("revision"), trust_remote_code=args.trust_remote_code)
     refuse_modes_under_zero(str(args.optim), optimizer, sharding)
     refusals.refuse_ignored_options(args)
     refuse_overrides(trainer_class)
