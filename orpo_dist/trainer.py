@@ -41,16 +41,17 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, HubStrategy, IntervalStrategy
 
 from orpo_dist.config import ORPOConfig
-from orpo_dist.distributed.environment import Environment, sharding_of
+from orpo_dist.distributed.environment import Environment, Sharding, sharding_of
 from orpo_dist.distributed.timeouts import START_SECONDS, collectives_may_take
 from orpo_dist.distributed.zero import safe_pickles
 from orpo_dist.errors import RunStopped
 from orpo_dist.loss import pair_sums
 from orpo_dist.model.forward import PairForward
+from orpo_dist.model.loading.adapter_files import adapter_folder, load_adapters
 from orpo_dist.model.loading.init_kwargs import model_init_kwargs
 from orpo_dist.model.loading.initial import initial_weights, resume_initial, save_initial, to_plain_lora
 from orpo_dist.model.loading.load import load_model
-from orpo_dist.model.loading.saved import adapter_folder
+from orpo_dist.model.loading.trained import record_trained
 from orpo_dist.model.neftune import EmbeddingNoise
 from orpo_dist.model.packed.compile import compile_blocks
 from orpo_dist.model.patches import (
@@ -354,7 +355,21 @@ class ORPOTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         use_averaged_weights(self.optimizer)  # else a later switch would average the last step's into the best ones
-        super()._load_best_model()
+        if self._loads_adapters():
+            load_adapters(self.model, Path(str(self.state.best_model_checkpoint)))
+        else:
+            super()._load_best_model()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._loads_adapters():
+            load_adapters(self.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _loads_adapters(self) -> bool:
+        """Whether a checkpoint holds adapters as peft saves them, and not the form of ZeRO or FSDP."""
+        sharding = self.environment.sharding
+        return isinstance(self.model, PeftModel) and not sharding.is_zero and sharding is not Sharding.FSDP
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step < self.state.max_steps:
@@ -575,11 +590,16 @@ class ORPOTrainer(Trainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_whole(self, folder: Path) -> None:
+        half = self.args.bf16 or self.args.fp16
+        changed = bool(self._initial_adapters)
+        trained = record_trained(self.model, self.args.device, base_changed=changed, half=half)
         with whole_weights(self.accelerator, self.environment.sharding, self.deepspeed):
             super().save_model(str(folder), _internal_call=True)  # which only means: without a push
         if self.args.should_save:
             for name, initial in self._initial_adapters.items():
                 to_plain_lora(adapter_folder(folder, name), initial)
+            if trained is not None:
+                trained.save(folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         began, write = time.monotonic(), super()._save_checkpoint

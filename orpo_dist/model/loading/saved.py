@@ -20,16 +20,11 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from orpo_dist.model.loading.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_folder
 from orpo_dist.model.loading.adapters import quiet_peft
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 Shapes = dict[str, tuple[int, ...]]
 Times = dict[Path, int]
-
-
-def adapter_folder(folder: Path, name: str) -> Path:
-    """Where peft saves the adapter `name` of a model: a folder of its own, unless it is called `default`."""
-    return folder if name == "default" else folder / name
 
 
 def weight_times(folder: Path) -> Times:
@@ -94,6 +89,14 @@ def _check_adapter(model: PeftModel, name: str, config: PeftConfig, folder: Path
         if not saved:
             raise _Unloadable(f"{folder / ADAPTER_WEIGHTS} is empty")
         return
+    size, size_of_base = model.config.get_text_config().vocab_size, _vocabulary_of_base(config)
+    if size_of_base not in (None, size) and not any(
+        "lora" not in key and shape[0] == size for key, shape in saved.items()
+    ):
+        raise _Unloadable(
+            f"{folder / ADAPTER_WEIGHTS} lacks the embeddings, although the vocabulary was resized from {size_of_base} "
+            f"to {size} tokens: name them in lora_modules_to_save, or save the resized model as the base"
+        )
     with quiet_peft():
         expected = get_peft_model_state_dict(
             model, state_dict=_whole_on_meta(model), adapter_name=name, save_embedding_layers=False
@@ -102,6 +105,15 @@ def _check_adapter(model: PeftModel, name: str, config: PeftConfig, folder: Path
     wider = vars(saved_config).get("r", 1) / vars(config).get("r", 1)
     shapes = {key: _widened(key, tuple(tensor.shape), wider) for key, tensor in expected.items()}
     _compare(shapes, saved, folder / ADAPTER_WEIGHTS)
+
+
+def _vocabulary_of_base(config: PeftConfig) -> int | None:
+    """Of the base as others load it; None where it is not at hand."""
+    try:
+        base = AutoConfig.from_pretrained(str(config.base_model_name_or_path), revision=config.revision)
+    except (OSError, ValueError, KeyError):
+        return None
+    return base.get_text_config().vocab_size
 
 
 def _widened(key: str, shape: tuple[int, ...], factor: float) -> tuple[int, ...]:

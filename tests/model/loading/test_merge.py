@@ -1,12 +1,13 @@
 import json
 import os
+import shutil
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import constants
-from peft import LoraModel, PeftModel
+from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -24,9 +25,10 @@ from transformers.integrations import deepspeed as deepspeed_integration
 from orpo_dist.commands.merge import main
 from orpo_dist.errors import UserError
 from orpo_dist.model.loading import merge
-from orpo_dist.model.loading.adapters import add_adapter, lora_config
+from orpo_dist.model.loading.adapters import add_adapter, lora_config, record_base
 from orpo_dist.model.loading.load import load_model, quantization_config
 from orpo_dist.model.loading.merge import merge_run
+from orpo_dist.model.loading.trained import TRAINED_NAME, record_trained
 from orpo_dist.options.model import ModelArguments
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -279,3 +281,68 @@ def test_command_line(base, tmp_path, capsys):
     assert "Not verified." in capsys.readouterr().out
     assert json.loads((run / "merged" / "merge_report.json").read_text())["verified"] is False
     torch.testing.assert_close(_merged_logits(run / "merged"), _adapter_logits(base, run), rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------- several adapters, resized vocabularies
+
+
+def _named(base: Path, run: Path, active: str | list[str]) -> PeftModel:
+    """`tone` and `style` far from their beginning, saved; what was recorded names the active ones."""
+    torch.manual_seed(0)
+    settings = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings, adapter_name="tone")
+    model.add_adapter("style", settings)
+    model.base_model.set_adapter(active)
+    model.save_pretrained(run)
+    recorded = record_trained(model, torch.device("cpu"), base_changed=False, half=False)
+    assert recorded is not None
+    recorded.save(run)
+    return model.eval()
+
+
+@pytest.mark.parametrize("active", ["tone", "style", ["tone", "style"]])
+def test_the_active_adapters_are_merged(base, tmp_path, active):
+    model = _named(base, tmp_path / "run", active)
+    with torch.no_grad():
+        expected = model(IDS).logits
+    report = merge_run(tmp_path / "run")
+    assert report.adapters == ([active] if isinstance(active, str) else active)
+    torch.testing.assert_close(_merged_logits(tmp_path / "run" / "merged"), expected, rtol=1e-4, atol=1e-4)
+    assert "Merged tone" in report.lines()[0] or "Merged style" in report.lines()[0]
+
+
+def test_several_adapters_without_a_record(base, tmp_path):
+    _named(base, tmp_path / "run", "tone")
+    (tmp_path / "run" / TRAINED_NAME).unlink()
+    with pytest.raises(UserError, match=r"several adapters \(style, tone\)"):
+        merge_run(tmp_path / "run")
+    assert merge_run(tmp_path / "run" / "tone").adapters == ["default"]
+    shutil.rmtree(tmp_path / "run" / "style")
+    shutil.rmtree(tmp_path / "run" / "tone" / "merged")
+    assert merge_run(tmp_path / "run").adapters == ["tone"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"modules_to_save": ["embed_tokens", "lm_head"]}])
+def test_new_tokens(tmp_path, chat_tokenizer, tied, settings):
+    if tied and settings:
+        settings = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    Qwen2ForCausalLM(Qwen2Config(**SMALL, tie_word_embeddings=tied)).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(517)
+    torch.manual_seed(0)
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False, **settings))
+    record_base(adapted)
+    adapted.save_pretrained(tmp_path / "run")
+    chat_tokenizer.save_pretrained(tmp_path / "run")
+    recorded = record_trained(adapted, torch.device("cpu"), base_changed=False, half=False)
+    assert recorded is not None
+    recorded.save(tmp_path / "run")
+    ids = torch.tensor([[5, 513, 7, 516]])
+    with torch.no_grad():
+        expected = adapted.eval()(ids).logits
+    merge_run(tmp_path / "run")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "merged").eval()
+    assert merged.config.vocab_size == 517
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-4)
