@@ -59,7 +59,10 @@ def train(recipe: Recipe) -> "RunSummary":
             print(_nothing_left(finished))
         return finished
     with owned(folder):
-        return _run(recipe, folder)
+        try:
+            return _run(recipe, folder)
+        except RunStopped as stop:  # while loading, tokenising or merging it does not know of a checkpoint
+            raise stop if stop.checkpoint is not None else _with_newest_checkpoint(stop, folder) from None
 
 
 def _run(recipe: Recipe, folder: Path) -> "RunSummary":
@@ -103,6 +106,15 @@ def _run(recipe: Recipe, folder: Path) -> "RunSummary":
     if state.is_main_process:
         print(_report(summary))
     return summary
+
+
+def _with_newest_checkpoint(stop: RunStopped, folder: Path) -> RunStopped:
+    from orpo_dist.run.checkpoint import MARKER, checkpoint_folders, step_of
+
+    complete = [checkpoint for checkpoint in checkpoint_folders(folder) if (checkpoint / MARKER).is_file()]
+    if not complete:
+        return stop
+    return RunStopped(stop.reason, step_of(complete[-1]), str(complete[-1]))
 
 
 def _begin(recipe: Recipe, folder: Path) -> str | None:

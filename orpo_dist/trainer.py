@@ -42,6 +42,7 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, HubStrate
 
 from orpo_dist.config import ORPOConfig
 from orpo_dist.distributed.environment import Environment, Sharding, sharding_of
+from orpo_dist.distributed.ranks import on_first_rank
 from orpo_dist.distributed.timeouts import START_SECONDS, collectives_may_take
 from orpo_dist.distributed.zero import safe_pickles
 from orpo_dist.errors import RunStopped
@@ -67,6 +68,7 @@ from orpo_dist.options.durations import seconds_of
 from orpo_dist.options.secrets import without_secrets
 from orpo_dist.packing.lengths import PairLengths
 from orpo_dist.packing.token_ids import inside
+from orpo_dist.run.checkpoint import MARKER
 from orpo_dist.run.fingerprint import fingerprint
 from orpo_dist.run.owner import owned
 from orpo_dist.run.stop import StopRequests, ignore_signals
@@ -75,7 +77,7 @@ from orpo_dist.training import refusals
 from orpo_dist.training.adapting import adapted_model
 from orpo_dist.training.borrowed import BorrowedModel
 from orpo_dist.training.checkpoint_writer import CheckpointWriter
-from orpo_dist.training.evaluation import EvaluationPass, with_prefix
+from orpo_dist.training.evaluation import EvaluationPass, EvaluationStopped, with_prefix
 from orpo_dist.training.final_model import save_checked, whole_weights
 from orpo_dist.training.following import ArgsInForce
 from orpo_dist.training.loaders import PairLoaders
@@ -534,6 +536,7 @@ class ORPOTrainer(Trainer):
         predicted = evaluation.predictions()
         if self.compute_metrics is not None and predicted is not None:
             metrics |= self.compute_metrics(predicted)
+        self._stop_requests.not_a_step()
         merged = {**(output.metrics or {}), **with_prefix(metrics, metric_key_prefix)}
         rows: Any = dataloader.dataset
         predictions, labels = (predicted.predictions, predicted.label_ids) if predicted is not None else (None, None)
@@ -543,12 +546,31 @@ class ORPOTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[None, None, None]:
         assert self._evaluation is not None, "evaluation_loop calls this"
+        if self._stop_requests.in_steps and self._ranks_want_to_stop():
+            raise EvaluationStopped
         self.layout.verify(model, may_fall_back=False)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             scores = self._forward(model, inputs, self.args.device).scores
         self._evaluation.add(scores, inputs["orpo_layout"].index)
         return None, None, None
+
+    def _ranks_want_to_stop(self) -> bool:
+        """Every rank has the same number of batches, so all of them leave an evaluation at the same one."""
+        wants = torch.tensor(float(self._stop_requests.reason() is not None), device=self.args.device)
+        return bool(self.accelerator.reduce(wants, reduction="sum") > 0)
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> Any:
+        try:
+            return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler=skip_scheduler)
+        except EvaluationStopped:
+            # The checkpoint of the step, in case it was to come after the evaluation; the resumed run does that first.
+            self._step_guard.stops = True
+            step = self.state.global_step
+            folder = self._run_folder / f"checkpoint-{step}"
+            if step and not on_first_rank(lambda: (folder / MARKER).is_file()):
+                self._save_checkpoint(self.model_wrapped, trial)
+            raise self._stopped(step, str(folder) if step else None) from None
 
     def _reply(self, inputs: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
         """generate() in the precision of training. Its caches would be compiled in vain (torch_compile)."""
@@ -677,9 +699,13 @@ class ORPOTrainer(Trainer):
         """Raises RunStopped if the ranks have agreed to stop."""
         step = self.state.global_step
         if self._step_guard.stops and step < self.state.max_steps:
-            ignore_signals()
-            reasons = [reason for reason in gather_object([self._stop_requests.reason()]) if reason is not None]
-            raise RunStopped(reasons[0] if reasons else "asked to", step, str(self._run_folder / f"checkpoint-{step}"))
+            raise self._stopped(step, str(self._run_folder / f"checkpoint-{step}"))
+
+    def _stopped(self, step: int, checkpoint: str | None) -> RunStopped:
+        """A collective: the reason is that of any rank."""
+        ignore_signals()
+        reasons = [reason for reason in gather_object([self._stop_requests.reason()]) if reason is not None]
+        return RunStopped(reasons[0] if reasons else "asked to", step, checkpoint)
 
     def create_model_card(  # type: ignore[override]
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None

@@ -12,7 +12,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainerCallback
 
 from orpo_dist import cli
-from orpo_dist.errors import UserError
+from orpo_dist.errors import RunStopped, UserError
 from orpo_dist.recipe.recipe import Recipe
 from orpo_dist.run.checkpoint import seal
 from orpo_dist.run.resume import checkpoint_to_resume
@@ -333,6 +333,19 @@ def test_a_finished_run_goes_on_where_something_is_left_to_do(options, tmp_path)
     (folder / "model.safetensors").unlink()
     assert train(Recipe.from_mapping(options(folder, max_steps=3, **changes))).steps == 3
     assert (folder / "model.safetensors").is_file()
+
+
+def test_a_stop_in_a_last_act_names_the_checkpoint_it_can_go_on_from(options, tmp_path, monkeypatch):
+    def stopped(*args):
+        raise RunStopped("SIGTERM")  # as the handler of a signal does outside of steps
+
+    changes = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "resume_from_checkpoint": "auto"}
+    with monkeypatch.context() as patched, pytest.raises(RunStopped) as end:
+        patched.setattr("orpo_dist.train._summarise", stopped)
+        train(Recipe.from_mapping(options(tmp_path / "run", **changes)))
+    assert (end.value.step, end.value.checkpoint) == (2, str(tmp_path / "run" / "checkpoint-2"))
+    assert not (tmp_path / "run" / "run_summary.json").exists()
+    assert train(Recipe.from_mapping(options(tmp_path / "run", **changes))).steps == 2
 
 
 def test_checkpoints_without_an_optimizer_are_warned_of_at_the_start(options, tmp_path, caplog):

@@ -28,6 +28,7 @@ CHECKSUM_BYTES = 16 * 2**20  # files up to this size get a checksum; shards beyo
 LEAST_KEPT = 2
 _NAME = re.compile(r"checkpoint-(\d+)")
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NOT_KNOWN = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
 _NO_RIGHT = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
@@ -183,9 +184,13 @@ def flush_tree(folder: Path) -> None:
 
 
 def flush(path: Path) -> None:
+    """fsync. Some file systems (FUSE, SMB) do not know it for folders; nothing better can be done there."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NOT_KNOWN:
+            raise
     finally:
         os.close(descriptor)
 

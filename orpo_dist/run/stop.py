@@ -89,7 +89,16 @@ class StopRequests:
     def saved(self, seconds: float) -> None:
         """Record the duration of a checkpoint, which does not count as part of a step."""
         self._longest_save = max(self._longest_save, seconds)
+        self.not_a_step()
+
+    def not_a_step(self) -> None:
+        """What was done since the last step, such as an evaluation, does not count as part of the next."""
         self._step_began = time.monotonic()
+
+    @property
+    def in_steps(self) -> bool:
+        """Whether a request waits to be agreed on; else it raises at once."""
+        return self._in_steps
 
     def reason(self) -> str | None:
         """Why this rank wants to stop, or None. The first reason is kept: otherwise the time limit could be withdrawn

@@ -18,6 +18,10 @@ from orpo_dist.training.metrics import MetricSums
 ComputeMetrics = Callable[[EvalPrediction], dict]
 
 
+class EvaluationStopped(Exception):
+    """The ranks have agreed between two batches of an evaluation to stop."""
+
+
 class EvaluationPass:
     """One pass over an evaluation set.
 

@@ -153,3 +153,17 @@ def test_a_kill_between_the_two_renames_of_a_replacement(staged, tmp_path, monke
     if content:
         checkpoints.verify(tmp_path / "checkpoint-5")
         assert (tmp_path / "checkpoint-5" / "text").read_text() == content
+
+
+@pytest.mark.parametrize(("number", "fatal"), [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)])
+def test_a_file_system_that_does_not_know_fsync(staged, monkeypatch, number, fatal):
+    def fsync(descriptor):
+        raise OSError(number, os.strerror(number))
+
+    folder = staged(5)
+    monkeypatch.setattr(os, "fsync", fsync)
+    if fatal:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            checkpoints.flush_tree(folder)
+    else:
+        checkpoints.flush_tree(folder)

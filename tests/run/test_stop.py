@@ -102,3 +102,19 @@ def test_below_torchrun_the_same_signal_passed_on_is_no_second_one(in_a_long_ste
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGCONT)
     assert process.wait(60) == 75
+
+
+def test_an_evaluation_is_not_part_of_a_step(tmp_path, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("orpo_dist.run.stop.time.monotonic", lambda: now[0])
+    stop = StopRequests(tmp_path, 3600.0, is_first_rank=False)
+    stop.steps_begin()
+    for seconds, done in (
+        (2, stop.step_ends),
+        (500, stop.not_a_step),
+        (3, stop.step_ends),
+        (70, lambda: stop.saved(70.0)),
+    ):
+        now[0] += seconds
+        done()
+    assert (stop._longest_step, stop._longest_save) == (3, 70)

@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from benchmarks.kill_campaign import START_SECONDS, STEPS, Run, make_inputs, newest, same_losses, same_weights
+from tests.pair_files import write_pairs
 
 SIGNALS = {signal.SIGTERM: 2, signal.SIGINT: 5, signal.SIGUSR1: 8}  # sent when this checkpoint is there
 
@@ -115,3 +116,25 @@ def test_below_other_launchers_too(folder, topology, number, target):
     """torchrun and accelerate launch end with 1 whatever their processes end with."""
     code = stopped_run(folder, f"{topology}-{target}", topology, "", number, target, 2)
     assert code != 0
+
+
+@pytest.mark.topology
+@pytest.mark.parametrize(("topology", "launcher"), [("plain", "python"), ("ddp", "orpo-dist"), ("zero3", "")])
+def test_a_signal_in_a_long_evaluation_does_not_wait_for_its_end(tmp_path, topology, launcher):
+    make_inputs(tmp_path)
+    write_pairs(tmp_path / "test.jsonl", 1500, seed=2)
+    output = tmp_path / "run"
+    changes = {"eval_steps": 2, "save_steps": 100, "logging_steps": 1, "per_device_eval_batch_size": 1}
+    run = Run(tmp_path, output, topology, launcher, changes)
+    log, deadline = output / "log.jsonl", time.monotonic() + START_SECONDS
+    while not (log.exists() and '"step": 2,' in log.read_text()):
+        assert run.process.poll() is None and time.monotonic() < deadline, run.text()[-3000:]
+        time.sleep(0.02)
+    run.process.send_signal(signal.SIGTERM)
+    code = run.wait(START_SECONDS)
+    told = run.text()
+    assert code == 75 or (launcher == "" and code != 0)
+    assert f"orpo-dist: Stopped at step 2 (SIGTERM): saved {output / 'checkpoint-2'}" in told, told[-3000:]
+    assert (output / "checkpoint-2" / "complete.json").is_file()
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [event["step"] for event in events if "eval_loss" in event] == [0]

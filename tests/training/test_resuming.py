@@ -77,6 +77,43 @@ def test_a_stop_in_the_last_step_of_an_epoch_does_not_lose_its_evaluation(make, 
     assert_same_history(resumed, whole)
 
 
+class InEvaluation(TrainerCallback):
+    """Does something after the first batch of the evaluation of a step, and counts the batches after that."""
+
+    def __init__(self, step, action):
+        self.step, self.action, self.batches = step, action, 0
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.batches += 1
+            if self.batches == 1:
+                self.action()
+
+
+@pytest.mark.parametrize("step", [3, 6])  # 6 has a checkpoint of its own, from before the evaluation
+def test_a_stop_in_an_evaluation_is_agreed_on_between_its_batches(make, tmp_path, step):
+    changes = {"eval_strategy": "epoch", "per_device_eval_batch_size": 1}
+    whole = make("whole", **changes)
+    whole.train()
+    inside = InEvaluation(step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(RunStopped) as end:
+        make("run", inside, **changes).train()
+    assert inside.batches == 1  # of five
+    assert (end.value.reason, end.value.step) == ("SIGTERM", step)
+    assert end.value.checkpoint == str(tmp_path / "run" / f"checkpoint-{step}")
+    resumed = make("run", **changes)
+    resumed.train(resume_from_checkpoint="auto")
+    assert_same_weights(weights(resumed), weights(whole), tolerance=0)
+    assert_same_history(resumed, whole)
+
+
+def test_a_stop_in_the_evaluation_before_the_first_step(make, tmp_path):
+    inside = InEvaluation(0, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(RunStopped, match="nothing to save yet"):
+        make("run", inside, eval_on_start=True, per_device_eval_batch_size=1).train()
+    assert inside.batches == 1 and checkpoints(tmp_path / "run") == []
+
+
 def test_the_stop_file_stops_and_is_removed_at_the_next_start(make, tmp_path):
     file = tmp_path / "run" / "STOP"
     with pytest.raises(RunStopped, match="STOP") as end:
