@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -100,8 +101,8 @@ def _explain(error: BaseException, name: str, revision: str | None) -> str:
 
     if wants_remote_code(error):
         return (
-            f"{name} ships Python code of its own that would have to run. Read it at {page}, and set "
-            "trust_remote_code=true if you trust it."
+            f"{name} ships custom code that would have to run. Read it "
+            f"{'there' if Path(name).is_dir() else f'at {page}'}, and set trust_remote_code=true if you trust it."
         )
     if is_unknown_architecture(error):
         return f"{name}: this transformers does not know the model's architecture: pip install -U transformers."
