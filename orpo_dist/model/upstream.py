@@ -31,6 +31,14 @@ def uses_attention_interface(module: type[nn.Module]) -> bool:
     return "ALL_ATTENTION_FUNCTIONS" in source
 
 
+def computes_aux_loss(model: type[nn.Module]) -> bool:
+    """Whether a model's forward returns the load-balancing loss of its routers. Llama 4's config declares a weight for
+    it, and no forward of Llama 4 computes it.
+    https://github.com/huggingface/transformers/blob/main/src/transformers/models/llama4/modeling_llama4.py
+    """
+    return "aux_loss" in inspect.getsource(inspect.getmodule(model))  # type: ignore[arg-type]
+
+
 def refuses_keyword(error: TypeError, keyword: str) -> bool:
     """Whether `error` says that a forward takes no argument of this name.
 

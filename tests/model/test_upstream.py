@@ -14,6 +14,7 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from orpo_dist.model.upstream import (
     CHECKPOINTS_FORWARD,
+    computes_aux_loss,
     computes_mrope_positions,
     config_value,
     has_image_features,
@@ -100,3 +101,8 @@ def test_vision_families_share_method_names():
     assert computes_mrope_positions(qwen) and not computes_mrope_positions(llava)
     assert has_image_features(qwen) and has_image_features(llava)
     assert not has_image_features(t.LlamaModel)
+
+
+def test_which_models_compute_a_load_balancing_loss():
+    assert computes_aux_loss(t.MixtralForCausalLM)
+    assert not computes_aux_loss(t.Llama4ForConditionalGeneration)

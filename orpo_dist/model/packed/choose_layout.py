@@ -27,10 +27,13 @@ from orpo_dist.model.loading.vision import (
     shares_features,
     trains_vision,
     vision_cost,
+    widen_pixels,
 )
 from orpo_dist.model.packed.switch import PackingVerdict, use_packed_layout
 from orpo_dist.model.packed.verify import LayoutCheck, verify_layout
 from orpo_dist.model.packed.verify_images import drawn_row, verify_images
+from orpo_dist.model.patches import Patched
+from orpo_dist.model.upstream import computes_aux_loss
 from orpo_dist.packing.collate import PackedCollator
 from orpo_dist.packing.images import ImageCollator, process_prompts
 from orpo_dist.packing.padded import EncoderDecoderCollator, PaddedCollator
@@ -107,6 +110,7 @@ class LayoutChoice:
         self.vision_cost_per_token = 0.0
         self._verdict: PackingVerdict | None = None
         self._base: PreTrainedModel | None = None
+        self._widened: list[Patched] = []
         self._verified = False
 
     @property
@@ -131,9 +135,13 @@ class LayoutChoice:
     def choose(self, model: nn.Module, *, router_aux_loss_coef: float) -> None:
         """Choose the layout for `model` and switch to it. Logs one line if the requested one is not possible."""
         options = self.options
-        self.router_aux_loss_coef = router_aux_loss_coef
         self._verified = not options.verify_layout
         self._base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+        self.router_aux_loss_coef = router_aux_loss_coef
+        if router_aux_loss_coef and not computes_aux_loss(type(self._base)):
+            self.router_aux_loss_coef = 0.0
+            logger.warning("No load-balancing loss: %s does not compute one.", type(self._base).__name__)
+        self._widened = []  # of this model
         self.collator.chosen, self._verdict = self._padded_collator(model), None
         if options.trl_collator is not None:
             logger.warning("A data_collator was given: padded layout.")
@@ -231,7 +239,10 @@ class LayoutChoice:
         prompt = drawn_row(images.example, images.processor)
         made = process_prompts(images.processor, [{**prompt, "index": FILLER}])
         # An estimate for balancing batches: families name their tensors and tokens in their own way.
-        pixels = max((tensor.numel() for tensor in made.tensors.values() if tensor.is_floating_point()), default=0)
+        floats = [tensor for tensor in made.tensors.values() if tensor.is_floating_point()]
+        if not self._widened and any(tensor.dtype != torch.float32 for tensor in floats):
+            self._widened = widen_pixels(base)
+        pixels = max((tensor.numel() for tensor in floats), default=0)
         image_tokens = sum(map(prompt["prompt_ids"].count, images.processor.image_token_ids))
         self.vision_cost_per_token = vision_cost(base, pixels, image_tokens)
         filler = None

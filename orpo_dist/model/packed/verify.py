@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from orpo_dist.errors import UserError
+from orpo_dist.model.loading.vision import is_vision_language
 from orpo_dist.model.packed.switch import PackingVerdict
 from orpo_dist.model.patches import OBSERVED_STATES, SHORT_WINDOW, add_forward_hook, replace_attribute, undo_all
 from orpo_dist.model.upstream import refuses_keyword
@@ -47,6 +49,9 @@ def verify_layout(
     `model` may be wrapped (PEFT, DDP, DeepSpeed, FSDP2); every rank must call it, as each of the two forwards may
     gather weights. No gradients, no dropout; sliding windows are shortened meanwhile so that the batch exercises them.
     compute_dtype: the precision of autocast where the model runs under it; the weights' own coarser one counts too.
+
+    Raises:
+        UserError: a vision-language model whose forward needs pixels.
     """
     base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
     rows = _rows(base)
@@ -59,9 +64,9 @@ def verify_layout(
     model.eval()
     try:
         with torch.no_grad(), short_window(base):
-            packed_states = last_hidden_states(model, base, packed)[0]
             with verdict.paused():
-                padded_states = last_hidden_states(model, base, padded)
+                padded_states = _own_states(model, base, padded)
+            packed_states = last_hidden_states(model, base, packed)[0]
     except PackedLayoutError as error:
         return LayoutCheck(float("inf"), 0.0, str(error))
     except TypeError as error:
@@ -77,6 +82,18 @@ def verify_layout(
         return check
     reason = f"its packed and padded hidden states differ by {difference:.2g} (rounding explains {tolerance:.2g})"
     return LayoutCheck(difference, tolerance, reason)
+
+
+def _own_states(model: nn.Module, base: PreTrainedModel, padded: dict[str, Any]) -> torch.Tensor:
+    try:
+        return last_hidden_states(model, base, padded)
+    except TypeError as error:
+        if not is_vision_language(base.config):
+            raise
+        # BLIP-2: missing 1 required positional argument: 'pixel_values'
+        raise UserError(
+            f"{type(base).__name__} cannot compute pairs without images ({error}). Choose another model."
+        ) from error
 
 
 def ordinary_ids(base: PreTrainedModel) -> torch.Tensor:
