@@ -10,6 +10,7 @@ import importlib
 import logging
 from typing import TYPE_CHECKING
 
+from orpo_dist.images.torchvision import watch_for_transformers
 from orpo_dist.version import __version__
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 
 # peft imports bitsandbytes, which warns on every start on a CPU without the optional `kernels` package, used or not.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+watch_for_transformers()
 
 
 def __getattr__(name: str) -> object:

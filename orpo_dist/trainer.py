@@ -272,6 +272,7 @@ class ORPOTrainer(Trainer):
             compiler = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
             borrowed.change(lambda: compile_blocks(adapted, **compiler))
         borrowed.change(self.layout.fix_rotary)
+        borrowed.change(self.layout.widen_pixels)
         return model
 
     def _choose_layout(self, model: Any, args: ORPOConfig) -> None:

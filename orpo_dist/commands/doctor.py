@@ -14,6 +14,7 @@ from packaging.version import Version
 
 from orpo_dist.commands import doctor_checks
 from orpo_dist.commands.doctor_checks import Check, tested_versions
+from orpo_dist.images import torchvision
 
 OLDEST_PYTHON = (3, 10)
 REQUIRED = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
@@ -46,6 +47,7 @@ def report() -> DoctorReport:
     parts: list[Callable[[], Iterator[Check]]] = [
         _python,
         _packages,
+        _torchvision,
         doctor_checks.devices,
         doctor_checks.attention,
         doctor_checks.bitsandbytes,
@@ -113,6 +115,15 @@ def _packages() -> Iterator[Check]:
             yield Check(name, "note", f"{installed}, tested with {tested[name]}")
         else:
             yield Check(name, "ok", f"{installed}, the tested version")
+
+
+def _torchvision() -> Iterator[Check]:
+    problem = torchvision.problem()
+    if problem is None:
+        yield Check(torchvision.NAME, "ok", metadata.version(torchvision.NAME))
+    else:
+        detail = f"{problem.removeprefix('torchvision ')}: {torchvision.USERS} train on text alone"
+        yield Check(torchvision.NAME, "note", detail, torchvision.remedy())
 
 
 def _admitted_versions() -> dict[str, Requirement]:

@@ -41,6 +41,7 @@ from orpo_dist.data.tokenize_images import ImagePairTokenizer
 from orpo_dist.data.tokenizer_identity import tokenizer_digest
 from orpo_dist.distributed.once import built_on_first_rank, is_first_rank
 from orpo_dist.errors import BadRow, UserError
+from orpo_dist.images import torchvision
 from orpo_dist.images.decode import StoredImage, image_identity, open_image, require_pillow
 from orpo_dist.images.source import fetch_all, is_url
 from orpo_dist.options.data import PrepareOptions, asked_length
@@ -256,10 +257,12 @@ def _check_images(pair_format: PairFormat, tokenizer: ProcessingClass, options: 
         refuse_lookalikes(pair_format.media, name)
     elif pair_format.has_images or options.image_column:
         where = f"image_column={pair_format.image}" if pair_format.image else "its messages"
+        problem = torchvision.problem()
+        needs = f"; many need torchvision, and {problem}: {torchvision.remedy()}" if problem else ""
         raise UserError(
             f"{name}: the rows have images ({where}), and the model reads text only. Choose a vision-language model, "
             "or set image_column='' to train on the text alone. If the model is one, its processor could not be "
-            "loaded: a warning above says why (Pillow, pip install 'orpo-dist[vlm]', or torchvision may be missing)."
+            f"loaded, and a warning above says why{needs}."
         )
 
 

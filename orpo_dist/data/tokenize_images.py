@@ -88,6 +88,8 @@ class ImagePairTokenizer(PairTokenizer):
         self.placeholder = placeholder
         self.placeholder_id = int(self.tokenizer.convert_tokens_to_ids(placeholder))  # type: ignore[arg-type]
         self._spelling = ContentSpelling(self._probe if self.chat_template else None, placeholder)
+        if pair_format.has_images:
+            self._check_placement()
 
     def __call__(self, pairs: Sequence[Pair]) -> list[TokenizedPair | BadRow]:
         fetched = fetch_all([image for pair in pairs for image in pair.images], self._image_column)
@@ -271,6 +273,26 @@ class ImagePairTokenizer(PairTokenizer):
         with suppress(BadRow):  # a processor that refuses the drawing has at least declared its tokens
             written = self._drawn
         return MediaTokens(self.processor, written, self._turns, self._spelling.image_text)
+
+    def _check_placement(self) -> None:
+        """Refuse a processor that puts an image before the text by itself (BLIP-2, Fuyu): a placeholder is then one
+        image token too many, or one image. PaliGemma's does so only where the text has no placeholder."""
+        from PIL import Image
+
+        drawing = Image.new("RGB", (64, 64), "red")
+
+        def image_tokens(text: str) -> int:
+            try:
+                return self._processed(text, [drawing]).count(self.placeholder_id)
+            except BadRow:
+                return 0
+
+        alone = image_tokens(WORDS[0])
+        if alone and image_tokens(f"{self.placeholder}{WORDS[0]}") != alone:
+            raise UserError(
+                f"{type(self.processor).__name__} puts an image before the text by itself, wherever the prompt has it: "
+                "not supported. Choose another vision-language model, or set image_column='' to train on text alone."
+            )
 
     @cached_property
     def _drawn(self) -> list[int]:

@@ -191,6 +191,13 @@ SHARED_FEATURES = Patch(
     link=f"{_TRANSFORMERS}/models/llava/modeling_llava.py",
     undone="after the padded forward",
 )
+WIDENED_PIXELS = Patch(
+    name="pixels in the tower's precision",
+    replaces="forward pre-hooks of vision towers",
+    reason="Llama 4's processor makes bfloat16, which weights in float32 refuse outside of autocast.",
+    link=f"{_TRANSFORMERS}/models/llama4/image_processing_llama4.py",
+    undone="never: the processor makes them so as long as the model lives",
+)
 PRESENT_LAYERS = Patch(
     name="present layers",
     replaces="PreTrainedModel._no_split_modules",

@@ -9,6 +9,7 @@ from orpo_dist.config import ORPOConfig
 from orpo_dist.distributed.environment import Environment
 from orpo_dist.distributed.log import get_logger
 from orpo_dist.errors import UserError
+from orpo_dist.images import torchvision
 from orpo_dist.loss import Objective
 from orpo_dist.model.packed.choose_layout import ImageSetup, LayoutOptions
 from orpo_dist.options.model import compute_dtype
@@ -80,9 +81,10 @@ def _image_setup(sets: list[Any], preparation: Preparation, environment: Environ
     if example is None:
         return None
     if not isinstance(preparation.processing_class, ProcessorMixin):
+        problem = torchvision.problem()
         raise UserError(
-            "The rows have images, but the processing class is a tokenizer: pass the model's AutoProcessor. If it "
-            "cannot be loaded, torchvision is usually missing: install the build that matches your torch."
+            "The rows have images, but the processing class is a tokenizer: pass the model's AutoProcessor."
+            + (f" It may need torchvision: {problem}; {torchvision.remedy()}." if problem else "")
         )
     partitioned = environment.sharding.partitions_weights
     return ImageSetup(preparation.processing_class, example, partitioned, environment.world_size)

@@ -2,9 +2,14 @@
 
 from functools import lru_cache
 
-from transformers import PreTrainedTokenizerFast, ProcessorMixin, Qwen2VLImageProcessorPil, Qwen2VLProcessor
+from transformers import (
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+    Qwen2VLImageProcessorPil,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+)
 
-from tests.model.tiny_vlms import NoVideos
 from tests.tiny_tokenizers import train_bpe
 
 QWEN_TEMPLATE = (
@@ -28,4 +33,4 @@ def qwen_processor() -> ProcessorMixin:
     )
     sizes = {"shortest_edge": 4 * 32 * 32, "longest_edge": 64 * 32 * 32}
     images = Qwen2VLImageProcessorPil(patch_size=16, merge_size=2, temporal_patch_size=2, size=sizes)
-    return Qwen2VLProcessor(images, tokenizer, NoVideos(), chat_template=QWEN_TEMPLATE)
+    return Qwen2VLProcessor(images, tokenizer, Qwen2VLVideoProcessor(), chat_template=QWEN_TEMPLATE)

@@ -3,17 +3,20 @@
 import copy
 
 import pytest
+import transformers
 from PIL import Image
+from transformers import PreTrainedTokenizerFast
 
 from orpo_dist.data.pairs import Pair, PairFormat
 from orpo_dist.data.tokenize_images import ADDED, ImagePairTokenizer, TokenizedImagePair
 from orpo_dist.data.tokenizer_identity import tokenizer_digest
-from orpo_dist.errors import BadRow
+from orpo_dist.errors import BadRow, UserError
 from orpo_dist.images.decode import encode_image, open_image
 from orpo_dist.options.data import PrepareOptions
 from orpo_dist.packing.images import process_prompts
 from tests.data.processors import qwen_processor
 from tests.model.tiny_vlms import FAMILIES, drawing, tiny_processor
+from tests.tiny_tokenizers import train_bpe
 
 FORMAT = PairFormat("", "prompt", "chosen", "rejected", None, None, False, None, image="images")
 IMAGE = {"type": "image"}
@@ -247,3 +250,15 @@ def test_photographs():
     assert result.image_sizes == [[640, 427], [640, 427]]
     # 427 x 640 is scaled to at most 64 tokens of 32 x 32: 6 rows of 9
     assert result.image_tokens == 2 * (6 * 9 + 2)
+
+
+def test_a_processor_that_places_images_itself_is_refused():
+    """BLIP-2's writes the image's tokens before the text, and a placeholder in it would be one token more."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=train_bpe(["<pad>", "<s>", "</s>", "<image>"]), eos_token="</s>", pad_token="<pad>"
+    )
+    images = transformers.BlipImageProcessor(size={"height": 16, "width": 16})
+    processor = transformers.Blip2Processor(images, tokenizer, num_query_tokens=4)
+    pair_format = PairFormat("", "prompt", "chosen", "rejected", None, None, False, False, "images", has_images=True)
+    with pytest.raises(UserError, match="Blip2Processor puts an image before the text by itself"):
+        ImagePairTokenizer(processor, pair_format, PrepareOptions())

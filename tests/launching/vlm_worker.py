@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+import tests.torchvision_ops  # noqa: F401  (before transformers)
 from tests.launching import fsdp_on_cpu
 
 if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":

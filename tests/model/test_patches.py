@@ -22,7 +22,7 @@ from orpo_dist.model.attention.interface import PACKED_ATTENTION, register_packe
 from orpo_dist.model.head.install import install_head
 from orpo_dist.model.loading.adapters import disable_base_dropout, quiet_peft, record_base
 from orpo_dist.model.loading.load import loading_whole_models
-from orpo_dist.model.loading.vision import features_for_both, name_present_layers
+from orpo_dist.model.loading.vision import features_for_both, name_present_layers, widen_pixels
 from orpo_dist.model.neftune import EmbeddingNoise
 from orpo_dist.model.packed.compile import compile_blocks
 from orpo_dist.model.packed.rotary import fix_rotary_frequencies
@@ -54,6 +54,7 @@ NAMES = {
     "4-bit weights stay unpacked",
     "peft's deprecation warning",
     "image features for both completions",
+    "pixels in the tower's precision",
     "present layers",
     "image options of a processor",
     "skipped step",
@@ -223,6 +224,7 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], set[patches.Patc
     "warning": (lambda: SimpleNamespace(), _quiet, {patches.PEFT_WARNING}),
     "features": (lambda: tiny_model("llava"), _both, {patches.SHARED_FEATURES}),
     "present layers": (lambda: tiny_model("llava"), name_present_layers, {patches.PRESENT_LAYERS}),
+    "pixels": (lambda: tiny_model("llava"), widen_pixels, {patches.WIDENED_PIXELS}),
     "image options": (
         lambda: SimpleNamespace(),
         _set("images_kwargs", {"do_pan_and_scan": True}, patches.FIXED_IMAGE_OPTIONS),

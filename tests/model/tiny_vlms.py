@@ -1,13 +1,10 @@
 """Tiny random vision-language models with real processors, by family, and rows of pairs with drawn images.
 
-Processors are transformers' own, with their PIL image processors and small sizes; the tokenizer is trained here.
-torchvision has no build beside CPU torch, so what only it can do is stood in for: video processors (no test gives a
-video), and the import of Pixtral's processor, whose helpers exist for PIL too.
+Processors are transformers' own with small sizes: on torchvision where the family needs it, else on PIL. The tokenizer
+is trained here.
 """
 
-import importlib
 import io
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -16,10 +13,6 @@ from typing import Any
 import torch
 import transformers as t
 from PIL import Image, ImageDraw
-from transformers import processing_utils
-from transformers.image_processing_utils import BaseImageProcessor
-from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
-from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from tests.tiny_tokenizers import train_bpe
 
@@ -65,25 +58,6 @@ SQUARE = {"height": 16, "width": 16}
 TILES = [[16, 32], [32, 16], [32, 32]]
 
 
-sys.modules.setdefault(
-    "transformers.models.pixtral.image_processing_pixtral",
-    importlib.import_module("transformers.models.pixtral.image_processing_pil_pixtral"),
-)
-PixtralProcessor = importlib.import_module("transformers.models.pixtral.processing_pixtral").PixtralProcessor
-
-
-class NoVideos(BaseImageProcessor):
-    """Stands where a processor wants one for videos."""
-
-    model_input_names = ()
-
-
-# A processor looks here for the class that its argument must have. Its name depends on the version of transformers.
-setattr(
-    processing_utils.transformers_module, processing_utils.MODALITY_TO_BASE_CLASS_MAPPING["video_processor"], NoVideos
-)
-
-
 @dataclass(frozen=True)
 class Family:
     """placeholder: what stands for an image in the text that the processor is given."""
@@ -107,11 +81,11 @@ def tokenizer() -> t.PreTrainedTokenizerFast:
     return made
 
 
-def _qwen_processor(processor_class: type) -> Callable:
+def _qwen_processor(processor_class: type, video_class: type) -> Callable:
     def build(tok):
+        sizes = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
         pixels = {"shortest_edge": 8 * 8, "longest_edge": 32 * 32}
-        image_processor = t.Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, temporal_patch_size=2, size=pixels)
-        return processor_class(image_processor, tok, NoVideos())
+        return processor_class(t.Qwen2VLImageProcessor(**sizes, size=pixels), tok, video_class(**sizes))
 
     return build
 
@@ -223,11 +197,11 @@ def _llava_next(tok):
 
 
 def _llava_onevision_processor(tok):
-    image_processor = t.LlavaOnevisionImageProcessorPil(size=SQUARE, image_grid_pinpoints=TILES)
+    image_processor = t.LlavaOnevisionImageProcessor(size=SQUARE, image_grid_pinpoints=TILES)
     return t.LlavaOnevisionProcessor(
         image_processor,
         tok,
-        NoVideos(),
+        t.LlavaOnevisionVideoProcessor(),
         num_image_tokens=16,
         vision_feature_select_strategy="full",
     )
@@ -261,8 +235,8 @@ def _idefics3(tok):
 
 
 def _smolvlm_processor(tok):
-    image_processor = SmolVLMImageProcessorPil(size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
-    return t.SmolVLMProcessor(image_processor, tok, NoVideos(), image_seq_len=4)
+    image_processor = t.SmolVLMImageProcessor(size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
+    return t.SmolVLMProcessor(image_processor, tok, t.SmolVLMVideoProcessor(), image_seq_len=4)
 
 
 def _smolvlm(tok):
@@ -315,8 +289,8 @@ def _paligemma(tok):
 
 
 def _internvl_processor(tok):
-    image_processor = GotOcr2ImageProcessorPil(size=SQUARE, crop_to_patches=True, max_patches=3)
-    return t.InternVLProcessor(image_processor, tok, NoVideos(), image_seq_length=4)
+    image_processor = t.GotOcr2ImageProcessor(size=SQUARE, crop_to_patches=True, max_patches=3)
+    return t.InternVLProcessor(image_processor, tok, t.InternVLVideoProcessor(), image_seq_length=4)
 
 
 def _internvl(tok):
@@ -331,8 +305,8 @@ def _internvl(tok):
 
 
 def _pixtral_processor(tok):
-    image_processor = t.PixtralImageProcessorPil(size={"longest_edge": 32}, patch_size={"height": 4, "width": 4})
-    return PixtralProcessor(image_processor, tok, patch_size=4, spatial_merge_size=2, image_token="<image>")
+    image_processor = t.PixtralImageProcessor(size={"longest_edge": 32}, patch_size={"height": 4, "width": 4})
+    return t.PixtralProcessor(image_processor, tok, patch_size=4, spatial_merge_size=2, image_token="<image>")
 
 
 def _mistral3(tok):
@@ -348,10 +322,10 @@ def _mistral3(tok):
 
 _QWEN = "<|vision_start|><image><|vision_end|>"
 FAMILIES = {
-    "qwen2_vl": Family(_QWEN, _qwen_processor(t.Qwen2VLProcessor), _qwen2_vl),
-    "qwen2_5_vl": Family(_QWEN, _qwen_processor(t.Qwen2_5_VLProcessor), _qwen2_5_vl),
-    "qwen3_vl": Family(_QWEN, _qwen_processor(t.Qwen3VLProcessor), _qwen3_vl),
-    "qwen3_5": Family(_QWEN, _qwen_processor(t.Qwen3VLProcessor), _qwen3_5),
+    "qwen2_vl": Family(_QWEN, _qwen_processor(t.Qwen2VLProcessor, t.Qwen2VLVideoProcessor), _qwen2_vl),
+    "qwen2_5_vl": Family(_QWEN, _qwen_processor(t.Qwen2_5_VLProcessor, t.Qwen2VLVideoProcessor), _qwen2_5_vl),
+    "qwen3_vl": Family(_QWEN, _qwen_processor(t.Qwen3VLProcessor, t.Qwen3VLVideoProcessor), _qwen3_vl),
+    "qwen3_5": Family(_QWEN, _qwen_processor(t.Qwen3VLProcessor, t.Qwen3VLVideoProcessor), _qwen3_5),
     "llava": Family("<image>", _llava_processor, _llava),
     "llava_next": Family("<image>", _llava_next_processor, _llava_next),
     "llava_onevision": Family("<image>", _llava_onevision_processor, _llava_onevision),

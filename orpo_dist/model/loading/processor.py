@@ -13,6 +13,7 @@ from transformers import (
 from orpo_dist.config import ORPOConfig
 from orpo_dist.distributed.log import get_logger
 from orpo_dist.errors import UserError
+from orpo_dist.images import torchvision
 from orpo_dist.model.loading.hub import hub_errors
 from orpo_dist.model.loading.init_kwargs import model_init_kwargs
 from orpo_dist.model.loading.load import load_config
@@ -85,6 +86,8 @@ def _load_processor(name: str, options: dict[str, Any]) -> ProcessorMixin | None
             processor = AutoProcessor.from_pretrained(name, **options)
         except ImportError as error:  # torchvision or Pillow is not there; text alone needs neither
             reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            if "torchvision" in reason.lower() and (problem := torchvision.problem()):
+                reason = f"it needs torchvision, and {problem}; {torchvision.remedy()}"
             logger.warning("%s is trained on text alone: its processor cannot be loaded (%s).", name, reason)
             return None
     return processor if isinstance(processor, ProcessorMixin) else None  # a repository with a tokenizer alone

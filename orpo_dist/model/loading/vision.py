@@ -21,7 +21,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from orpo_dist.errors import UserError
-from orpo_dist.model.patches import PRESENT_LAYERS, SHARED_FEATURES, Patched, replace_attribute
+from orpo_dist.model.patches import (
+    PRESENT_LAYERS,
+    SHARED_FEATURES,
+    WIDENED_PIXELS,
+    Patched,
+    add_forward_pre_hook,
+    replace_attribute,
+)
 from orpo_dist.model.upstream import computes_mrope_positions, config_value, has_image_features
 from orpo_dist.packing.images import (
     CAUSAL,
@@ -232,6 +239,23 @@ def image_rules(base: PreTrainedModel) -> ImageRules:
     inner = base.base_model
     positions = MropePositions(type(inner), inner.config) if computes_mrope_positions(type(inner)) else None
     return ImageRules(positions, _BIDIRECTIONAL.get(base.config.model_type, CAUSAL))
+
+
+def widen_pixels(base: PreTrainedModel) -> list[Patched]:
+    """Give the towers half-precision pixels in the precision of their weights (Llama 4's processor makes bfloat16)."""
+
+    def cast(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        precision = next(p.dtype for p in module.parameters() if p.is_floating_point())
+
+        def widened(value: Any) -> Any:
+            half = isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+            return value.to(precision) if half else value
+
+        return tuple(map(widened, args)), {name: widened(value) for name, value in kwargs.items()}
+
+    towers = _towers(base, ("vision",))
+    outermost = [name for name in towers if not any(name.startswith(f"{other}.") for other in towers)]
+    return [add_forward_pre_hook(base.get_submodule(name), cast, WIDENED_PIXELS) for name in outermost]
 
 
 def shares_features(base: PreTrainedModel) -> bool:

@@ -29,12 +29,14 @@ from orpo_dist.model.loading.vision import (
     shares_features,
     trains_vision,
     vision_cost,
+    widen_pixels,
 )
 from orpo_dist.model.packed.rotary import fix_rotary_frequencies
 from orpo_dist.model.packed.switch import PackingVerdict, use_packed_layout
 from orpo_dist.model.packed.verify import LayoutCheck, verify_layout
 from orpo_dist.model.packed.verify_images import drawn_row, verify_images
 from orpo_dist.model.patches import Patched
+from orpo_dist.model.upstream import text_model_of
 from orpo_dist.packing.collate import PackedCollator
 from orpo_dist.packing.images import ImageCollator, process_prompts
 from orpo_dist.packing.padded import EncoderDecoderCollator, PaddedCollator
@@ -120,6 +122,7 @@ class LayoutChoice:
         self.vision_cost_per_token = 0.0
         self._verdict: PackingVerdict | None = None
         self._base: PreTrainedModel | None = None
+        self._half_pixels = False
         self._verified = False
 
     @property
@@ -156,9 +159,9 @@ class LayoutChoice:
     def choose(self, model: nn.Module, *, router_aux_loss_coef: float) -> None:
         """Choose the layout for `model` and switch to it. Logs one line if the requested one is not possible."""
         options = self.options
-        self.router_aux_loss_coef = router_aux_loss_coef
         self._verified = not options.verify_layout
         self._base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+        self.router_aux_loss_coef, self._half_pixels = router_aux_loss_coef, False
         self.collator.chosen, self._verdict, self._takes_packed = self._padded_collator(), None, False
         if options.trl_collator is not None:
             logger.warning("A data_collator was given: padded layout.")
@@ -232,12 +235,17 @@ class LayoutChoice:
             return LayoutCheck(0.0, 0.0)
         return verify_images(model, collator, images.example, self._verdict, compute_dtype=self.options.compute_dtype)
 
+    def widen_pixels(self) -> list[Patched]:
+        """Give the vision towers half-precision pixels in their own precision, if the processor makes such. Returns the
+        handles."""
+        return widen_pixels(self._base) if self._half_pixels and self._base is not None else []
+
     def fix_rotary(self) -> list[Patched]:
         """Fix rotary frequencies that follow the length (model/packed/rotary.py), if the model took the packed layout
         at first. Returns the handles."""
         if not self._takes_packed or self._base is None:
             return []
-        fixed = fix_rotary_frequencies(self._base.get_decoder(), self.options.max_length)
+        fixed = fix_rotary_frequencies(text_model_of(self._base), self.options.max_length)
         return [handle for handles in fixed.values() for handle in handles]
 
     @contextmanager
@@ -278,7 +286,9 @@ class LayoutChoice:
         prompt = drawn_row(images.example, images.processor)
         made = process_prompts(images.processor, [{**prompt, "index": FILLER}])
         # An estimate for balancing batches: families name their tensors and tokens in their own way.
-        pixels = max((tensor.numel() for tensor in made.tensors.values() if tensor.is_floating_point()), default=0)
+        floats = [tensor for tensor in made.tensors.values() if tensor.is_floating_point()]
+        self._half_pixels = any(tensor.dtype != torch.float32 for tensor in floats)
+        pixels = max((tensor.numel() for tensor in floats), default=0)
         image_tokens = sum(map(prompt["prompt_ids"].count, images.processor.image_token_ids))
         self.vision_cost_per_token = vision_cost(base, pixels, image_tokens)
         filler = None

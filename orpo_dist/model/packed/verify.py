@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from orpo_dist.errors import UserError
+from orpo_dist.model.loading.vision import is_vision_language
 from orpo_dist.model.packed.stations import compare_layouts
 from orpo_dist.model.packed.switch import PackingVerdict
 from orpo_dist.model.patches import SHORT_WINDOW, replace_attribute, undo_all
@@ -52,6 +53,9 @@ def verify_layout(
     gather weights. No gradients, no dropout, nothing compiled; sliding windows that the data reaches are shortened
     meanwhile so that the batch exercises them.
     compute_dtype: the precision of autocast where the model runs under it; the weights' own coarser one counts too.
+
+    Raises:
+        UserError: a vision-language model whose forward needs pixels.
     """
     base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
     rows = _rows(base)
@@ -63,7 +67,7 @@ def verify_layout(
 
     def run_padded() -> None:
         with verdict.paused():
-            run(model, base, padded)
+            _run_own(model, base, padded)
 
     return layout_check(
         model,
@@ -123,6 +127,18 @@ def rounding_unit(base: PreTrainedModel, compute_dtype: torch.dtype) -> float:
     unit = max(torch.finfo(compute_dtype).eps, torch.finfo(base.dtype).eps)
     on_cuda = next(base.parameters()).device.type == "cuda"
     return max(unit, _TF32_UNIT) if on_cuda and torch.get_float32_matmul_precision() != "highest" else unit
+
+
+def _run_own(model: nn.Module, base: PreTrainedModel, padded: dict[str, Any]) -> None:
+    try:
+        run(model, base, padded)
+    except TypeError as error:
+        if not is_vision_language(base.config):
+            raise
+        # BLIP-2: missing 1 required positional argument: 'pixel_values'
+        raise UserError(
+            f"{type(base).__name__} cannot compute pairs without images ({error}). Choose another model."
+        ) from error
 
 
 def ordinary_ids(base: PreTrainedModel) -> torch.Tensor:

@@ -16,6 +16,7 @@ from orpo_dist.model.loading.vision import (
     trains_vision,
     vision_cost,
     vision_parts,
+    widen_pixels,
     without_parts,
 )
 from orpo_dist.packing.images import process_prompts
@@ -135,6 +136,21 @@ def test_a_cost_whose_numbers_the_config_lacks():
     model.config.vision_config.patch_size = 4
     assert vision_cost(model, pixels=3 * 16 * 16, image_tokens=16) == known
     assert vision_cost(tiny_model("gpt2"), pixels=0, image_tokens=1) == 0.0
+
+
+def test_half_precision_pixels_reach_a_tower_in_its_precision():
+    """Llama 4's processor makes bfloat16, and its model leaves them so."""
+    model = tiny_vlm("llava").eval()
+    tower, pixels = model.model.vision_tower, torch.randn(1, 3, 16, 16).bfloat16()
+    expected = tower(pixel_values=pixels.float()).last_hidden_state
+    seen = []
+    tower.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["pixel_values"]), with_kwargs=True)
+    (handle,) = widen_pixels(model)
+    handle.undo()
+    tower(pixel_values=pixels)
+    (handle,) = widen_pixels(model)
+    assert torch.equal(tower(pixel_values=pixels).last_hidden_state, expected)
+    assert handle.undo() and seen[0].dtype == torch.bfloat16
 
 
 def test_a_text_model_has_no_parts():
