@@ -60,3 +60,11 @@ def test_schemas():
         assert read_schemas(value, "tools") == [SCHEMA]
     for value in (None, "", [], "[]", "null", "{}", {}):
         assert read_schemas(value, "tools") is None
+    by_column = {"name": ["f", "g"], "description": ["F", None]}
+    assert read_schemas(by_column, "tools") == [{"name": "f", "description": "F"}, {"name": "g"}]
+
+
+@pytest.mark.parametrize("value", [{"f": {"description": "F"}}, [{"description": "F"}], {"name": ["f"], "type": []}])
+def test_schemas_without_a_name(value):
+    with pytest.raises(BadRow, match=r"has no name|of different lengths"):
+        read_schemas(value, "tools")
