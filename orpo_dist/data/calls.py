@@ -8,6 +8,7 @@ import contextlib
 import json
 from typing import Any
 
+from orpo_dist.data.spelling import NOTHING, decoded
 from orpo_dist.errors import BadRow
 
 # One of which names a tool: plain and OpenAI's schemas, those of OpenAI's own tools and Google's lists of functions.
@@ -117,7 +118,7 @@ def read_schemas(value: Any, column: str) -> list[Any] | None:
         BadRow: anything else.
     """
     try:
-        value = unquoted(value)
+        value = _as_values(value)
         if not value:
             return None
         if isinstance(value, dict):
@@ -131,6 +132,18 @@ def read_schemas(value: Any, column: str) -> list[Any] | None:
     if nameless := next((tool for tool in tools if not _NAMES & tool.keys()), None):
         raise BadRow("bad tools", column, f"the tool {short(nameless)} has no name")
     return tools
+
+
+def _as_values(value: Any) -> Any:
+    """As `unquoted`, also of what pandas and numpy write to CSV."""
+    if isinstance(value, str) and value.strip() in NOTHING:
+        return None
+    try:
+        return unquoted(value)
+    except ValueError:
+        if (spelled := decoded(value)) is None:
+            raise
+        return spelled
 
 
 def _by_column(value: dict[str, Any], column: str) -> list[Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from orpo_dist.data.chat_template import TEMPLATE_KWARGS_COLUMN
 from orpo_dist.data.media_columns import find_media
-from orpo_dist.data.messages import decode, read_content
+from orpo_dist.data.messages import decode, decode_optional, read_content
 from orpo_dist.data.pairs import SWIFT_CHOSEN, SWIFT_REJECTED, PairFormat
 from orpo_dist.data.place_images import has_images
 from orpo_dist.data.prompt_text import repeats
@@ -56,7 +56,7 @@ def detect_format(columns: Sequence[str], sample: Sequence[dict[str, Any]], opti
         has_images=illustrated,
         strings=strings,
         joined=joined,
-        history=HISTORY if prompt and HISTORY in columns else None,
+        history=HISTORY if prompt not in (None, HISTORY) and HISTORY in columns else None,
         template_kwargs=TEMPLATE_KWARGS_COLUMN if TEMPLATE_KWARGS_COLUMN in columns else None,
     )
     return replace(found, description=_describe(found, style))
@@ -172,7 +172,7 @@ def _style(row: dict[str, Any], prompt: str | None, chosen: str, strings: dict[s
 
 
 def _has_image(row: dict[str, Any], image: str | None, prompt: str | None, chosen: str) -> bool:
-    if image and decode(row[image]) not in (None, "", []):
+    if image and decode_optional(row[image]) not in (None, "", []):
         return True
     for name in (prompt, chosen):
         try:

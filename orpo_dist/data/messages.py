@@ -62,6 +62,12 @@ def decode(value: Any) -> Any:
     return without_nulls(value) if isinstance(value, dict | list) else value
 
 
+def decode_optional(value: Any) -> Any:
+    """As `decode`, for a column that a row need not have a value in: NaN is pandas' word for none."""
+    value = decode(value)
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
 def read_content(value: Any, column: str, strings: Strings = "messages") -> str | list[Message]:
     """A prompt or completion as text or as messages with `role` and `content`.
 
@@ -176,7 +182,7 @@ def read_tools(value: Any, column: str) -> list[Any] | None:
     Raises:
         BadRow: neither of the two.
     """
-    return read_schemas(decode(value), column)
+    return read_schemas(decode_optional(value), column)
 
 
 def _content(content: Any, message: Message, column: str) -> str | list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from orpo_dist.data.chat_template import read_template_kwargs
 from orpo_dist.data.media_columns import MediaColumns, check_messages, check_unread
-from orpo_dist.data.messages import Message, decode, read_content, read_tools, text_of, visible
+from orpo_dist.data.messages import Message, decode, decode_optional, read_content, read_tools, text_of, visible
 from orpo_dist.data.place_images import Columns, has_images, place_images, without_images
 from orpo_dist.data.prompt_text import join_texts, read_history, without_repeat
 from orpo_dist.data.rows import SOURCE_COLUMN
@@ -94,7 +94,7 @@ class PairFormat:
         """
         pair = self._pair(row)
         if self.template_kwargs is not None:
-            pair = self._with_template_kwargs(pair, decode(row[self.template_kwargs]))
+            pair = self._with_template_kwargs(pair, decode_optional(row[self.template_kwargs]))
         if self.image == "":
             prompt, chosen, rejected = map(without_images, (pair.prompt, pair.chosen, pair.rejected))
             return replace(pair, prompt=prompt, chosen=chosen, rejected=rejected)
@@ -105,7 +105,7 @@ class PairFormat:
             if has_images(side):
                 raise BadRow("image in a completion", column, "an image after the prompt")
         file = decode(row.get(SOURCE_COLUMN))
-        given = self.image_source.stored(decode(row[self.image]), self.image, file) if self.image else []
+        given = self.image_source.stored(decode_optional(row[self.image]), self.image, file) if self.image else []
         columns = Columns(self.image, self.prompt or self.chosen)
         placed = place_images(pair.prompt, given, self.image_source, file, columns)
         return replace(pair, prompt=placed.prompt, images=placed.images)
@@ -161,7 +161,7 @@ class PairFormat:
     def _system(self, row: dict[str, Any]) -> str | None:
         if self.system is None:
             return None
-        value = decode(row[self.system])
+        value = decode_optional(row[self.system])
         if value is None or value == "":
             return None
         if not isinstance(value, str):

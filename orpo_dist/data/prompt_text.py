@@ -3,8 +3,8 @@
 from typing import Any
 
 from orpo_dist.data.calls import short
-from orpo_dist.data.messages import Message, decode, read_content
-from orpo_dist.data.spelling import decoded
+from orpo_dist.data.messages import Message, decode, decode_optional, read_content
+from orpo_dist.data.spelling import NOTHING, decoded
 from orpo_dist.errors import BadRow
 
 # A shorter prompt may well be how an answer begins ("Hi" and "Hi there"); so long a one that both answers begin with is
@@ -49,7 +49,7 @@ def join_texts(row: dict[str, Any], columns: tuple[str, ...]) -> str:
     """
     texts = []
     for place, column in enumerate(columns):
-        value = decode(row[column])
+        value = decode_optional(row[column]) if place else decode(row[column])
         if place and value is None:
             continue
         text = read_content(value, column, "text")
@@ -65,11 +65,11 @@ def read_history(value: Any, column: str) -> list[Message]:
     Raises:
         BadRow: neither of the two.
     """
-    value = decode(value)
+    value = decode_optional(value)
     if isinstance(value, str):
-        value = decoded(value) if value.strip() else None
-        if value is None:
-            return []
+        text = value.strip()
+        spelled = [] if text in ("", *NOTHING) else decoded(text)
+        value = text if spelled is None else spelled
     if not value:
         return []
     if isinstance(value, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in value):

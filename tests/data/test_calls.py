@@ -58,7 +58,8 @@ def test_schemas():
     values = ([SCHEMA], SCHEMA, json.dumps([SCHEMA]), json.dumps(json.dumps([SCHEMA])), [json.dumps(SCHEMA)], [in_text])
     for value in values:
         assert read_schemas(value, "tools") == [SCHEMA]
-    for value in (None, "", [], "[]", "null", "{}", {}):
+    assert read_schemas(repr([SCHEMA]), "tools") == [SCHEMA]
+    for value in (None, "", [], "[]", "null", "{}", {}, "nan"):
         assert read_schemas(value, "tools") is None
     by_column = {"name": ["f", "g"], "description": ["F", None]}
     assert read_schemas(by_column, "tools") == [{"name": "f", "description": "F"}, {"name": "g"}]

@@ -76,7 +76,22 @@ def test_history():
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     for value in ([["Hi", "Hello"]], '[["Hi", "Hello"]]', turns, "[['Hi' 'Hello']]"):
         assert read_history(value, "history") == turns
-    for value in (None, "", [], "[]"):
+    for value in (None, "", [], "[]", float("nan"), "nan"):
         assert read_history(value, "history") == []
-    with pytest.raises(BadRow, match="neither pairs of a question and its answer nor messages"):
-        read_history(["Hi", "Hello"], "history")
+    for value in (["Hi", "Hello"], "User: Hi", 7):
+        with pytest.raises(BadRow, match="neither pairs of a question and its answer nor messages"):
+            read_history(value, "history")
+
+
+def test_a_prompt_in_the_column_history():
+    """As in stanfordnlp/SHP."""
+    turns = [{"role": "user", "content": "Hi"}]
+    (pair,) = read([{"history": turns, "chosen": "a", "rejected": "b"}], prompt_column="history")
+    assert pair.prompt == turns
+
+
+@pytest.mark.parametrize("column", ["input", "system", "tools", "history", "images", "chat_template_kwargs"])
+def test_an_empty_cell_of_pandas_is_no_value(column):
+    row = {"instruction": "Q", "chosen": "a", "rejected": "b"}
+    (pair,) = read([{**row, column: float("nan")}], prompt_column="instruction", apply_chat_template=True)
+    assert pair == read([row], prompt_column="instruction", apply_chat_template=True)[0]
