@@ -1,5 +1,6 @@
 """The prompt of a row as text: joined from Alpaca's columns, and taken off completions that repeat it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from orpo_dist.data.calls import short
@@ -39,6 +40,11 @@ def _rest(prompt: str, text: str) -> str:
     while shared < min(len(end), len(rest)) and end[shared] == rest[shared]:
         shared += 1
     return rest[shared:]
+
+
+def is_part_of(prompt: str, texts: Sequence[str]) -> bool:
+    """Whether the texts of a conversation hold the prompt, up to white space."""
+    return "".join(prompt.split()) in "".join("".join(texts).split())
 
 
 def join_texts(row: dict[str, Any], columns: tuple[str, ...]) -> str:

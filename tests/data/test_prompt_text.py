@@ -58,6 +58,18 @@ def test_one_answer_as_a_whole_conversation():
         assert (pair.prompt, pair.chosen, pair.rejected) == ([user], [good], [bad])
 
 
+def test_a_prompt_that_its_conversations_do_not_hold_is_noted():
+    """UltraFeedback's `prompt` repeats the question; what is somewhere else only is not trained on."""
+    user = {"role": "user", "content": "Q\n1"}
+    good, bad = {"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}
+    row = {"prompt": "Q 1", "chosen": [user, good], "rejected": [user, bad]}
+    (pair,) = read([row])
+    assert pair.notes == []
+    (pair,) = read([{**row, "prompt": "Answer in French."}])
+    assert pair.notes == ["the text of `prompt` is not in the conversations, and these alone are read"]
+    assert pair.prompt == [user]
+
+
 def test_alpaca_is_joined():
     (pair,) = read([ALPACA], prompt_column="instruction", apply_chat_template=True)
     assert [message["content"] for message in pair.prompt] == ["Hi", "Hello", "In one word.\nWhat is 2 plus 2?"]
