@@ -22,6 +22,9 @@ PROMPT_COLUMNS = ("prompt", "conversations", "conversation")
 LIKELY_PROMPT_COLUMNS = ("question", "instruction", "input", "query", "messages", "context")
 # Alpaca's columns in LLaMA-Factory: https://llamafactory.readthedocs.io/en/latest/getting_started/data_preparation.html
 JOINED, HISTORY = ("instruction", "input"), "history"
+# Columns of public data sets that say something to the model, and are read only where an option names them.
+TELLING = {"systemprompt", "systemmessage", "systeminstruction", "functions", "availabletools", "toolschemas"}
+TELLING |= {"documents", "context", "chathistory"}
 SAMPLE = 200  # rows looked at to detect the format
 
 
@@ -59,7 +62,9 @@ def detect_format(columns: Sequence[str], sample: Sequence[dict[str, Any]], opti
         history=HISTORY if prompt not in (None, HISTORY) and HISTORY in columns else None,
         template_kwargs=TEMPLATE_KWARGS_COLUMN if TEMPLATE_KWARGS_COLUMN in columns else None,
     )
-    return replace(found, description=_describe(found, style))
+    unread = [name for name in columns if name not in found.columns and name.lower().replace("_", "") in TELLING]
+    noted = "".join(f", not read: `{name}`" for name in unread)
+    return replace(found, description=_describe(found, style) + noted)
 
 
 def column_strings(
