@@ -8,8 +8,11 @@ import contextlib
 import json
 from typing import Any
 
+from orpo_dist.data.spelling import NOTHING, decoded
 from orpo_dist.errors import BadRow
 
+# One of which names a tool: plain and OpenAI's schemas, those of OpenAI's own tools and Google's lists of functions.
+_NAMES = {"name", "function", "type", "function_declarations"}
 TEXT_LEVELS = 3  # JSON inside of JSON text; more than twice has not been seen in public data
 
 
@@ -65,6 +68,16 @@ def _with_arguments(function: dict[str, Any], column: str) -> dict[str, Any]:
     )
 
 
+def read_old_call(value: Any, column: str) -> list[Any] | None:
+    """The `function_call` of a message, one function with its arguments, as a list of calls; None where there is none.
+
+    Raises:
+        BadRow: as `read_calls`.
+    """
+    calls = read_calls(value, column)
+    return None if calls is None else [{"type": "function", "function": call} for call in calls]
+
+
 def read_arguments(value: Any, column: str) -> dict[str, Any]:
     """The arguments of a call by name; {} for null, `"null"` and the empty text.
 
@@ -105,16 +118,42 @@ def read_schemas(value: Any, column: str) -> list[Any] | None:
         BadRow: anything else.
     """
     try:
-        value = unquoted(value)
+        value = _as_values(value)
         if not value:
             return None
+        if isinstance(value, dict):
+            value = _by_column(value, column)
         tools = [unquoted(tool) for tool in (value if isinstance(value, list) else [value])]
         tools = [_with_parameters(tool) for tool in tools]
     except (ValueError, RecursionError) as error:
         raise BadRow("bad tools", column, f"not valid JSON ({error})") from None
     if not all(isinstance(tool, dict) for tool in tools):
         raise BadRow("bad tools", column, f"{short(value)} is not a list of JSON schemas")
+    if nameless := next((tool for tool in tools if not _NAMES & tool.keys()), None):
+        raise BadRow("bad tools", column, f"the tool {short(nameless)} has no name")
     return tools
+
+
+def _as_values(value: Any) -> Any:
+    """As `unquoted`, also of what pandas and numpy write to CSV."""
+    if isinstance(value, str) and value.strip() in NOTHING:
+        return None
+    try:
+        return unquoted(value)
+    except ValueError:
+        if (spelled := decoded(value)) is None:
+            raise
+        return spelled
+
+
+def _by_column(value: dict[str, Any], column: str) -> list[Any]:
+    """One tool, or tools stored as {"name": [...], ...} (a `datasets` sequence of mappings)."""
+    if not any(isinstance(value.get(key), list) for key in ("name", "function", "type")):
+        return [value]
+    if not all(isinstance(items, list) for items in value.values()) or len({*map(len, value.values())}) > 1:
+        raise BadRow("bad tools", column, f"tools stored column by column, of different lengths: {short(value)}")
+    rows = [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
+    return [{key: item for key, item in row.items() if item is not None} for row in rows]
 
 
 def _with_parameters(tool: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from orpo_dist.data.spelling import NOTHING, decoded
 from orpo_dist.errors import BadRow, UserError
 
 CHAT_TEMPLATES = {
@@ -83,9 +84,11 @@ def read_template_kwargs(value: Any, column: str | None) -> dict[str, Any]:
     """
     if isinstance(value, str) and value.strip():
         try:
-            value = json.loads(value)
+            value = None if value.strip() in NOTHING else json.loads(value)
         except ValueError as error:
-            raise BadRow("bad template arguments", column, f"not valid JSON ({error})") from None
+            if (spelled := decoded(value)) is None:  # in Python's words, as pandas writes it to CSV
+                raise BadRow("bad template arguments", column, f"not valid JSON ({error})") from None
+            value = spelled
     if value is None or value == "":
         return {}
     if not isinstance(value, dict):

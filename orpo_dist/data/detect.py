@@ -7,7 +7,7 @@ from typing import Any
 
 from orpo_dist.data.chat_template import TEMPLATE_KWARGS_COLUMN
 from orpo_dist.data.media_columns import find_media
-from orpo_dist.data.messages import decode, read_content
+from orpo_dist.data.messages import decode, decode_optional, read_content
 from orpo_dist.data.pairs import SWIFT_CHOSEN, SWIFT_REJECTED, PairFormat
 from orpo_dist.data.place_images import has_images
 from orpo_dist.data.prompt_text import repeats
@@ -22,6 +22,9 @@ PROMPT_COLUMNS = ("prompt", "conversations", "conversation")
 LIKELY_PROMPT_COLUMNS = ("question", "instruction", "input", "query", "messages", "context")
 # Alpaca's columns in LLaMA-Factory: https://llamafactory.readthedocs.io/en/latest/getting_started/data_preparation.html
 JOINED, HISTORY = ("instruction", "input"), "history"
+# Columns of public data sets that say something to the model, and are read only where an option names them.
+TELLING = {"systemprompt", "systemmessage", "systeminstruction", "functions", "availabletools", "toolschemas"}
+TELLING |= {"documents", "context", "chathistory"}
 SAMPLE = 200  # rows looked at to detect the format
 
 
@@ -56,10 +59,12 @@ def detect_format(columns: Sequence[str], sample: Sequence[dict[str, Any]], opti
         has_images=illustrated,
         strings=strings,
         joined=joined,
-        history=HISTORY if prompt and HISTORY in columns else None,
+        history=HISTORY if prompt not in (None, HISTORY) and HISTORY in columns else None,
         template_kwargs=TEMPLATE_KWARGS_COLUMN if TEMPLATE_KWARGS_COLUMN in columns else None,
     )
-    return replace(found, description=_describe(found, style))
+    unread = [name for name in columns if name not in found.columns and name.lower().replace("_", "") in TELLING]
+    noted = "".join(f", not read: `{name}`" for name in unread)
+    return replace(found, description=_describe(found, style) + noted)
 
 
 def column_strings(
@@ -172,7 +177,7 @@ def _style(row: dict[str, Any], prompt: str | None, chosen: str, strings: dict[s
 
 
 def _has_image(row: dict[str, Any], image: str | None, prompt: str | None, chosen: str) -> bool:
-    if image and decode(row[image]) not in (None, "", []):
+    if image and decode_optional(row[image]) not in (None, "", []):
         return True
     for name in (prompt, chosen):
         try:

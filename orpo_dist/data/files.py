@@ -138,11 +138,13 @@ def _records(content: dict[str, Any], path: Path, split: str) -> Any:
 def _read_csv(path: Path, delimiter: str) -> Numbered:
     """Every cell is text: an answer `42` or `NA` stays what it is, and an empty cell is empty text."""
     with _open(path) as file:
-        reader = csv.reader(file, delimiter=delimiter)
+        reader = csv.reader(file, delimiter=delimiter, strict=True)  # else an open quote takes in all rows below
         try:
             header = next(reader, None)
             if header is None:
                 raise UserError(f"{path}: the file is empty.")
+            if twice := sorted({name for name in header if name and header.count(name) > 1}):
+                raise UserError(f"{path}: several columns are called `{twice[0]}`. Rename or remove all but one.")
             number = 0
             for cells in reader:
                 if not cells:

@@ -61,8 +61,12 @@ def split_files(folder: Path, split: str, config: str | None = None) -> SplitFil
     Raises:
         UserError: no such split or configuration, no data files, or a card that cannot be read.
     """
-    found = _configured(folder, config) or _Folder(*_by_name(folder, _data_files(folder)))
-    name = split_called(split, found.splits) or _add_named(folder, split, found)
+    found = configured = _configured(folder, config)
+    if found is None:
+        found = _Folder(*_by_name(folder, _data_files(folder)))
+    name = split_called(split, found.splits)
+    if name is None and configured is None:  # what a card leaves out may be another configuration's
+        name = _add_named(folder, split, found)
     if name is None:
         known = ", ".join(sorted(found.splits)) or "none"
         raise UserError(f"{folder}: no files of split `{split}`. Splits found: {known}.")

@@ -10,7 +10,7 @@ import math
 import re
 from typing import Any
 
-from orpo_dist.data.calls import call_of_text, read_calls, read_schemas, short
+from orpo_dist.data.calls import call_of_text, read_calls, read_old_call, read_schemas, short
 from orpo_dist.data.spelling import Strings, decoded, looks_like_messages, spelled_messages
 from orpo_dist.errors import BadRow
 from orpo_dist.images.source import embedded_image
@@ -48,7 +48,9 @@ ROLES = {
     "available_tools": "available_tools",
 }
 # What templates render of a message. Keys of a data set's own (ids, names, dates) differ between copies of one message.
-VISIBLE = ("role", "content", "tool_calls", "reasoning_content", "reasoning", "thinking")
+REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts", "reasoning_details")
+TOOL_FIELDS = ("tools", "functions")
+VISIBLE = ("role", "content", "tool_calls", *REASONING_FIELDS, *TOOL_FIELDS)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -58,6 +60,12 @@ def decode(value: Any) -> Any:
     if isinstance(value, dict) and value.keys() == {JSON_KEY}:
         return None if value[JSON_KEY] is None else json.loads(value[JSON_KEY])
     return without_nulls(value) if isinstance(value, dict | list) else value
+
+
+def decode_optional(value: Any) -> Any:
+    """As `decode`, for a column that a row need not have a value in: NaN is pandas' word for none."""
+    value = decode(value)
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def read_content(value: Any, column: str, strings: Strings = "messages") -> str | list[Message]:
@@ -119,15 +127,15 @@ def read_message(value: Any, column: str) -> Message:
     role = _role(message, sharegpt, column)
     if "content" not in message and "value" in message:
         message["content"] = message.pop("value")
+    if sharegpt:
+        del message["from"]
     if role == "function_call":
         calls = call_of_text(_text(message.get("content"), message, column), column)
-        return {"role": "assistant", "content": "", "tool_calls": calls}
-    if sharegpt:
-        return {"role": role, "content": _content(message.get("content"), message, column)}
+        return {**message, "role": "assistant", "content": "", "tool_calls": calls}
     message["role"] = role
-    if "tool_calls" in message:
-        calls_given = read_calls(message.pop("tool_calls"), column)
-        message |= {"tool_calls": calls_given} if calls_given else {}
+    old_call = message.pop("function_call", None)  # OpenAI's spelling of 2023
+    if calls_given := read_calls(message.pop("tool_calls", None), column) or read_old_call(old_call, column):
+        message["tool_calls"] = calls_given
     content = message.get("content", "" if message.get("tool_calls") else None)
     return {**message, "content": _content(content, message, column)}
 
@@ -174,7 +182,7 @@ def read_tools(value: Any, column: str) -> list[Any] | None:
     Raises:
         BadRow: neither of the two.
     """
-    return read_schemas(decode(value), column)
+    return read_schemas(decode_optional(value), column)
 
 
 def _content(content: Any, message: Message, column: str) -> str | list[dict[str, Any]]:

@@ -6,9 +6,9 @@ from typing import Any
 
 from orpo_dist.data.chat_template import read_template_kwargs
 from orpo_dist.data.media_columns import MediaColumns, check_messages, check_unread
-from orpo_dist.data.messages import Message, decode, read_content, read_tools, text_of, visible
+from orpo_dist.data.messages import Message, decode, decode_optional, read_content, read_tools, text_of, visible
 from orpo_dist.data.place_images import Columns, has_images, place_images, without_images
-from orpo_dist.data.prompt_text import join_texts, read_history, without_repeat
+from orpo_dist.data.prompt_text import is_part_of, join_texts, read_history, without_repeat
 from orpo_dist.data.rows import SOURCE_COLUMN
 from orpo_dist.data.spelling import Strings
 from orpo_dist.errors import BadRow
@@ -35,6 +35,7 @@ class Pair:
     tools: list[Any] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)  # variables of the chat template, of this row
     images: list[StoredImage] = field(default_factory=list)  # in the order of their places, see place_images
+    notes: list[str] = field(default_factory=list)  # as in TokenizedPair
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class PairFormat:
         """
         pair = self._pair(row)
         if self.template_kwargs is not None:
-            pair = self._with_template_kwargs(pair, decode(row[self.template_kwargs]))
+            pair = self._with_template_kwargs(pair, decode_optional(row[self.template_kwargs]))
         if self.image == "":
             prompt, chosen, rejected = map(without_images, (pair.prompt, pair.chosen, pair.rejected))
             return replace(pair, prompt=prompt, chosen=chosen, rejected=rejected)
@@ -105,7 +106,7 @@ class PairFormat:
             if has_images(side):
                 raise BadRow("image in a completion", column, "an image after the prompt")
         file = decode(row.get(SOURCE_COLUMN))
-        given = self.image_source.stored(decode(row[self.image]), self.image, file) if self.image else []
+        given = self.image_source.stored(decode_optional(row[self.image]), self.image, file) if self.image else []
         columns = Columns(self.image, self.prompt or self.chosen)
         placed = place_images(pair.prompt, given, self.image_source, file, columns)
         return replace(pair, prompt=placed.prompt, images=placed.images)
@@ -161,7 +162,7 @@ class PairFormat:
     def _system(self, row: dict[str, Any]) -> str | None:
         if self.system is None:
             return None
-        value = decode(row[self.system])
+        value = decode_optional(row[self.system])
         if value is None or value == "":
             return None
         if not isinstance(value, str):
@@ -207,6 +208,8 @@ class PairFormat:
         system: str | None,
         tools: list[Any] | None,
     ) -> Pair:
+        notes: list[str] = []
+        copy = prompt if isinstance(prompt, str) else None
         if isinstance(prompt, str):
             # Either the replies alone, or (UltraFeedback) whole conversations beside a copy of the question.
             reply_alone = any(side and side[0]["role"] == "assistant" for side in (chosen, rejected))
@@ -220,6 +223,8 @@ class PairFormat:
                     f"`{self.chosen}` and `{self.rejected}` have no first message in common",
                 )
             prompt, chosen, rejected = shared, chosen[len(shared) :], rejected[len(shared) :]
+            if copy and not is_part_of(copy, [text_of(message["content"]) for message in shared]):
+                notes = [f"the text of `{self.prompt}` is not in the conversations, and these alone are read"]
             if not chosen and not rejected:
                 raise BadRow("identical pair", self.rejected, f"the same conversation as `{self.chosen}`")
         else:
@@ -233,7 +238,7 @@ class PairFormat:
             raise BadRow("bad message", prompt_column, "the prompt has no messages")
         if prompt[-1]["role"] == "assistant":
             raise BadRow("bad message", prompt_column, "the prompt ends with an assistant's message: nothing to answer")
-        return Pair(_with_system(prompt, system, self.system), chosen, rejected, tools)
+        return Pair(_with_system(prompt, system, self.system), chosen, rejected, tools, notes=notes)
 
     def _check_completion(self, column: str, messages: list[Message]) -> None:
         if not messages:

@@ -1,10 +1,11 @@
 """The prompt of a row as text: joined from Alpaca's columns, and taken off completions that repeat it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from orpo_dist.data.calls import short
-from orpo_dist.data.messages import Message, decode, read_content
-from orpo_dist.data.spelling import decoded
+from orpo_dist.data.messages import Message, decode, decode_optional, read_content
+from orpo_dist.data.spelling import NOTHING, decoded
 from orpo_dist.errors import BadRow
 
 # A shorter prompt may well be how an answer begins ("Hi" and "Hi there"); so long a one that both answers begin with is
@@ -41,6 +42,11 @@ def _rest(prompt: str, text: str) -> str:
     return rest[shared:]
 
 
+def is_part_of(prompt: str, texts: Sequence[str]) -> bool:
+    """Whether the texts of a conversation hold the prompt, up to white space."""
+    return "".join(prompt.split()) in "".join("".join(texts).split())
+
+
 def join_texts(row: dict[str, Any], columns: tuple[str, ...]) -> str:
     """Instruction and input as one text, with a line break between, as LLaMA-Factory joins them.
 
@@ -49,7 +55,7 @@ def join_texts(row: dict[str, Any], columns: tuple[str, ...]) -> str:
     """
     texts = []
     for place, column in enumerate(columns):
-        value = decode(row[column])
+        value = decode_optional(row[column]) if place else decode(row[column])
         if place and value is None:
             continue
         text = read_content(value, column, "text")
@@ -65,11 +71,11 @@ def read_history(value: Any, column: str) -> list[Message]:
     Raises:
         BadRow: neither of the two.
     """
-    value = decode(value)
+    value = decode_optional(value)
     if isinstance(value, str):
-        value = decoded(value) if value.strip() else None
-        if value is None:
-            return []
+        text = value.strip()
+        spelled = [] if text in ("", *NOTHING) else decoded(text)
+        value = text if spelled is None else spelled
     if not value:
         return []
     if isinstance(value, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in value):

@@ -12,6 +12,7 @@ from orpo_dist.data.messages import Message, text_of
 from orpo_dist.data.pairs import Pair, PairFormat, common_length
 from orpo_dist.data.rendered import RenderedMarkers
 from orpo_dist.data.rendering import REASONING, Piece, missing_pieces
+from orpo_dist.data.text_turns import NOTE, user_turns
 from orpo_dist.data.turns import TurnFinder
 from orpo_dist.errors import BadRow, UserError
 from orpo_dist.images.decode import StoredImage
@@ -85,7 +86,16 @@ class PairRenderer:
     def _render(self, pair: Pair) -> RenderedPair:
         if isinstance(pair.prompt, str):
             assert isinstance(pair.chosen, str) and isinstance(pair.rejected, str)
-            return RenderedPair(pair.prompt, pair.chosen, pair.rejected)
+            chosen = user_turns(pair.prompt, pair.chosen, self.format.chosen)
+            rejected = user_turns(pair.prompt, pair.rejected, self.format.rejected)
+            return RenderedPair(
+                pair.prompt,
+                pair.chosen,
+                pair.rejected,
+                chosen_context=chosen,
+                rejected_context=rejected,
+                notes=[NOTE] if chosen or rejected else [],
+            )
         assert isinstance(pair.chosen, list) and isinstance(pair.rejected, list)
         if self.chat_template is None:
             raise UserError(
@@ -98,7 +108,7 @@ class PairRenderer:
         text = self._cut(pair, pair.prompt, [pair.prompt + pair.chosen, pair.prompt + pair.rejected], turns)
         return replace(
             text,
-            notes=self._check_rendering(pair, text),
+            notes=[*pair.notes, *self._check_rendering(pair, text)],
             chosen_context=self._context(turns, pair.prompt, pair.chosen, text.chosen, self.format.chosen),
             rejected_context=self._context(turns, pair.prompt, pair.rejected, text.rejected, self.format.rejected),
         )

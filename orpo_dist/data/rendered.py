@@ -41,7 +41,8 @@ DIALOGUES = (
 )
 
 
-HTML_TAG = re.compile(r"</?([a-z]+)>")
+# Also <tool_call>, special in some tokenizers: in NousResearch/hermes-function-calling-v1 answers spell calls.
+TAG = re.compile(r"</?(?:[a-z]+|tool_[a-z]+)>")
 
 
 class RenderedMarkers:
@@ -57,7 +58,7 @@ class RenderedMarkers:
         own = [token for token in tokenizer.all_special_tokens if token in (template or "")]
         own += [tokenizer.eos_token] if tokenizer.eos_token else []
         own = [token for token in own if not any(word in token.lower() for word in MEDIA)]
-        self.tags = {token for token in own if HTML_TAG.fullmatch(token)}
+        self.tags = {token for token in own if TAG.fullmatch(token)}
         markers = {*MARKERS, *own} - self.tags
         # The longest first, so that the message names the whole marker.
         self.pattern = re.compile("|".join(re.escape(m) for m in sorted(markers, key=lambda m: (-len(m), m))))

@@ -4,6 +4,7 @@ A template is free to drop what it has no place for: DeepSeek-R1's drops the rea
 tool calls. A run on such rows trains on something else than the rows say.
 """
 
+import contextlib
 import html
 import json
 import re
@@ -11,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from orpo_dist.data.messages import Message
+from orpo_dist.data.messages import REASONING_FIELDS, TOOL_FIELDS, Message
 
-REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
+_BESIDE_CONTENT = ("tool_calls", *REASONING_FIELDS, *TOOL_FIELDS)
 _THOUGHT = re.compile(r"^\s*<think>(.*?)</think>(.*)$", re.DOTALL)
 _WHITE_SPACE = re.compile(r"\s+")
 CONTENT, REASONING, CALL, TOOL = "content", "reasoning", "tool call", "tool"
@@ -82,7 +83,7 @@ def _all_in_order(messages: Sequence[Message], text: str) -> bool:
     place = 0
     for message in messages:
         content = message["content"]
-        if not isinstance(content, str) or message.get("tool_calls") or any(map(message.get, REASONING_FIELDS)):
+        if not isinstance(content, str) or (len(message) > 2 and any(map(message.get, _BESIDE_CONTENT))):
             return False
         content = content.strip()
         found = text.find(content, place)
@@ -97,7 +98,7 @@ def _message_pieces(message: Message) -> Iterator[Piece]:
     texts = [content] if isinstance(content, str) else [part["text"] for part in content if "text" in part]
     yield from (Piece(role, CONTENT, (text,)) for text in texts if text.strip())
     # Data sets repeat the same reasoning under two names.
-    thoughts = {value.strip() for name in REASONING_FIELDS if isinstance(value := message.get(name), str)}
+    thoughts = {text.strip() for name in REASONING_FIELDS for text in _thoughts(message.get(name))}
     inside = "".join(texts)
     yield from (Piece(role, REASONING, (text,)) for text in sorted(thoughts) if text and text not in inside)
     for call in message.get("tool_calls") or ():
@@ -105,6 +106,27 @@ def _message_pieces(message: Message) -> Iterator[Piece]:
         if isinstance(name := function.get("name"), str):
             yield Piece(role, CALL, (name,))
         yield from (Piece(role, CALL, spellings) for spellings in _leaves(function.get("arguments")))
+    for tools in map(message.get, TOOL_FIELDS):
+        for tool in _listed(tools):
+            yield from _tool_pieces(tool)
+
+
+def _thoughts(value: Any) -> Iterator[str]:
+    """The texts of reasoning: one, a list, or OpenRouter's and Anthropic's parts with a text in them."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _thoughts(item)
+    elif isinstance(value, dict):
+        yield from (text for name in ("text", "thinking", "summary") if isinstance(text := value.get(name), str))
+
+
+def _listed(tools: Any) -> list[dict[str, Any]]:
+    if isinstance(tools, str):
+        with contextlib.suppress(ValueError):
+            tools = json.loads(tools)
+    return [tool for tool in tools if isinstance(tool, dict)] if isinstance(tools, list) else []
 
 
 def _tool_pieces(tool: dict[str, Any]) -> Iterator[Piece]:

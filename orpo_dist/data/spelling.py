@@ -22,7 +22,7 @@ _SPEAKER = re.compile(r"""\\?["'](?:role|from)\\?["']\s*:""")
 _CONTENT = re.compile(r"""\\?["'](?:content|value|tool_calls)\\?["']\s*:""")
 _QUOTED = re.compile(r"""('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")""", re.DOTALL)
 _NAMES = {"null": "None", "nan": "None", "NaN": "None", "NaT": "None", "true": "True", "false": "False"}
-_EMPTY = ("null", "None", "nan", "NaN", "<NA>")
+NOTHING = ("null", "None", "nan", "NaN", "<NA>")
 
 
 def looks_like_messages(text: str) -> bool:
@@ -40,7 +40,7 @@ def strings_of(values: Iterable[Any]) -> Strings:
     for value in values:
         if isinstance(value, dict | list | tuple):
             structured += 1
-        elif isinstance(value, str) and value.strip() not in ("", "[]", *_EMPTY):
+        elif isinstance(value, str) and value.strip() not in ("", "[]", *NOTHING):
             if looks_like_messages(value):
                 spelled += 1
             else:
@@ -59,7 +59,7 @@ def spelled_messages(text: str, column: str) -> Any:
         BadRow: it cannot be decoded.
     """
     stripped = text.strip()
-    if stripped in _EMPTY:
+    if stripped in NOTHING:
         return None
     value = decoded(stripped)
     if isinstance(value, dict | list):

@@ -193,6 +193,8 @@ INPUTS = {
     "a table without the names of its columns": Input(content=b'[["a", "b", "c"]]', name="pairs.json"),
     "a JSON line that is no object": Input(content=b'{"prompt": "a"}\n["b"]\n'),
     "a CSV line with a cell too many": Input(content=b"prompt,chosen,rejected\na,b,c\na,b,c,d\n", name="pairs.csv"),
+    "a CSV cell whose quotes do not end": Input(content=b'prompt,chosen,rejected\na,b,"c\na,b,d\n', name="pairs.csv"),
+    "two columns of one name": Input(content=b"prompt,chosen,rejected,chosen\na,b,c,d\n", name="pairs.csv"),
     "a file that is not UTF-8": Input(content=b'{"prompt": "\xe4"}\n'),
     "a file that does not exist": Input(name="missing.jsonl"),
     "a split that does not exist": Input([TEXT], name="folder/train.jsonl", split="test"),

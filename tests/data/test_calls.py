@@ -58,5 +58,14 @@ def test_schemas():
     values = ([SCHEMA], SCHEMA, json.dumps([SCHEMA]), json.dumps(json.dumps([SCHEMA])), [json.dumps(SCHEMA)], [in_text])
     for value in values:
         assert read_schemas(value, "tools") == [SCHEMA]
-    for value in (None, "", [], "[]", "null", "{}", {}):
+    assert read_schemas(repr([SCHEMA]), "tools") == [SCHEMA]
+    for value in (None, "", [], "[]", "null", "{}", {}, "nan"):
         assert read_schemas(value, "tools") is None
+    by_column = {"name": ["f", "g"], "description": ["F", None]}
+    assert read_schemas(by_column, "tools") == [{"name": "f", "description": "F"}, {"name": "g"}]
+
+
+@pytest.mark.parametrize("value", [{"f": {"description": "F"}}, [{"description": "F"}], {"name": ["f"], "type": []}])
+def test_schemas_without_a_name(value):
+    with pytest.raises(BadRow, match=r"has no name|of different lengths"):
+        read_schemas(value, "tools")

@@ -35,6 +35,7 @@ def test_no_template_kwargs(value):
 
 def test_template_kwargs():
     assert read_template_kwargs('{"enable_thinking": false}', "c") == {"enable_thinking": False}
+    assert read_template_kwargs("{'enable_thinking': False}", "c") == {"enable_thinking": False}
     for value, reason in (("{", "not valid JSON"), ([1], "is not an object"), ({"tokenize": True}, "tokenize: not")):
         with pytest.raises(BadRow, match=reason):
             read_template_kwargs(value, "c")

@@ -56,6 +56,12 @@ def test_images_count_only_where_a_row_has_one():
     assert not detected({**TEXT, "images": ["a.png"]}, image_column="").has_images
 
 
+def test_columns_that_tell_the_model_something_are_named():
+    found = detected({**TEXT, "system_prompt": "Be brief.", "chatHistory": [], "id": 1})
+    assert found.description.endswith(", not read: `system_prompt`, not read: `chatHistory`")
+    assert "not read" not in detected({**TEXT, "system_prompt": "x"}, system_column="system_prompt").description
+
+
 @pytest.mark.parametrize(
     ("row", "options", "message"),
     [

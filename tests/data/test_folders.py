@@ -144,6 +144,16 @@ def test_cards_that_cannot_be_followed(tmp_path, configs, message):
         split_files(tmp_path, "train")
 
 
+def test_a_split_of_another_configuration_is_not_read(tmp_path):
+    card(tmp_path, {"config_name": "en", "data_dir": "en"}, {"config_name": "fr", "data_dir": "fr"})
+    for name in ("en/train.jsonl", "fr/train.jsonl", "fr/test.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    assert split_files(tmp_path, "test", "fr").files == [tmp_path / "fr/test.jsonl"]
+    with pytest.raises(UserError, match=r"no files of split `test`\. Splits found: train"):
+        split_files(tmp_path, "test", "en")
+
+
 def test_a_card_that_is_no_yaml(tmp_path):
     (tmp_path / "README.md").write_text("---\nconfigs: [\n---\n")
     touch(tmp_path, ["a.jsonl"])

@@ -48,6 +48,23 @@ def test_sharegpt_function_call_becomes_a_tool_call():
     assert message["tool_calls"] == [{"type": "function", "function": call}]
 
 
+def test_sharegpt_messages_keep_their_other_fields():
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+    given = {"from": "gpt", "value": "x", "reasoning_content": "why", "tool_calls": [call]}
+    fields = {"reasoning_content": "why", "tool_calls": [call]}
+    assert read_message(given, "c") == {"role": "assistant", "content": "x", **fields}
+    given = {"from": "function_call", "value": json.dumps(call["function"]), "thinking": "why"}
+    assert read_message(given, "c")["thinking"] == "why"
+
+
+@pytest.mark.parametrize("content", ["", None, "Let me see."])
+def test_the_function_call_of_old_apis_is_a_tool_call(content):
+    call = {"name": "weather", "arguments": '{"city": "Rome"}'}
+    read = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+    message = read_message({"role": "assistant", "content": content, "function_call": call}, "c")
+    assert message == {"role": "assistant", "content": content or "", "tool_calls": [read]}
+
+
 @pytest.mark.parametrize(
     "value, kind",
     [

@@ -58,6 +58,18 @@ def test_one_answer_as_a_whole_conversation():
         assert (pair.prompt, pair.chosen, pair.rejected) == ([user], [good], [bad])
 
 
+def test_a_prompt_that_its_conversations_do_not_hold_is_noted():
+    """UltraFeedback's `prompt` repeats the question; what is somewhere else only is not trained on."""
+    user = {"role": "user", "content": "Q\n1"}
+    good, bad = {"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}
+    row = {"prompt": "Q 1", "chosen": [user, good], "rejected": [user, bad]}
+    (pair,) = read([row])
+    assert pair.notes == []
+    (pair,) = read([{**row, "prompt": "Answer in French."}])
+    assert pair.notes == ["the text of `prompt` is not in the conversations, and these alone are read"]
+    assert pair.prompt == [user]
+
+
 def test_alpaca_is_joined():
     (pair,) = read([ALPACA], prompt_column="instruction", apply_chat_template=True)
     assert [message["content"] for message in pair.prompt] == ["Hi", "Hello", "In one word.\nWhat is 2 plus 2?"]
@@ -76,7 +88,22 @@ def test_history():
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     for value in ([["Hi", "Hello"]], '[["Hi", "Hello"]]', turns, "[['Hi' 'Hello']]"):
         assert read_history(value, "history") == turns
-    for value in (None, "", [], "[]"):
+    for value in (None, "", [], "[]", float("nan"), "nan"):
         assert read_history(value, "history") == []
-    with pytest.raises(BadRow, match="neither pairs of a question and its answer nor messages"):
-        read_history(["Hi", "Hello"], "history")
+    for value in (["Hi", "Hello"], "User: Hi", 7):
+        with pytest.raises(BadRow, match="neither pairs of a question and its answer nor messages"):
+            read_history(value, "history")
+
+
+def test_a_prompt_in_the_column_history():
+    """As in stanfordnlp/SHP."""
+    turns = [{"role": "user", "content": "Hi"}]
+    (pair,) = read([{"history": turns, "chosen": "a", "rejected": "b"}], prompt_column="history")
+    assert pair.prompt == turns
+
+
+@pytest.mark.parametrize("column", ["input", "system", "tools", "history", "images", "chat_template_kwargs"])
+def test_an_empty_cell_of_pandas_is_no_value(column):
+    row = {"instruction": "Q", "chosen": "a", "rejected": "b"}
+    (pair,) = read([{**row, column: float("nan")}], prompt_column="instruction", apply_chat_template=True)
+    assert pair == read([row], prompt_column="instruction", apply_chat_template=True)[0]

@@ -1,5 +1,7 @@
 """Text that went through a chat template before, and text that only mentions one."""
 
+import copy
+
 import pytest
 
 from orpo_dist.data.pairs import Pair, PairFormat
@@ -76,3 +78,12 @@ def test_messages_that_were_rendered_are_not_rendered_again(chat_tokenizer, prom
 def test_html_that_is_a_special_token(plain_tokenizer, text, marker):
     """The EOS that an earlier rendering left at the end, and people's HTML."""
     assert RenderedMarkers(plain_tokenizer, None).find(text) == marker
+
+
+def test_a_call_as_text_is_no_template(chat_tokenizer):
+    """Some tokenizers have <tool_call> as a special token, and their templates write it."""
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<tool_call>", "</tool_call>", "<end_of_turn>"]})
+    markers = RenderedMarkers(tokenizer, "<tool_call></tool_call><end_of_turn>")
+    assert markers.find('<tool_call>\n{"name": "f"}\n</tool_call>') is None
+    assert markers.find("Hi <end_of_turn> you") == "<end_of_turn>"

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from orpo_dist.data.rendering import missing_pieces
@@ -24,11 +26,27 @@ def test_a_place_stands_for_one_message():
     ) == ["the content of user messages"]
 
 
-@pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking", "thought"])
 def test_reasoning_in_its_own_field(field):
     message = assistant("Four.", **{field: "Two and two."})
     assert names([message], "Four.") == ["the reasoning of assistant messages"]
     assert names([message], "<think>Two and two.</think>Four.") == []
+
+
+def test_reasoning_in_parts():
+    message = assistant("Four.", reasoning_details=[{"type": "reasoning.text", "text": "Two and two."}])
+    assert names([message], "Four.") == ["the reasoning of assistant messages"]
+    assert names([message], "<think>Two and two.</think>Four.") == []
+    assert names([assistant("Four.", reasoning=["Two", "and two."])], "Two Four.") == [
+        "the reasoning of assistant messages"
+    ]
+
+
+@pytest.mark.parametrize("value", [TOOLS, json.dumps(TOOLS)])
+def test_tools_in_a_message(value):
+    message = {"role": "system", "content": "Be brief.", "tools": value}
+    assert "tools of the row" in names([message], "Be brief.")
+    assert names([message], "Be brief. " + json.dumps(TOOLS)) == []
 
 
 def test_reasoning_inside_the_content():
