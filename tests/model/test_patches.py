@@ -335,7 +335,11 @@ def test_attribute_and_item_come_back():
 
 ROOT = Path(orpo_dist.__file__).parent
 # State of accelerate's optimizer that the step in force sets anew in each step; SKIPPED_STEP undoes the step itself.
-STATE = {"training/step_guard.py: optimizer._is_overflow = ..."}
+# And of an HTTP connection of our own making, which is closed with it.
+STATE = {
+    "training/step_guard.py: optimizer._is_overflow = ...",
+    "images/web.py: connection._create_connection = ...",
+}
 PATCHED_ATTRIBUTES = {
     "forward",
     "step",

@@ -177,10 +177,11 @@ def test_a_full_memory_is_not_a_wrong_layout(failure):
     model = tiny_vlm("llava").eval()
     verdict = use_packed_layout(model, max_length=1024)
 
-    def fail(module, args):
-        raise failure
+    def fail(module, args, kwargs):
+        if kwargs.get("orpo_layout") is not None:
+            raise failure
 
-    model.get_decoder().register_forward_pre_hook(fail)
+    model.get_decoder().register_forward_pre_hook(fail, with_kwargs=True)
     packed = collator("llava", model, PackedCollator(True, "sequence"))
     if isinstance(failure, torch.OutOfMemoryError):
         with pytest.raises(torch.OutOfMemoryError):
