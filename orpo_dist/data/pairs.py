@@ -248,6 +248,12 @@ class PairFormat:
                 raise BadRow(
                     "bad message", column, f"a completion is the assistant's, this one has role `{message['role']}`"
                 )
+        for message in messages[:-1]:  # axolotl's, OpenAI's and ms-swift's keys
+            key = next((key for key in ("train", "weight", "loss") if message.get(key) in (False, 0)), None)
+            if key is not None and message["role"] == "assistant":
+                raise BadRow(
+                    "bad message", column, f"`{key}` takes a turn out of training, and all answers are trained"
+                )
         if not any(text_of(message["content"]).strip() or message.get("tool_calls") for message in messages):
             raise BadRow("empty completion", column, "the assistant's message has no text")
 

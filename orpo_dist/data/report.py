@@ -56,6 +56,10 @@ def describe_columns(
         kinds = Counter(_kind(decode(row[column])) for row in sample)
         values = ", ".join(kind if len(kinds) == 1 else f"{count} {kind}" for kind, count in kinds.most_common())
         lines.append(f"  {role}: column `{column}`, {why}; the first {len(sample)} rows hold {values}")
+    more = (*pair_format.joined, pair_format.history, pair_format.template_kwargs)
+    if others := [name for name in more if name and name not in read]:
+        read += others
+        lines.append(f"  read too: {', '.join(f'`{name}`' for name in others)}")
     if unread := [column for column in columns if column not in read and not column.startswith("_")]:
         lines.append(f"  not read: {', '.join(f'`{column}`' for column in unread)}")
     return lines

@@ -125,6 +125,15 @@ def test_completions_of_several_messages():
     assert read(row).chosen == [call, result, GOOD]
 
 
+@pytest.mark.parametrize("key, value", [("train", False), ("weight", 0), ("weight", 0.0), ("loss", False)])
+def test_a_turn_that_is_not_to_be_trained_is_not_trained_in_silence(key, value):
+    row = {"prompt": [USER], "chosen": [{**GOOD, key: value}, USER, GOOD], "rejected": [BAD]}
+    with pytest.raises(BadRow, match=f"`{key}` takes a turn out of training"):
+        read(row)
+    assert read({**row, "chosen": [{**GOOD, key: 1}, USER, GOOD]}).rejected == [BAD]
+    assert read({**row, "chosen": [GOOD], "rejected": [{**BAD, key: value}]}).chosen == [GOOD]
+
+
 @pytest.mark.parametrize(
     "row, kind, column",
     [

@@ -42,6 +42,12 @@ def test_columns_and_why_they_are_read():
     ]
 
 
+def test_columns_that_are_read_with_others_are_not_called_unread():
+    row = {"instruction": "Q", "input": "x", "history": [], "chosen": "a", "rejected": "b", "chat_template_kwargs": {}}
+    lines = columns([row], prompt_column="instruction")
+    assert lines[-1] == "  read too: `input`, `history`, `chat_template_kwargs`"
+
+
 def test_values_of_several_kinds():
     rows = [{"prompt": "p", "chosen": "c", "rejected": "[1]"}] * 3
     rows += [{"prompt": 7, "chosen": None, "rejected": {"from": "gpt", "value": "r"}}]
