@@ -218,6 +218,10 @@ def _save_model(trainer: "ORPOTrainer", folder: Path) -> None:
     push, trainer.args.push_to_hub = trainer.args.push_to_hub, False  # save_model would push before the report exists
     with writing("the model", folder):
         on_every_rank(lambda: trainer.save_model(str(folder)))
+        model: Any = trainer.model
+        if trainer.is_world_process_zero() and model.generation_config is not None:
+            # peft does not save it. save_pretrained rejects some configs that base models ship, hence to_json_file.
+            model.generation_config.to_json_file(folder / "generation_config.json")
     trainer.args.push_to_hub = push
 
 

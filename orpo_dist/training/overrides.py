@@ -4,7 +4,7 @@ The Trainer's own loop calls most of its methods here too. REFUSED lists those t
 them would be ignored in silence. docs/drop_in.md has the whole list.
 """
 
-import inspect
+from itertools import takewhile
 from typing import Any
 
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Sampler, SequentialSampler
@@ -42,8 +42,9 @@ REFUSED: dict[str, str] = {
 
 
 def is_overridden(trainer_class: type, name: str) -> bool:
-    """Whether a class between `trainer_class` and Trainer defines a method that Trainer may have."""
-    return inspect.getattr_static(trainer_class, name, None) is not inspect.getattr_static(Trainer, name, None)
+    """Whether `trainer_class`, or a class between it and ORPOTrainer, defines the method."""
+    below = takewhile(lambda parent: parent.__module__ != "orpo_dist.trainer", trainer_class.__mro__)
+    return any(name in vars(parent) for parent in below)
 
 
 def refuse_overrides(trainer_class: type) -> None:

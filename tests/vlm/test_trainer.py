@@ -115,14 +115,14 @@ def test_a_model_whose_features_cannot_be_shared_gets_the_pixels_twice(tmp_path,
 
 @pytest.mark.parametrize("padding_free", [True, False])
 def test_a_model_whose_own_forward_fails_stops_before_training(tmp_path, monkeypatch, padding_free):
-    states = verify_images.last_hidden_states
+    own = verify_images.run
 
     def fails(model, base, batch):
         if "orpo_layout" not in batch:
             raise IndexError("index 3 is out of bounds")
-        return states(model, base, batch)
+        own(model, base, batch)
 
-    monkeypatch.setattr(verify_images, "last_hidden_states", fails)
+    monkeypatch.setattr(verify_images, "run", fails)
     with pytest.raises(UserError, match=r"LlavaForConditionalGeneration cannot compute pairs .*IndexError: index 3"):
         trained(tmp_path, "llava", padding_free=padding_free)
 
