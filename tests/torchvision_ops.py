@@ -3,11 +3,13 @@
 Its package on PyPI is built for CUDA. Beside torch for CPUs its operators (nms, roi_align, ...) cannot be loaded, and
 the import fails where it registers what they return; resizing and normalising are plain torch and work. The names are
 declared here, and whoever calls one gets an error. To be imported before transformers and orpo_dist, which look at it.
+`make setup` puts it into a folder of its own, so that all else runs as on a machine without it.
 """
 
 import importlib
 import importlib.util
 import re
+import site
 import sys
 from pathlib import Path
 
@@ -38,6 +40,7 @@ def _imports() -> bool:
     return True
 
 
+site.addsitedir(str(Path(sys.prefix) / "test-packages"))
 if importlib.util.find_spec("torchvision") is None or not _imports():
     _operators = _declare()
     importlib.import_module("torchvision")

@@ -14,7 +14,7 @@ ON_THE_HOST_OR_CUDA = {
     "model/attention/kernels.py": "trials of CUDA kernels",
     "model/head/fused_loss.py": "a comparison with the weights' dtype",
     "model/head/install.py": "on the CPU, after the copy",
-    "model/packed/verify.py": "a key of the table of tolerances",
+    "model/loading/trained.py": "on the CPU, after the copy",
     "packing/layout.py": "counts on the host",
     "packing/padded.py": "counts on the host",
     "training/step_guard.py": "initial values on the host",
