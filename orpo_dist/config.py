@@ -164,7 +164,8 @@ class ORPOConfig(ImageOptions, DataOptions, TrainingArguments):
             self.liger_kernel_config = without_loss_kernels(self.liger_kernel_config)
         # The process group starts here, and collectives may take longer before the first step than after it.
         after, self.ddp_timeout = self.ddp_timeout, max(self.ddp_timeout, START_SECONDS)
-        super().__post_init__()
+        with zero.forgetting_broken_configs():
+            super().__post_init__()
         self.ddp_timeout = after
         check_world_size(self.world_size)
         zero.check_config(self)

@@ -210,14 +210,13 @@ def _save_model(trainer: "ORPOTrainer", folder: Path) -> None:
     """Save model or adapter with tokenizer and generation config, in the standard layout. Every rank must call it.
 
     Raises:
-        SaveError: on every rank: what lies there could not be loaded.
+        SaveError: on the rank that writes: what lies there could not be loaded.
     """
-    from orpo_dist.distributed.ranks import on_every_rank
     from orpo_dist.run.checkpoint import writing
 
     push, trainer.args.push_to_hub = trainer.args.push_to_hub, False  # save_model would push before the report exists
     with writing("the model", folder):
-        on_every_rank(lambda: trainer.save_model(str(folder)))
+        trainer.save_model(str(folder))
         model: Any = trainer.model
         if trainer.is_world_process_zero() and model.generation_config is not None:
             # peft does not save it. save_pretrained rejects some configs that base models ship, hence to_json_file.

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from torch.distributed import is_initialized
 
 from orpo_dist.errors import SaveError, UserError
@@ -38,22 +38,6 @@ def on_first_rank(work: Callable[[], Result]) -> Result:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
-
-
-def on_every_rank(work: Callable[[], None]) -> None:
-    """Run `work` on every rank and agree on whether it worked. A collective: every rank must call it.
-
-    Raises:
-        UserError, SaveError: on every rank, when `work` raised them on any, after its own last collective.
-    """
-    own: UserError | SaveError | None = None
-    try:
-        work()
-    except (UserError, SaveError) as error:
-        own = error
-    raised = next((error for error in gather_object([own]) if error is not None), None)
-    if raised is not None:
-        raise raised
 
 
 def leave_together() -> None:

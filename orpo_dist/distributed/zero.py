@@ -64,6 +64,19 @@ def fix_universal(optimizer: Any, decays: list[float]) -> None:
             state["step"] = state["step"].clone()
 
 
+@contextmanager
+def forgetting_broken_configs() -> Iterator[None]:
+    """A config that cannot be read registers itself before it fails: every later trainer of the process would ask it.
+    https://github.com/huggingface/transformers/blob/main/src/transformers/integrations/deepspeed.py"""
+    try:
+        yield
+    except Exception:
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()
+        raise
+
+
 def check_config(args: Any) -> None:
     """args: TrainingArguments that are complete. Without DeepSpeed nothing is checked.
 

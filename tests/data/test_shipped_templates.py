@@ -1,15 +1,19 @@
 """All text templates that trl ships, with conversations of every shape: what becomes of each, as a table."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
+import trl
+from packaging.version import Version
 
 from orpo_dist.data.pairs import common_length
 from orpo_dist.data.tokenize import PairTokenizer, TokenizedPair
 from orpo_dist.options.data import PrepareOptions
 from tests.data.conversations import FORMAT, SHAPES, outcome, shipped_templates, tokenizer_for
 
+PINNED = re.search(r"^trl==(\S+)$", (Path(__file__).parents[2] / "constraints.txt").read_text("utf-8"), re.MULTILINE)
 TABLE = Path(__file__).parent / "template_outcomes.txt"
 TEMPLATES = shipped_templates()
 
@@ -28,7 +32,9 @@ def test_the_table():
         TABLE.write_text("".join(f"{row}\n" for row in rows()))
     known = {line.split()[0]: line for line in TABLE.read_text("utf-8").splitlines()}
     found = [row for row in rows() if row.split()[0] in known]  # another release of trl ships other templates
-    assert len(found) > 20 and found == [known[row.split()[0]] for row in found]
+    equal = [row for row in found if row == known[row.split()[0]]]
+    tested = Version(trl.__version__) == Version(PINNED[1])
+    assert len(found) > 20 and (found == equal if tested else len(equal) > 0.8 * len(found))
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

@@ -27,18 +27,3 @@ def test_nothing_waits_without_a_process_group(monkeypatch):
     monkeypatch.setattr(ranks, "is_initialized", lambda: True)
     ranks.let_gloo_finish()
     assert slept and slept[0] > 0
-
-
-def test_every_rank_does_its_work():
-    done = []
-    ranks.on_every_rank(lambda: done.append(1))
-    assert done == [1]
-
-
-@pytest.mark.parametrize("kind", [UserError, SaveError, ZeroDivisionError])
-def test_a_failure_of_any_rank_is_raised(kind):
-    def fail():
-        raise kind("broken")
-
-    with pytest.raises(kind, match="broken"):
-        ranks.on_every_rank(fail)

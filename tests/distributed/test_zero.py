@@ -51,3 +51,15 @@ def test_what_agrees_is_left_in_force_and_its_optimizer_is_named(made):
     done = made(gradient_clipping=1.0, optimizer={"type": "AdamW", "params": {"lr": "auto"}})
     assert "STAGE 2 2" in done.stdout, done.stderr
     assert "has no effect: the DeepSpeed config has its own optimizer, AdamW" in done.stderr
+
+
+def test_a_config_that_cannot_be_read_is_not_in_force_afterwards(tmp_path):
+    pytest.importorskip("deepspeed")
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    from orpo_dist import ORPOConfig
+
+    with pytest.raises(ValueError) as caught:  # which keeps the broken object alive
+        ORPOConfig(str(tmp_path), use_cpu=True, report_to="none", deepspeed=str(tmp_path / "missing.json"))
+    assert "missing.json" in str(caught.value)
+    assert not is_deepspeed_zero3_enabled()
