@@ -21,12 +21,13 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # PATH includes the environment for ninja, which compiles DeepSpeed's ops.
 TEST_ENV = PATH="$(abspath $(BIN)):$$PATH" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup demo test test-topologies test-kill test-cluster test-vlm test-oldest bench bench-quick lint format clean
+.PHONY: help setup demo test test-topologies test-long test-kill test-cluster test-vlm test-oldest bench bench-quick lint format clean
 
 help:
 	@echo "make demo              train SmolLM2-135M on a synthetic support data set; results in runs/demo/"
 	@echo "make test              the fast tests; no network, no GPU"
 	@echo "make test-topologies   tests with several processes (DDP, ZeRO 1/2/3, FSDP2, QLoRA), and the slow tests"
+	@echo "make test-long         71 text families against an oracle, the start-up check at 30 and 64 layers; not part of CI"
 	@echo "make test-vlm          part of test-topologies: learning from images, ranks without images, QLoRA with images"
 	@echo "make test-kill         training runs killed at random moments, resumed and compared bit by bit"
 	@echo "make test-cluster      jobs on a two-node SLURM cluster on this machine, in two network namespaces (root; installs slurm)"
@@ -70,7 +71,10 @@ test: setup
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not topology and not slow and not cluster and not kill" $(PYTEST_ARGS)
 
 test-topologies: setup
-	$(TEST_ENV) $(BIN)/python -m pytest -m "topology or slow" $(PYTEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -m "(topology or slow) and not long" $(PYTEST_ARGS)
+
+test-long: setup
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m long $(PYTEST_ARGS)
 
 test-kill: setup
 	$(TEST_ENV) $(BIN)/python -m pytest -m kill $(PYTEST_ARGS)

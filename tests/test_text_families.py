@@ -76,6 +76,7 @@ def test_the_docs_name_forty_families():
     assert len(FAMILIES) >= 40 and set(FAMILIES.values()) <= {"packed", "packed, unshared mixers", "padded"}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", FAMILIES)

@@ -50,6 +50,7 @@ def test_each_fault_in_one_of_two_layers_is_found(dtype, deviation):
         assert_faults_are_found(mistral(2, dtype, deviation), layer)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
 @pytest.mark.parametrize("deviation", [None, 0.12], ids=["new weights", "large weights"])
@@ -80,6 +81,7 @@ def test_right_layouts_of_mixtures_pass(kind, dtype):
     assert_right(randomised(mixture(kind, 12), 0.25).to(dtype))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
 @pytest.mark.parametrize("seed", range(2))
