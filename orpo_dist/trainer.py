@@ -615,9 +615,7 @@ class ORPOTrainer(Trainer):
     def _save_whole(self, folder: Path) -> None:
         half = self.args.bf16 or self.args.fp16
         changed = bool(self._initial_adapters)
-        trained = None
-        if self.environment.sharding is not Sharding.ZERO3:  # a forward beside DeepSpeed's engine hung there
-            trained = record_trained(self.model, self.args.device, base_changed=changed, half=half)
+        trained = record_trained(self.model, self.args.device, base_changed=changed, half=half)
         with whole_weights(self.accelerator, self.environment.sharding, self.deepspeed):
             super().save_model(str(folder), _internal_call=True)  # which only means: without a push
         if self.args.should_save:

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from orpo_dist.model.loading.trained import TRAINED_NAME
 from tests.topologies.runs import GENTLE, GENTLE_SPLIT, LORA, run
 
 SHORT = {"max_steps": 1, "eval_strategy": "no"}
@@ -31,7 +32,9 @@ def test_a_whole_model_beside_sharded_checkpoints(setting, launcher):
 
 
 @pytest.mark.topology
-def test_an_adapter_beside_sharded_checkpoints(setting):
-    outcome = run(setting, "adapter", ONE_STEP, "fsdp2", SHARDED_CHECKPOINTS["fsdp2"], lora=LORA)
+@pytest.mark.parametrize("launcher", SHARDED_CHECKPOINTS)
+def test_an_adapter_beside_sharded_checkpoints(setting, launcher):
+    outcome = run(setting, f"adapter_{launcher}", ONE_STEP, launcher, SHARDED_CHECKPOINTS[launcher], lora=LORA)
     assert any("lora_B" in name for name in load_file(outcome.saved / "adapter_model.safetensors"))
     assert (outcome.saved / "tokenizer_config.json").is_file()
+    assert (outcome.saved / TRAINED_NAME).is_file()  # what a merge compares with, also of partitioned weights
