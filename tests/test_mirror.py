@@ -34,11 +34,20 @@ MIRRORED_ELSEWHERE: dict[str, tuple[list[str], str]] = {
     "model/packed/switch.py": (["model/test_families.py"], "switching is tested on each family"),
     "model/packed/verify_images.py": (["model/test_vision_families.py"], "the check runs on each vision family"),
     "run/prepare.py": (["test_train.py", "test_trainer.py"], "preparation is the first half of a run"),
+    "training/building.py": (
+        ["test_trainer.py"],
+        "the trainer's construction, and what a change of options makes again",
+    ),
+    "training/evaluating.py": (["test_trainer.py", "training/test_evaluation.py"], "evaluate() of a real trainer"),
     "training/progress.py": (
         ["training/test_checkpoint_writer.py", "training/test_resuming.py"],
         "it shows when runs resume",
     ),
     "training/refusals.py": (["test_trainer.py"], "each refusal is an argument of the trainer"),
+    "training/saving.py": (
+        ["test_trainer.py", "training/test_final_model.py", "training/test_checkpoint_writer.py"],
+        "what a real trainer writes",
+    ),
     "training/setup.py": (["test_trainer.py"], "the first half of the trainer's construction"),
 }
 
