@@ -185,6 +185,9 @@ INPUTS = {
     "no row left": Input([{**TEXT, "chosen": "5"}] * 2, policy="drop"),
     "more bad rows than allowed": Input([TEXT, TEXT, TEXT, {**TEXT, "chosen": ""}], policy="drop"),
     "a broken JSON line": Input(content=b'{"prompt": "a"}\n{"prompt": "b", \n'),
+    "a key twice in one JSON object": Input(
+        content=b'{"prompt": "a"}\n{"prompt": "b", "chosen": "c", "chosen": "d"}\n'
+    ),
     "a number with thousands of digits": Input(content=b'{"prompt": "a"}\n{"prompt": ' + b"9" * 5000 + b"}\n"),
     "JSON that is nested too deeply": Input(content=b'{"prompt": "a"}\n' + b'{"prompt": ' * 200_000 + b"\n"),
     "a compressed file that is damaged": Input(
