@@ -104,6 +104,7 @@ INPUTS = {
     "whole conversations without a common beginning": second(CONVERSATION, chosen=[HELLO]),
     "a message without role": second(CHAT, prompt=[{"content": "Hi"}]),
     "a ShareGPT speaker nobody knows": second(SHAREGPT, conversations=[{"from": "alien", "value": "Hi"}]),
+    "a tool's result that is an object": second(CHAT, prompt=[USER, HELLO, {"role": "tool", "content": {"t": 20}}]),
     "a role nobody knows": second(CHAT, prompt=[{"role": "alien", "content": "Hi"}]),
     "arguments of a call that are no JSON": second(
         CHAT, chosen=[{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{x"}}]}]
