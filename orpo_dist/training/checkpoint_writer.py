@@ -2,6 +2,7 @@
 
 RUN/_saving/checkpoint-N   the Trainer's files and `metrics_RANK.pt`, written by every rank
 flush                      by the first rank of each node: a node can only flush its own writes
+checksums                  each rank reads a share of the files
 seal, rename, rotate       by the first rank (run/checkpoint.py)
 """
 
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from transformers import TrainerState
 
 from orpo_dist.config import ORPOConfig
@@ -20,6 +22,7 @@ from orpo_dist.distributed.environment import Environment
 from orpo_dist.distributed.ranks import on_first_rank
 from orpo_dist.errors import SaveError, UserError
 from orpo_dist.run import checkpoint as checkpoints
+from orpo_dist.run.checksums import checksums, share
 from orpo_dist.run.owner import check_owner
 from orpo_dist.training.progress import METRICS, Progress
 
@@ -77,7 +80,11 @@ class CheckpointWriter:
         if self._environment.is_first_on_node:  # a node can only flush its own writes
             _try(lambda: checkpoints.flush_tree(staged), run, state)
         self._accelerator.wait_for_everyone()
-        published, best = on_first_rank(lambda: _try(lambda: self._publish(staged, run, state), run, state))
+        keep, sizes = on_first_rank(lambda: _try(lambda: self._complete(staged, run, state), run, state))
+        known = self._checksums(staged, sizes, run, state)
+        published, best = on_first_rank(
+            lambda: _try(lambda: self._publish(staged, run, state, keep, known), run, state)
+        )
         # On every rank: under ZeRO all ranks load the best one. Rank 0 looks for it, because another node may see a
         # renamed folder later, and a rank that finds none would not take part in loading it.
         state.best_model_checkpoint = best or state.best_model_checkpoint
@@ -91,10 +98,9 @@ class CheckpointWriter:
         finally:
             self.staging = None
 
-    def _publish(self, staged: Path, run: Path, state: TrainerState) -> tuple[str, str | None]:
-        """The published folder, and the best checkpoint if there is one."""
-        world_size = self._environment.world_size
-        missing = [rank for rank in range(world_size) if not (staged / METRICS.format(rank)).exists()]
+    def _complete(self, staged: Path, run: Path, state: TrainerState) -> tuple[Path | None, dict[str, int]]:
+        """The best checkpoint, which may be this one, and the sizes of the staged files, all of which are there."""
+        missing = [rank for rank in range(self._environment.world_size) if not (staged / METRICS.format(rank)).exists()]
         if missing:
             raise UserError(
                 f"The files of rank {missing[0]} are not in {staged}: output_dir must be on a file system that all "
@@ -106,7 +112,19 @@ class CheckpointWriter:
             state.best_model_checkpoint = str(best)
             state.save_to_json(str(staged / TRAINER_STATE))
             checkpoints.flush(staged / TRAINER_STATE)
-        checkpoints.seal(staged, state.global_step, world_size, self._fingerprint)
+        return best, checkpoints.sizes(staged)
+
+    def _checksums(self, staged: Path, sizes: dict[str, int], run: Path, state: TrainerState) -> dict[str, str]:
+        """Of all files, on every rank."""
+        world_rank, world_size = self._environment.world_rank, self._environment.world_size
+        mine = _try(lambda: checksums(staged, share(sizes, world_rank, world_size)), run, state)
+        return {name: sha for part in gather_object([mine]) for name, sha in part.items()}
+
+    def _publish(
+        self, staged: Path, run: Path, state: TrainerState, best: Path | None, known: dict[str, str]
+    ) -> tuple[str, str | None]:
+        """The published folder, and the best checkpoint if there is one."""
+        checkpoints.seal(staged, state.global_step, self._environment.world_size, self._fingerprint, known)
         published = checkpoints.publish(staged, run)
         checkpoints.rotate(run, self._args.save_total_limit, best)
         return str(published), str(best) if best is not None and best.exists() else None

@@ -11,12 +11,13 @@ from torch import nn
 from transformers.trainer_utils import HubStrategy
 
 from orpo_dist.distributed.environment import Sharding
-from orpo_dist.errors import RunStopped
+from orpo_dist.errors import RunStopped, SaveError
 from orpo_dist.model.loading.adapter_files import adapter_folder, load_adapters
 from orpo_dist.model.loading.initial import save_initial, to_plain_lora
 from orpo_dist.model.loading.trained import record_trained
 from orpo_dist.run.stop import ignore_signals
 from orpo_dist.run.upload import STAGED, unstage, upload_run
+from orpo_dist.run.verified import why_unusable
 from orpo_dist.training.building import BuildingTrainer
 from orpo_dist.training.final_model import save_checked, whole_weights
 from orpo_dist.training.optimizer_modes import use_averaged_weights
@@ -84,6 +85,12 @@ class SavingTrainer(BuildingTrainer):
 
     def _load_best_model(self) -> None:
         use_averaged_weights(self.optimizer)  # else a later switch would average the last step's into the best ones
+        reason = why_unusable(Path(str(self.state.best_model_checkpoint)))
+        if reason is not None:
+            raise SaveError(
+                f"Training is done, but the best checkpoint, {self.state.best_model_checkpoint}, cannot be loaded: "
+                f"{reason}. The last checkpoint is not touched: without load_best_model_at_end it becomes the model."
+            )
         if self._loads_adapters():
             load_adapters(self.model, Path(str(self.state.best_model_checkpoint)))
         else:
