@@ -137,6 +137,9 @@ class ORPOConfig(ImageOptions, DataOptions, TrainingArguments):
     max_runtime: str | None = _option(
         None, "Save and stop before this much time since the process began: seconds, 1h30m or HH:MM:SS."
     )
+    async_save: bool = _option(
+        False, "Copy each checkpoint to host memory, and write it while training goes on (docs/runs.md)."
+    )
     max_nonfinite_steps: int = _option(
         5, "End the run after so many steps in a row whose loss or gradient norm is not finite; none is applied."
     )

@@ -75,9 +75,25 @@ class SavingTrainer(BuildingTrainer):
         with self._throughput.paused():
             run = Path(super()._get_output_dir(trial))
             published = self._checkpoints.save(run, self.state, write_all, progress)
-            if self.args.push_to_hub:
+            if self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END:
+                self._checkpoints.background.wait()
                 super()._push_from_checkpoint(str(published))
-        self._stop_requests.saved(time.monotonic() - began)
+        if self.args.async_save:
+            self._stop_requests.not_a_step()
+        else:
+            self._stop_requests.saved(time.monotonic() - began)
+
+    def _wants_to_stop(self) -> bool:
+        """This rank's vote. A checkpoint that could not be written in the background is one: every rank knows of it
+        sooner or later, they stop after the same step, and the failure is raised where they save or end."""
+        seconds = self._checkpoints.background.took()
+        if seconds is not None:
+            self._stop_requests.saved(seconds)
+        return self._checkpoints.background.failed or self._stop_requests.reason() is not None
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._checkpoints.background.wait()  # the last checkpoint may be the best one
+        return super()._finalize_training(*args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
         staging = self._checkpoints.staging
@@ -169,6 +185,7 @@ class SavingTrainer(BuildingTrainer):
         """Raises RunStopped if the ranks have agreed to stop."""
         step = self.state.global_step
         if self._step_guard.stops and step < self.state.max_steps:
+            self._checkpoints.background.wait()
             raise self._stopped(step, str(self._run_folder / f"checkpoint-{step}"))
 
     def _stopped(self, step: int, checkpoint: str | None) -> RunStopped:
