@@ -45,7 +45,12 @@ MIRRORED_ELSEWHERE: dict[str, tuple[list[str], str]] = {
     ),
     "training/refusals.py": (["test_trainer.py"], "each refusal is an argument of the trainer"),
     "training/saving.py": (
-        ["test_trainer.py", "training/test_final_model.py", "training/test_checkpoint_writer.py"],
+        [
+            "test_trainer.py",
+            "training/test_final_model.py",
+            "training/test_checkpoint_writer.py",
+            "survival/test_async_saves.py",
+        ],
         "what a real trainer writes",
     ),
     "training/setup.py": (["test_trainer.py"], "the first half of the trainer's construction"),
