@@ -20,6 +20,9 @@ from orpo_dist.model.head.chunks import PairRows
 from orpo_dist.model.head.fused_loss import Adapter, fused_orpo_loss
 from orpo_dist.model.patches import HEAD_CALL, replace_attribute
 from orpo_dist.packing.layout import PackedLayout, PackedLayoutError
+from orpo_dist.packing.padded import PaddedLayout
+
+PairLayout = PackedLayout | PaddedLayout
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class HeadOptions:
     chunk_rows: int | None
 
 
-def call_head(head: nn.Module, hidden: torch.Tensor, layout: PackedLayout, options: HeadOptions) -> torch.Tensor:
+def call_head(head: nn.Module, hidden: torch.Tensor, layout: PairLayout, options: HeadOptions) -> torch.Tensor:
     """() loss of the scored rows (N, H), with the weights of `head` and of the adapter in it. Writes `layout.scores`.
 
     Raises:
@@ -63,7 +66,7 @@ def call_head(head: nn.Module, hidden: torch.Tensor, layout: PackedLayout, optio
 
 
 def _call_linear(
-    head: nn.Module, hidden: torch.Tensor, adapters: list[Adapter], layout: PackedLayout, options: HeadOptions
+    head: nn.Module, hidden: torch.Tensor, adapters: list[Adapter], layout: PairLayout, options: HeadOptions
 ) -> torch.Tensor:
     if not isinstance(head, nn.Linear):
         raise PackedLayoutError(f"the output layer is a {type(head).__name__}, not a linear layer or LoRA on one.")
@@ -74,8 +77,8 @@ def _call_linear(
         result = fused_orpo_loss(
             rows,
             head.weight,
-            layout.targets,
-            [PairRows(s.nll_prompt, s.scored_chosen, s.scored_rejected) for s in layout.segments],
+            layout.scored_targets,
+            [PairRows(*counts) for counts in layout.scored_counts],
             layout.weight,
             options.objective,
             bias=head.bias,
