@@ -287,6 +287,28 @@ def test_labels_that_the_head_cannot_take_use_full_logits(caplog):
     assert caplog.text.count("Full logits for some batches") == 1
 
 
+@pytest.mark.parametrize("name", ["bias", "t5", "gemma2"])
+def test_eight_padded_micro_batches_of_one_pair_are_one_of_eight(name):
+    tolerance = 1e-6 if name == "gemma2" else 1e-9  # its norms compute in float32
+    model, rows = built(name), [{**row, "weight": 1.0, "index": i} for i, row in enumerate(pairs(8, 60, seed=2))]
+    layout = chosen(model, padding_free=False, loss_chunk_size=7)
+    layout.verify(model)
+    whole = run(layout, model, rows=rows).loss
+    whole.backward()
+    expected = gradients_of(model)
+    totals = layout.collator(rows)["orpo_layout"].counts().float().unbind()
+    total = 0.0
+    for row in rows:
+        batch = layout.collator([row])
+        batch["orpo_layout"].tokens, batch["orpo_layout"].pairs = totals
+        loss = PairForward(layout, PLAIN)(model, batch, CPU).loss
+        loss.backward()
+        total += loss.item()
+    assert total == pytest.approx(whole.item(), rel=tolerance)
+    for parameter, gradient in gradients_of(model).items():
+        assert (gradient - expected[parameter]).abs().max() <= tolerance * (1 + expected[parameter].abs().max())
+
+
 class Largest(TorchDispatchMode):
     """The most elements of a floating-point tensor that an operation has returned."""
 

@@ -40,11 +40,19 @@ def call_head(head: nn.Module, hidden: torch.Tensor, layout: PairLayout, options
     Raises:
         PackedLayoutError: the output layer is of a kind that the fused loss cannot replace.
     """
+    if not isinstance(head, ModulesToSaveWrapper | LoraLinear):
+        return _call_linear(head, hidden, [], layout, options)
+    # peft's layer is entered too: it may be what FSDP2 has sharded, with the last norm, and counts on both calls.
+    return _call_with(head, lambda rows: _call_wrapped(head, rows, layout, options), hidden)
+
+
+def _call_wrapped(
+    head: ModulesToSaveWrapper | LoraLinear, hidden: torch.Tensor, layout: PairLayout, options: HeadOptions
+) -> torch.Tensor:
     if isinstance(head, ModulesToSaveWrapper):
         copies = head.modules_to_save
-        head = head.original_module if head.disable_adapters else copies[head.active_adapters[0]]
-    if not isinstance(head, LoraLinear):
-        return _call_linear(head, hidden, [], layout, options)
+        inner = head.original_module if head.disable_adapters else copies[head.active_adapters[0]]
+        return call_head(inner, hidden, layout, options)
     names = [] if head.disable_adapters or head.merged else [n for n in head.active_adapters if n in head.lora_A]
     if any(name in head.lora_variant or head.lora_bias[name] for name in names):
         raise PackedLayoutError("the output layer's adapter is not plain LoRA (DoRA, lora_bias).")
