@@ -16,7 +16,7 @@ import yaml
 
 from benchmarks.kill_campaign import REPOSITORY, START_SECONDS, make_inputs, newest, recipe, same_weights
 
-STEPS, KILL_AFTER = 30, 4
+STEPS, KILL_AFTER = 16, 4
 OPTIONS = ["--cpu", "--accelerate-config", "ddp", "--max-restarts", "2"]
 
 pytestmark = pytest.mark.topology
@@ -76,6 +76,8 @@ def whole(folder):
     return output
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_rank_of_one_node(folder, whole):
     output = folder / "killed"
     launch = [sys.executable, "-m", "orpo_dist.cli", "launch", *OPTIONS, "--processes-per-node", "2"]
