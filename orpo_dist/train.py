@@ -167,8 +167,9 @@ def _trainer(recipe: Recipe, folder: Path, processing_class: Any, pairs: "RunPai
     """The trainer of the run, with the model that it trains."""
     from transformers import PrinterCallback, ProgressCallback
 
-    from orpo_dist.run.callbacks import FinalEvaluation, ShortProgress
+    from orpo_dist.run.callbacks import FinalEvaluation, LastStep, ShortProgress
     from orpo_dist.run.prepare import load_model_of, peft_config_of
+    from orpo_dist.run.step_file import StepFile
     from orpo_dist.run.trackers import tensorboard_folder
     from orpo_dist.trainer import ORPOTrainer
 
@@ -183,6 +184,9 @@ def _trainer(recipe: Recipe, folder: Path, processing_class: Any, pairs: "RunPai
             peft_config=peft_config_of(recipe.model, model),
             callbacks=[log, FinalEvaluation()] if pairs.evaluation else [log],
         )
+    step_file = StepFile.asked_for()
+    if step_file is not None:
+        trainer.add_callback(LastStep(step_file))
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(ShortProgress)
     trainer.pop_callback(PrinterCallback)
