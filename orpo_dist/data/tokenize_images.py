@@ -216,10 +216,25 @@ class ImagePairTokenizer(PairTokenizer):
             image_tokens=len(pair.fixed),
         )
 
+    def _begun(self, text: RenderedPair, alone: list[int], prompt: list[int]) -> list[int]:
+        prompt, begins = super()._begun(text, alone, prompt), self._begins_texts
+        return prompt if prompt[: len(begins)] == begins else [*begins, *prompt]
+
+    @cached_property
+    def _begins_texts(self) -> list[int]:
+        """What the processor itself writes before a text without images (Molmo 2: BOS)."""
+        word = self._ids([WORDS[0]])[0]
+        try:
+            written = self._processed(WORDS[0], [])
+        except BadRow:  # PaliGemma's takes no text by itself
+            return []
+        return written[: -len(word)] if written[-len(word) :] == word else []
+
     def _processed(self, text: str, images: "list[Image]") -> list[int]:
         try:
             # As tensors: Ovis 2's and others' need them to place the images' tokens.
-            made = self.processor(text=[text], images=[images], add_special_tokens=False, return_tensors="pt")
+            given = {"images": [images]} if images else {}
+            made = self.processor(text=[text], add_special_tokens=False, return_tensors="pt", **given)
         except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, AttributeError) as error:
             raise BadRow(
                 "image processor", self._image_column, f"the processor refuses the images: {short(str(error), 300)}"
