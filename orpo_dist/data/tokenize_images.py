@@ -24,13 +24,14 @@ from orpo_dist.data.render_pair import RenderedPair
 from orpo_dist.data.tokenize import PairTokenizer, SplitPair, TokenizedPair
 from orpo_dist.data.typed_tokens import TokenNotes
 from orpo_dist.errors import BadRow, UserError
-from orpo_dist.images.decode import StoredImage, open_image, short
+from orpo_dist.images.decode import StoredImage, has_more_frames, open_image, short
 from orpo_dist.images.source import fetch_all, is_url
 from orpo_dist.options.data import PrepareOptions
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+FRAMES_NOTE = "an image has several frames (an animation, pages): the first is used"
 ADDED = -1  # place of a token that the processor does not write: BOS
 
 
@@ -198,6 +199,7 @@ class ImagePairTokenizer(PairTokenizer):
             places=places,
             processed_tokens=len(processed),
             image_sizes=tuple(image.size for image in opened),
+            notes=(FRAMES_NOTE,) if any(has_more_frames(image) for image in opened) else (),
         )
 
     def _result(
