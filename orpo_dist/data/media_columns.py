@@ -23,10 +23,8 @@ _IN_MESSAGES = ("image", "images", "video", "videos", "audio", "audios")  # Olla
 # https://swift.readthedocs.io/en/latest/Customization/Custom-dataset.html
 _PLACES = re.compile(r"<(video|audio|bbox|ref-object)>")
 # Places for images in other spellings than `<image>`: MMMU's `<image 1>`, Phi-3-vision's `<|image_1|>`, Qwen-VL's
-# `<img>photo.jpg</img>`, DeepSeek-VL's and InternLM-XComposer's.
-_OTHER_IMAGES = re.compile(
-    r"<\|?image[ _-]?\d+\|?>|<img>[^<>\n]+</img>|<image_placeholder>|<ImageHere>|<Image>|<IMAGE>"
-)
+# `<img>photo.jpg</img>`, InternLM-XComposer's `<ImageHere>`. None is the placeholder of a processor of transformers.
+_OTHER_IMAGES = re.compile(r"<\|?image[ _-]?\d+\|?>|<img>[^<>\n]+</img>|<ImageHere>|<Image>|<IMAGE>")
 # Columns of these names have videos or sounds where the values are files of such; a `clip` may be a number.
 _PERHAPS = re.compile(r"(sounds?|speech|voices?|waveforms?|wavs?|recordings?|clips?|movies?|films?|media)")
 _FILES = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v", ".wav", ".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac")

@@ -128,7 +128,7 @@ def test_places_of_other_media(place, chat_tokenizer):
 
 @pytest.mark.parametrize(
     "place",
-    ["<image 1>", "<image_1>", "<image-2>", "<|image_1|>", "<img>photo.jpg</img>", "<Image>", "<image_placeholder>"],
+    ["<image 1>", "<image_1>", "<image-2>", "<|image_1|>", "<img>photo.jpg</img>", "<Image>", "<ImageHere>"],
 )
 def test_places_of_images_in_another_spelling(place):
     row = {**TEXT, "images": [PICTURE]}
