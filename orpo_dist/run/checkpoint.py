@@ -103,13 +103,34 @@ def read_manifest(folder: Path) -> Manifest:
         content = json.loads((folder / MARKER).read_text(encoding="utf-8"))
         files = {name: (facts["size"], facts.get("sha256")) for name, facts in content["files"].items()}
         version = content["format_version"]
-        if version != FORMAT_VERSION:
-            raise ValueError(f"format version {version}; this program reads {FORMAT_VERSION}")
-        return Manifest(content["step"], content["world_size"], files, content["fingerprint"], version)
+        manifest = Manifest(content["step"], content["world_size"], files, content["fingerprint"], version)
     except FileNotFoundError:
         raise ValueError(f"no {MARKER}: it was not finished, or not written by this program") from None
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{MARKER} cannot be read ({error})") from error
+    except RecursionError:
+        raise ValueError(f"{MARKER} cannot be read (nested too deeply)") from None
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{MARKER} cannot be read ({type(error).__name__}: {error})") from error
+    if version != FORMAT_VERSION:
+        raise ValueError(f"format version {version!r}; this program reads {FORMAT_VERSION}")
+    odd = _odd_part(manifest)
+    if odd is not None:
+        raise ValueError(f"{MARKER} cannot be read ({odd})")
+    return manifest
+
+
+def _odd_part(manifest: Manifest) -> str | None:
+    """What this program does not write into a manifest. A file outside of the checkpoint is never looked at."""
+    for name, number in (("step", manifest.step), ("world_size", manifest.world_size)):
+        if type(number) is not int or number < 0:
+            return f"{name} is {number!r}"
+    if not isinstance(manifest.fingerprint, dict):
+        return "fingerprint is not an object"
+    for name, (size, checksum) in manifest.files.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+            return f"a file outside of the checkpoint: {name!r}"
+        if type(size) is not int or not isinstance(checksum, str | None):
+            return f"size or checksum of {name!r}"
+    return None
 
 
 def verify(folder: Path) -> Manifest:

@@ -80,6 +80,41 @@ def test_every_damage_is_seen(staged, tmp_path, damage, reason):
         checkpoints.verify(folder)
 
 
+WHOLE = {"step": 3, "world_size": 2, "files": {}, "fingerprint": {}, "format_version": 1}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"[" * 100000, "nested too deeply"),
+        (b'{"files":' * 100000, "nested too deeply"),
+        (b"\xff\xfe", "UnicodeDecodeError"),
+        (b"null", "TypeError"),
+        (b'["step"]', "TypeError"),
+        (b"{}", "KeyError"),
+        (WHOLE | {"files": ["a"]}, "AttributeError"),
+        (WHOLE | {"files": {"a": 3}}, "TypeError"),
+        (WHOLE | {"files": {"a": {"size": "3"}}}, "size or checksum of 'a'"),
+        (WHOLE | {"files": {"a": {"size": 3, "sha256": ["x"]}}}, "size or checksum of 'a'"),
+        (WHOLE | {"files": {"../../etc/passwd": {"size": 3}}}, "a file outside of the checkpoint"),
+        (WHOLE | {"files": {"/etc/passwd": {"size": 3}}}, "a file outside of the checkpoint"),
+        (WHOLE | {"files": {"a\0b": {"size": 3}}}, "a file outside of the checkpoint"),
+        (WHOLE | {"step": "3"}, "step is '3'"),
+        (WHOLE | {"step": True}, "step is True"),
+        (WHOLE | {"world_size": None}, "world_size is None"),
+        (WHOLE | {"fingerprint": []}, "fingerprint is not an object"),
+        (WHOLE | {"format_version": {"a": 1}}, "format version {'a': 1}; this program reads 1"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_manifests_with_odd_content(tmp_path, content, reason):
+    text = content if isinstance(content, bytes) else json.dumps(content).encode()
+    (tmp_path / checkpoints.MARKER).write_bytes(text)
+    with pytest.raises(ValueError) as refused:
+        checkpoints.verify(tmp_path)
+    assert reason in str(refused.value) and "\n" not in str(refused.value)
+
+
 def test_rotation_keeps_two_complete_ones_and_the_best(staged, tmp_path):
     folders = [published(staged, tmp_path, step) for step in (9, 10, 11, 12)]
     (folders[2] / "complete.json").unlink()  # an incomplete one counts for nothing and is not touched
