@@ -21,6 +21,7 @@ from orpo_dist.cluster.peers import Peers, Verdict
 from orpo_dist.cluster.processes import STOP_SIGNALS, GroupEnd, telling_code
 from orpo_dist.cluster.status import newest_checkpoint
 from orpo_dist.errors import BAD_INPUT, FAILED, FINISHED, GAVE_UP, INTERRUPTED, STOPPED
+from orpo_dist.run.checkpoint import finish_publishing
 from orpo_dist.run.step_file import VARIABLE, last_step
 
 _FINAL = (FINISHED, BAD_INPUT, GAVE_UP, STOPPED, INTERRUPTED)
@@ -57,6 +58,7 @@ class Restarts:
             return Verdict(code)
         cause = next((end.cause for end in ends if end.cause), "the run failed")
         asked = next((end.asked for end in ends if end.asked), None)
+        finish_publishing(self.run)
         newest = newest_checkpoint(self.run)
         why_not = (
             f"the launcher of {gone[0]} is gone" if gone

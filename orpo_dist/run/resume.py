@@ -7,7 +7,7 @@ from typing import Any
 from orpo_dist.distributed.log import get_logger
 from orpo_dist.distributed.zero import LATEST_UNIVERSAL
 from orpo_dist.errors import UserError
-from orpo_dist.run.checkpoint import Manifest, checkpoint_folders, verify
+from orpo_dist.run.checkpoint import Manifest, checkpoint_folders, finish_publishing, verify
 from orpo_dist.run.fingerprint import differences
 
 logger = get_logger(__name__)
@@ -18,12 +18,14 @@ def checkpoint_to_resume(asked: str | bool | None, folder: Path, say: Callable[[
     """The checkpoint that `resume_from_checkpoint` selects.
 
     `auto`: the newest complete one in the run's folder, or a fresh start; `true`: the newest complete one, which must
-    exist; else a path. `say` reports each checkpoint that is skipped.
+    exist; else a path. `say` reports each checkpoint that is skipped. One whose publication a kill has interrupted is
+    put under its name first.
 
     Raises:
         UserError: no such checkpoint, one that is not complete, or a fresh start in a folder that holds the
             checkpoints of another run.
     """
+    finish_publishing(folder)
     word = str(asked or "false").lower()
     found = checkpoint_folders(folder)
     if word in _NO:

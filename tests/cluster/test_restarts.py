@@ -13,6 +13,7 @@ from orpo_dist.cluster import orphans
 from orpo_dist.cluster.peers import Peers
 from orpo_dist.cluster.processes import GroupEnd, run_group
 from orpo_dist.cluster.restarts import Restarts, run_with_restarts
+from orpo_dist.run.checkpoint import seal
 
 # Each start takes the next word: what rank 1 does after a step. `5+kill` writes checkpoint-5 before.
 PROGRAM = """
@@ -128,6 +129,16 @@ def test_a_run_started_from_a_path_goes_on_from_what_it_saved(tmp_path):
     (tmp_path / "checkpoint-6").mkdir()
     (tmp_path / "checkpoint-6" / "complete.json").touch()
     assert restarts._resume("checkpoint-9") == ["--resume_from_checkpoint", str(tmp_path / "checkpoint-6")]
+
+
+def test_a_checkpoint_between_two_names_is_one(tmp_path):
+    """Killed while checkpoint-5 was replaced, with no other: without it the run would not know where to go on."""
+    seal_in = tmp_path / "_saving" / "checkpoint-5"
+    for folder in (seal_in, tmp_path / "_deleting-checkpoint-5"):
+        folder.mkdir(parents=True)
+        seal(folder, 5, 2, {})
+    verdict = Restarts(1, tmp_path, "", tmp_path).decide([GroupEnd(137, "rank 0 was killed by SIGKILL")])
+    assert verdict.said == "restart 1 of 1: rank 0 was killed by SIGKILL; resuming from checkpoint-5"
 
 
 def test_one_process_is_replaced_too_and_ends_with_its_launcher(tmp_path):
