@@ -13,6 +13,7 @@ from orpo_dist.cluster import orphans
 from orpo_dist.cluster.peers import Peers
 from orpo_dist.cluster.processes import GroupEnd, run_group
 from orpo_dist.cluster.restarts import Restarts, run_with_restarts
+from orpo_dist.errors import RunStopped
 from orpo_dist.run.checkpoint import seal
 
 # Each start takes the next word: what rank 1 does after a step. `5+kill` writes checkpoint-5 before.
@@ -42,7 +43,10 @@ if rank == 1:
         time.sleep(0.3)
         os.kill(os.getpid(), signal.SIGKILL)
     sys.exit(int(how))
-time.sleep(0 if how in ("0", "75") else 30)
+for _ in range(300):  # torchrun ends rank 1 when this one fails, if need be before its first line
+    time.sleep(0.1)
+    if how in ("0", "75") and (run / "starts.1").exists() and len((run / "starts.1").read_text().splitlines()) > number:
+        break
 sys.exit(int(how) if how in ("0", "75") else 1)
 """
 
@@ -104,18 +108,40 @@ def test_no_process_outlives_its_group(restarted, tmp_path, monkeypatch):
     assert not psutil.pid_exists(orphan) or psutil.Process(orphan).status() == psutil.STATUS_ZOMBIE
 
 
+class StopsInBetween(Peers):
+    """A signal comes while the nodes agree."""
+
+    def agree(self, end, decide):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return super().agree(end, decide)
+
+
 def test_a_run_that_was_asked_to_stop_is_not_restarted(tmp_path):
-    """Between two groups, and while one is starting."""
     starts = []
 
     def start(resume, restart):
         starts.append(restart)
-        os.kill(os.getpid(), signal.SIGTERM)
         return GroupEnd(137, "rank 0 was killed by SIGKILL")
 
     before = signal.getsignal(signal.SIGTERM)
-    assert run_with_restarts(start, 3, tmp_path, "", Peers({})) == 137
+    assert run_with_restarts(start, 3, tmp_path, "", StopsInBetween({})) == 137
     assert starts == [0] and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_stop_before_there_are_processes_starts_none(tmp_path):
+    """While the launcher's libraries are imported, which takes seconds."""
+    (tmp_path / "checkpoint-5").mkdir()
+    (tmp_path / "checkpoint-5" / "complete.json").touch()
+
+    def start(resume, restart):
+        os.kill(os.getpid(), signal.SIGHUP)
+        raise AssertionError("it goes on")
+
+    before = signal.getsignal(signal.SIGHUP)
+    with pytest.raises(RunStopped) as stop:
+        run_with_restarts(start, 3, tmp_path, "", Peers({}))
+    assert stop.value.code == 75 and "Stopped at step 5 (SIGHUP): saved" in str(stop.value)
+    assert signal.getsignal(signal.SIGHUP) == before
 
 
 def test_a_run_started_from_a_path_goes_on_from_what_it_saved(tmp_path):
