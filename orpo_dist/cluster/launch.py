@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     """
     options = _parser().parse_args(argv)
     view = preview(options.recipe, options.flags)
-    placement = _placement(options)
+    placement, restarts = _placement(options), _max_restarts(options.max_restarts)
     flags = [*options.flags, *(["--use_cpu", "true"] if options.cpu else [])]
     public, private = split_flags(flags)
     name = options.accelerate_config or choose_config(view, placement.world_size)
@@ -62,17 +62,14 @@ def main(argv: Sequence[str]) -> int:
         _print_dry_run(command, private)
         return 0
     print(f"orpo-dist: {shlex.join(command)}", file=sys.stderr, flush=True)
-    restarts = _max_restarts(options.max_restarts)
     if restarts and view.values.get("save_only_model"):
         print("orpo-dist: save_only_model: a restart cannot go on from its checkpoints.", file=sys.stderr)
     lines: Mapping[int, Line] = {}
     if placement.nodes > 1:
-        view.run_folder.mkdir(parents=True, exist_ok=True)
+        _make(view.run_folder)
         report = _report(placement, options, restarts, view.run_folder)
         try:
-            lines = meet(
-                report, placement.head, placement.port, view.run_folder, options.wait, keep=restarts > 0
-            )  # fmt: skip
+            lines = meet(report, placement.head, placement.port, view.run_folder, options.wait, keep=restarts > 0)
         except UserError as error:  # not the recipe's fault: a restart, another port or another node may help
             print(f"orpo-dist: error (node rank {placement.node_rank}): {error}", file=sys.stderr, flush=True)
             return FAILED
@@ -86,6 +83,13 @@ def main(argv: Sequence[str]) -> int:
         return run_group([*command, *resume], private_environment(private) | _of_attempt(restart))
 
     return run_with_restarts(start, restarts, view.run_folder, asked, Peers(lines))
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"Cannot make the run's folder {folder}: {error.strerror}.") from error
 
 
 def choose_config(view: RecipePreview, world_size: int) -> str:

@@ -98,6 +98,13 @@ def test_refused_before_anything_starts(recipe, capsys, arguments, said):
     assert said in capsys.readouterr().err
 
 
+def test_a_run_folder_that_cannot_be_made(recipe, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("ORPO_DIST_CACHE", str(tmp_path / "cache"))
+    where = ["--nodes", "2", "--head-address", "n1", "--cpu", "--accelerate-config", "ddp"]
+    assert main(["launch", *where, str(recipe), "--output_dir", str(recipe / "run")]) == 2
+    assert f"Cannot make the run's folder {recipe / 'run'}: Not a directory." in capsys.readouterr().err
+
+
 def test_several_nodes_without_gpus_must_say_cpu(recipe, capsys):
     if torch.cuda.device_count():
         pytest.skip("this machine has GPUs")
