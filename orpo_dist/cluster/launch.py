@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import yaml
 
@@ -218,8 +218,12 @@ def fitted_config(config: Path, placement: Placement, folder: Path, *, cpu: bool
     """The accelerate config adapted to this run; written to `folder` if it differs.
 
     It sets the CPU, since accelerate's flag for that starts only one process, and the size of a node for weights that
-    are sharded within a node (HSDP, ZeRO++ hpZ)."""
-    settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+    are sharded within a node (HSDP, ZeRO++ hpZ).
+
+    Raises:
+        UserError: the config, or the DeepSpeed config that it names, cannot be read.
+    """
+    settings = _mapping_of(config)
     before = json.dumps(settings)
     if cpu:
         settings["use_cpu"] = True
@@ -228,12 +232,12 @@ def fitted_config(config: Path, placement: Placement, folder: Path, *, cpu: bool
             "parallelism_config_dp_replicate_size": placement.nodes,
             "parallelism_config_dp_shard_size": placement.processes,
         }
-    deepspeed = settings.get("deepspeed_config", {}).get("deepspeed_config_file")
+    deepspeed = (settings.get("deepspeed_config") or {}).get("deepspeed_config_file")
     if deepspeed is not None:
         # Look beside the config first: the path in it is relative to a checkout.
         file = config.parent / Path(deepspeed).name
-        options = json.loads((file if file.is_file() else Path(deepspeed)).read_text(encoding="utf-8"))
-        if "zero_hpz_partition_size" in options.get("zero_optimization", {}):
+        options = _mapping_of(file if file.is_file() else Path(deepspeed))
+        if "zero_hpz_partition_size" in (options.get("zero_optimization") or {}):
             options["zero_optimization"]["zero_hpz_partition_size"] = placement.processes
         _write(folder / file.name, json.dumps(options, indent=2))
         settings["deepspeed_config"]["deepspeed_config_file"] = str(folder / file.name)
@@ -241,6 +245,22 @@ def fitted_config(config: Path, placement: Placement, folder: Path, *, cpu: bool
         return config
     _write(folder / config.name, yaml.safe_dump(settings))
     return folder / config.name
+
+
+def _mapping_of(path: Path) -> dict[str, Any]:
+    """The content of a YAML or JSON file. YAML's parser does not take all JSON: 1e-5 is a text to it."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    except RecursionError:
+        raise UserError(f"{path} cannot be read: nested too deeply.") from None
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no settings: a mapping of names to values is expected.")
+    return content
 
 
 def _write(path: Path, text: str) -> None:

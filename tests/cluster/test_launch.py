@@ -72,6 +72,29 @@ def test_configs_are_fitted_to_the_nodes(tmp_path):
     assert deepspeed["zero_optimization"]["zero_hpz_partition_size"] == 2
 
 
+DEEPSPEED = "distributed_type: DEEPSPEED\ndeepspeed_config:\n  deepspeed_config_file: ds.json\n"
+
+
+@pytest.mark.parametrize(
+    ("config", "deepspeed", "said"),
+    [
+        ("a: [", "{}", r"own.yaml cannot be read: while parsing"),
+        ("- a\n- b\n", "{}", "own.yaml holds no settings"),
+        (DEEPSPEED, None, "ds.json cannot be read: No such file"),
+        (DEEPSPEED, '{"a": 1,}', "ds.json cannot be read: Expecting property name"),
+        (DEEPSPEED, "[" * 100000, "ds.json cannot be read: nested too deeply"),
+        (DEEPSPEED, "[1]", "ds.json holds no settings"),
+    ],
+)
+def test_a_config_that_cannot_be_read_is_one_line(tmp_path, config, deepspeed, said):
+    (tmp_path / "own.yaml").write_text(config)
+    if deepspeed is not None:
+        (tmp_path / "ds.json").write_text(deepspeed)
+    with pytest.raises(UserError, match=said) as refused:
+        fitted_config(tmp_path / "own.yaml", Placement(), tmp_path / "out")
+    assert "\n" not in str(refused.value)
+
+
 @pytest.mark.parametrize("path", sorted(accelerate_config("ddp").parent.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_names_its_nodes_launcher(path):
     """pdsh, DeepSpeed's default, would start the other nodes a second time."""
