@@ -142,6 +142,9 @@ class ORPOConfig(ImageOptions, DataOptions, TrainingArguments):
     last_act_timeout: int = _option(
         86400, "Seconds after which a merge, an upload or a summary counts as hanging; a step has ddp_timeout."
     )
+    async_save: bool = _option(
+        False, "Copy each checkpoint to host memory, and write it while training goes on (docs/runs.md)."
+    )
     max_nonfinite_steps: int = _option(
         5, "End the run after so many steps in a row whose loss or gradient norm is not finite; none is applied."
     )

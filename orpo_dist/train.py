@@ -111,7 +111,6 @@ def _begin(recipe: Recipe, folder: Path) -> str | None:
     from accelerate import PartialState
 
     from orpo_dist.distributed.log import get_logger
-    from orpo_dist.distributed.ranks import on_first_rank
     from orpo_dist.run.hub_login import check_login, move_token_to_environment
     from orpo_dist.run.resume import checkpoint_to_resume
     from orpo_dist.run.summary import SUMMARY_NAME
@@ -119,7 +118,7 @@ def _begin(recipe: Recipe, folder: Path) -> str | None:
     from orpo_dist.run.upload import unstage
 
     args = recipe.training
-    checkpoint = on_first_rank(lambda: checkpoint_to_resume(args.resume_from_checkpoint, folder))
+    checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, folder)
     _check_evaluation(recipe)
     _check_packages_and_layers(recipe)
     move_token_to_environment(args)

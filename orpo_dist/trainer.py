@@ -214,6 +214,7 @@ class ORPOTrainer(EvaluatingTrainer):
                 with self._stop_requests.listening(), pickles, self._borrowed.in_use():
                     return super().train(resume_from_checkpoint, *args, **kwargs)
             finally:
+                self._checkpoints.settle()
                 self._step_guard.release()
                 undo_all(self._noise_hooks)
                 self.hang_watch.leave()
@@ -279,7 +280,7 @@ class ORPOTrainer(EvaluatingTrainer):
             return batches, None
         layouts = [batch["orpo_layout"] for batch in batches]
         counts = torch.stack([layout.counts() for layout in layouts]).sum(0)
-        report = self._step_guard.report(self._stop_requests.reason() is not None, device)
+        report = self._step_guard.report(self._wants_to_stop(), device)
         facts = self.accelerator.reduce(torch.cat([counts.to(device, report.dtype), report]), reduction="sum")
         tokens, pairs = facts[:2].unbind()
         self._step_guard.begin(facts[2:], [i for layout in layouts for i in layout.index if i >= 0])

@@ -34,6 +34,7 @@ MIRRORED_ELSEWHERE: dict[str, tuple[list[str], str]] = {
     "model/packed/mixers.py": (["model/test_families.py"], "each family has other mixers"),
     "model/packed/rotary.py": (["model/test_families.py"], "the rotary kinds belong to families"),
     "model/packed/switch.py": (["model/test_families.py"], "switching is tested on each family"),
+    "model/packed/verify_head.py": (["model/packed/test_choose_head.py"], "what it finds decides the head"),
     "model/packed/verify_images.py": (["model/test_vision_families.py"], "the check runs on each vision family"),
     "run/prepare.py": (["test_train.py", "test_trainer.py"], "preparation is the first half of a run"),
     "training/building.py": (
@@ -47,7 +48,12 @@ MIRRORED_ELSEWHERE: dict[str, tuple[list[str], str]] = {
     ),
     "training/refusals.py": (["test_trainer.py"], "each refusal is an argument of the trainer"),
     "training/saving.py": (
-        ["test_trainer.py", "training/test_final_model.py", "training/test_checkpoint_writer.py"],
+        [
+            "test_trainer.py",
+            "training/test_final_model.py",
+            "training/test_checkpoint_writer.py",
+            "survival/test_async_saves.py",
+        ],
         "what a real trainer writes",
     ),
     "training/setup.py": (["test_trainer.py"], "the first half of the trainer's construction"),

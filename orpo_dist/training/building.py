@@ -85,7 +85,7 @@ class BuildingTrainer(Trainer):
             "topology": environment.sharding.value,
             **fingerprint(args, self.model, self.train_dataset, self._lengths, self._global_batch),
         }
-        self._checkpoints = CheckpointWriter(args, made_of, environment, self.accelerator)
+        self._checkpoints = CheckpointWriter(args, made_of, environment)
         self._resuming = Resuming(run, args, made_of, environment, self.accelerator)
 
     def _follow_args(self) -> bool:

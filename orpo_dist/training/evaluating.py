@@ -91,7 +91,7 @@ class EvaluatingTrainer(SavingTrainer):
 
     def _ranks_want_to_stop(self) -> bool:
         """Every rank has the same number of batches, so all of them leave an evaluation at the same one."""
-        wants = torch.tensor(float(self._stop_requests.reason() is not None), device=self.args.device)
+        wants = torch.tensor(float(self._wants_to_stop()), device=self.args.device)
         return bool(self.accelerator.reduce(wants, reduction="sum") > 0)
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> Any:
@@ -102,8 +102,10 @@ class EvaluatingTrainer(SavingTrainer):
             self._step_guard.stops = True
             step = self.state.global_step
             folder = self._run_folder / f"checkpoint-{step}"
+            self._checkpoints.background.wait()
             if step and not on_first_rank(lambda: (folder / MARKER).is_file()):
                 self._save_checkpoint(self.model_wrapped, trial)
+                self._checkpoints.background.wait()
             raise self._stopped(step, str(folder) if step else None) from None
 
     def _reply(self, inputs: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:

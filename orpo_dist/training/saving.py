@@ -11,12 +11,13 @@ from torch import nn
 from transformers.trainer_utils import HubStrategy
 
 from orpo_dist.distributed.environment import Sharding
-from orpo_dist.errors import RunStopped
+from orpo_dist.errors import RunStopped, SaveError
 from orpo_dist.model.loading.adapter_files import adapter_folder, load_adapters
 from orpo_dist.model.loading.initial import save_initial, to_plain_lora
 from orpo_dist.model.loading.trained import record_trained
 from orpo_dist.run.stop import ignore_signals
 from orpo_dist.run.upload import STAGED, unstage, upload_run
+from orpo_dist.run.verified import why_unusable
 from orpo_dist.training.building import BuildingTrainer
 from orpo_dist.training.final_model import save_checked, whole_weights
 from orpo_dist.training.optimizer_modes import use_averaged_weights
@@ -76,9 +77,25 @@ class SavingTrainer(BuildingTrainer):
         with self._throughput.paused(), watch:
             run = Path(super()._get_output_dir(trial))
             published = self._checkpoints.save(run, self.state, write_all, progress)
-            if self.args.push_to_hub:
+            if self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END:
+                self._checkpoints.background.wait()
                 super()._push_from_checkpoint(str(published))
-        self._stop_requests.saved(time.monotonic() - began)
+        if self.args.async_save:
+            self._stop_requests.not_a_step()
+        else:
+            self._stop_requests.saved(time.monotonic() - began)
+
+    def _wants_to_stop(self) -> bool:
+        """This rank's vote. A checkpoint that could not be written in the background is one: every rank knows of it
+        sooner or later, they stop after the same step, and the failure is raised where they save or end."""
+        seconds = self._checkpoints.background.took()
+        if seconds is not None:
+            self._stop_requests.saved(seconds)
+        return self._checkpoints.background.failed or self._stop_requests.reason() is not None
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._checkpoints.background.wait()  # the last checkpoint may be the best one
+        return super()._finalize_training(*args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
         staging = self._checkpoints.staging
@@ -86,6 +103,12 @@ class SavingTrainer(BuildingTrainer):
 
     def _load_best_model(self) -> None:
         use_averaged_weights(self.optimizer)  # else a later switch would average the last step's into the best ones
+        reason = why_unusable(Path(str(self.state.best_model_checkpoint)))
+        if reason is not None:
+            raise SaveError(
+                f"Training is done, but the best checkpoint, {self.state.best_model_checkpoint}, cannot be loaded: "
+                f"{reason}. The last checkpoint is not touched: without load_best_model_at_end it becomes the model."
+            )
         if self._loads_adapters():
             load_adapters(self.model, Path(str(self.state.best_model_checkpoint)))
         else:
@@ -164,6 +187,7 @@ class SavingTrainer(BuildingTrainer):
         """Raises RunStopped if the ranks have agreed to stop."""
         step = self.state.global_step
         if self._step_guard.stops and step < self.state.max_steps:
+            self._checkpoints.background.wait()
             raise self._stopped(step, str(self._run_folder / f"checkpoint-{step}"))
 
     def _stopped(self, step: int, checkpoint: str | None) -> RunStopped:
