@@ -123,7 +123,7 @@ def _placement(options: argparse.Namespace) -> Placement:
     head, port = place.head or "localhost", DEFAULT_PORT if place.port is None else place.port
     if not 0 < port < 65536:
         raise UserError(f"--port {port}: ports are 1 to 65535.")
-    if place.said_by:
+    if place.said_by and place.nodes > 1:
         print(
             f"orpo-dist: node {place.node_rank} of {place.nodes}, head {head}:{port} (from {', '.join(place.said_by)})",
             file=sys.stderr,

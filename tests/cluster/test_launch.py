@@ -157,9 +157,9 @@ def test_a_dry_run_hides_variables_of_ranks_and_secrets(recipe, capsys, monkeypa
 MPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}
 
 
-def run_script(recipe, *arguments, bash=(), **variables):
+def run_script(recipe, name="multi_node", **variables):
     done = subprocess.run(
-        [*bash, REPOSITORY / "launch" / "multi_node.sh", *arguments, "--cpu", "--dry-run", recipe],
+        [REPOSITORY / "launch" / f"{name}.sh", "--cpu", "--dry-run", recipe],
         env={"PATH": os.environ["PATH"], "PYTHONPATH": str(REPOSITORY), "PYTHON": sys.executable, **variables},
         capture_output=True,
         text=True,
@@ -181,6 +181,14 @@ def test_the_script_under_the_variables_of_schedulers(recipe, tmp_path):
     assert "NNODES says 3 nodes, and OMPI_COMM_WORLD_SIZE says 2" in said
     code, printed, said = run_script(recipe, **cache, **MPI)
     assert code == 2 and "--head-address is missing" in said
+
+
+@pytest.mark.parametrize("name", ["single_gpu", "multi_gpu"])
+def test_scripts_for_one_machine_mean_this_machine(recipe, tmp_path, name):
+    """Also in a job of several nodes."""
+    code, printed, said = run_script(recipe, name, ORPO_DIST_CACHE=str(tmp_path), LSB_HOSTS="n1 n2", NNODES="3")
+    assert code == 0, said
+    assert printed == f"{shlex.quote(sys.executable)} -m orpo_dist.cli train {recipe} --use_cpu true\n"
 
 
 def test_restarts_of_a_pytorchjob(monkeypatch):
