@@ -13,6 +13,7 @@ from transformers import Trainer
 
 from orpo_dist.config import ORPOConfig
 from orpo_dist.distributed.environment import Environment, sharding_of
+from orpo_dist.distributed.hang import HangLimits, HangWatch
 from orpo_dist.loss import Objective
 from orpo_dist.model.forward import PairForward
 from orpo_dist.model.loading.initial import initial_weights
@@ -41,6 +42,10 @@ from orpo_dist.training.throughput import ModelFlops, Throughput
 from orpo_dist.training.vocabulary import filler_token, refuse_unknown_tokens
 
 
+def hang_limits(args: ORPOConfig) -> HangLimits:
+    return HangLimits(args.ddp_timeout, args.save_timeout, args.eval_timeout, args.last_act_timeout)
+
+
 class BuildingTrainer(Trainer):
     """A Trainer of named parts, each of which has one job and receives what it needs."""
 
@@ -57,6 +62,7 @@ class BuildingTrainer(Trainer):
     _peft_config: Any
     _global_batch: int
     _stop_requests: StopRequests
+    hang_watch: HangWatch
     _args_in_force: ArgsInForce
     _asked_checkpoint: str | bool | None
 
@@ -101,6 +107,7 @@ class BuildingTrainer(Trainer):
             self._global_batch = self.environment.global_batch(args)
         limit = seconds_of(args.max_runtime) if args.max_runtime is not None else None
         self._stop_requests.follow(Path(str(args.output_dir)), limit)
+        self.hang_watch.follow(hang_limits(args))
         return True
 
     def _hp_search_setup(self, trial: Any) -> None:

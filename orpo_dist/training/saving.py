@@ -38,13 +38,14 @@ class SavingTrainer(BuildingTrainer):
             return
         use_averaged_weights(self.optimizer)
         folder = Path(str(self.args.output_dir if output_dir is None else output_dir))
-        save_checked(
-            partial(self._save_whole, folder),
-            self.accelerator.unwrap_model(self.model),
-            folder,
-            checks=self.args.should_save,
-            trust_remote_code=self.args.trust_remote_code,
-        )
+        with self.hang_watch.phase("save", "the save of the model"):
+            save_checked(
+                partial(self._save_whole, folder),
+                self.accelerator.unwrap_model(self.model),
+                folder,
+                checks=self.args.should_save,
+                trust_remote_code=self.args.trust_remote_code,
+            )
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -72,7 +73,8 @@ class SavingTrainer(BuildingTrainer):
                     self._initial_adapters, Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
                 )
 
-        with self._throughput.paused():
+        watch = self.hang_watch.phase("save", f"the save of step {self.state.global_step}")
+        with self._throughput.paused(), watch:
             run = Path(super()._get_output_dir(trial))
             published = self._checkpoints.save(run, self.state, write_all, progress)
             if self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END:
