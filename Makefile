@@ -81,7 +81,7 @@ test-kill: setup
 	$(TEST_ENV) $(BIN)/python -m pytest -m kill $(PYTEST_ARGS)
 
 # 64 kills: 38 at any time, 10 inside asynchronous saves, 6 of workers of data loaders, 10 after the last checkpoint.
-KILLS := plain:8,lora:6,ddp:6,zero2:6,zero3:6,fsdp2:6,plain/async:4,ddp/async:2,zero3/async:2,fsdp2/async:2
+KILLS := plain:8,lora:6,ddp:6,zero2:6,zero3:6,fsdp2:6,plain/async:4,ddp/async:2,zero3/async:2,fsdp2_sharded/async:2
 KILLS := $(KILLS),plain/workers:3,ddp/workers:3,plain/last:5,lora/last:5
 test-kill-all: setup
 	KILL_TOPOLOGIES=$(KILLS) KILL_OUT=$(abspath benchmarks/results/kill_campaign.json) \

@@ -53,7 +53,7 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "workers": ({"dataloader_num_workers": 2}, {}),
     "last": (MERGED, MERGED),
 }
-PROCESSES = {"plain": 1, "lora": 2, "ddp": 2, "zero1": 2, "zero2": 2, "zero3": 2, "fsdp2": 2}
+PROCESSES = {"plain": 1, "lora": 2, "ddp": 2, "zero1": 2, "zero2": 2, "zero3": 2, "fsdp2": 2, "fsdp2_sharded": 2}
 OF_THE_MACHINE = ("time", "runtime", "per_second", "memory", "preparation_time", "padded_tokens_ratio", "total_flos")
 
 
@@ -141,7 +141,10 @@ def command(folder: Path, topology: str, path: Path, launcher: str = "") -> list
         return [sys.executable, *script]
     if topology in ("lora", "ddp"):
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *script]
-    config = yaml.safe_load((REPOSITORY / "accelerate_configs" / f"{topology}.yaml").read_text())
+    name, _, form = topology.partition("_")
+    config = yaml.safe_load((REPOSITORY / "accelerate_configs" / f"{name}.yaml").read_text())
+    if form == "sharded":  # torch.distributed.checkpoint instead of one file
+        config["fsdp_config"]["fsdp_state_dict_type"] = "SHARDED_STATE_DICT"
     on_cpu = folder / f"{topology}.accelerate.yaml"
     on_cpu.write_text(yaml.safe_dump({**config, "use_cpu": True, "num_processes": PROCESSES[topology]}))
     launch = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={on_cpu}", "--main_process_port=0"]

@@ -29,7 +29,8 @@ def flip(path, at):
 @pytest.mark.slow
 @pytest.mark.topology
 @pytest.mark.parametrize(
-    "topology", ["ddp", pytest.param("zero3", marks=pytest.mark.long), pytest.param("fsdp2", marks=pytest.mark.long)]
+    "topology",
+    ["ddp", pytest.param("zero3", marks=pytest.mark.long), pytest.param("fsdp2_sharded", marks=pytest.mark.long)],
 )
 def test_each_file(folder, topology):
     output = folder / topology
