@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 from transformers import TrainerState
+from transformers.trainer_utils import HubStrategy
 
 from orpo_dist.config import ORPOConfig
 from orpo_dist.distributed.environment import Environment
@@ -71,6 +72,12 @@ class CheckpointWriter:
         self._beside: Together | None = None
         self.staging: Path | None = None
         self.background = Background()
+        if args.async_save and args.push_to_hub and args.hub_strategy != HubStrategy.END:
+            logger.warning(
+                "async_save: each save is uploaded (hub_strategy=%s) and has to be written first, so training waits "
+                "for it. With hub_strategy=end it does not.",
+                HubStrategy(args.hub_strategy).value,
+            )
 
     def save(self, run: Path, state: TrainerState, write: Callable[[], None], progress: Progress) -> Path:
         """Write RUN/checkpoint-N for step N. A collective: every rank must call it.
