@@ -10,4 +10,4 @@ set -euo pipefail
 options=()
 if [ -n "${GPUS-}" ]; then options+=(--processes-per-node "$GPUS"); fi
 if [ -n "${CONFIG-}" ]; then options+=(--accelerate-config "$CONFIG"); fi
-exec "${PYTHON:-python}" -m orpo_dist.cli launch "${options[@]}" "$@"
+exec "${PYTHON:-python}" -m orpo_dist.cli launch ${options[@]+"${options[@]}"} "$@"

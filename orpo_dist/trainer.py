@@ -9,93 +9,69 @@ A run, from top to bottom:
     compute_loss           a micro-batch's share of the global loss, times the number of ranks
     _get_grad_norm         the one host read of a step: whether to apply it, and whether to stop after it
     _step_ends             requests the last checkpoint when the ranks have agreed to stop
-    evaluation_loop        the metrics of a whole set, each pair with the same weight
-    _save_checkpoint       writes to RUN/_saving, seals and renames
+    evaluation_loop        the metrics of a whole set, each pair with the same weight (training/evaluating.py)
+    _save_checkpoint       writes to RUN/_saving, seals and renames (training/saving.py)
+
+What makes the parts is in training/building.py. The four classes are one trainer, in the order
+BuildingTrainer, SavingTrainer, EvaluatingTrainer, ORPOTrainer.
 
 DDP, ZeRO and FSDP2 all average gradients over the ranks, but the shares of the loss must be summed: hence the factor in
 compute_loss. The host reads nothing else between two log lines: metrics are one small vector on the device.
 """
 
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from accelerate.utils import TorchDynamoPlugin, gather_object
-from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     set_seed,
 )
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, HubStrategy, IntervalStrategy
+from transformers.trainer_utils import EvalPrediction, IntervalStrategy
 
 from orpo_dist.config import ORPOConfig
-from orpo_dist.distributed.environment import Environment, Sharding, sharding_of
-from orpo_dist.distributed.ranks import on_first_rank
-from orpo_dist.distributed.timeouts import START_SECONDS, collectives_may_take
+from orpo_dist.distributed.environment import Environment, sharding_of
+from orpo_dist.distributed.hang import HangWatch
 from orpo_dist.distributed.zero import safe_pickles
-from orpo_dist.errors import RunStopped
 from orpo_dist.loss import pair_sums
 from orpo_dist.model.forward import PairForward
-from orpo_dist.model.loading.adapter_files import adapter_folder, load_adapters
 from orpo_dist.model.loading.init_kwargs import model_init_kwargs
-from orpo_dist.model.loading.initial import initial_weights, resume_initial, save_initial, to_plain_lora
+from orpo_dist.model.loading.initial import resume_initial
 from orpo_dist.model.loading.load import load_model
-from orpo_dist.model.loading.trained import record_trained
-from orpo_dist.model.neftune import EmbeddingNoise
-from orpo_dist.model.packed.compile import compile_blocks
 from orpo_dist.model.patches import (
-    BLOCKS_COMPILED_ALREADY,
     ONE_DEVICE_PER_PROCESS,
-    Patched,
     replace_attribute,
     undo_all,
 )
-from orpo_dist.model.routers import router_aux_loss_coef
 from orpo_dist.model.upstream import is_out_of_memory
 from orpo_dist.options.durations import seconds_of
 from orpo_dist.options.secrets import without_secrets
 from orpo_dist.packing.lengths import PairLengths
-from orpo_dist.packing.token_ids import inside
-from orpo_dist.run.checkpoint import MARKER
-from orpo_dist.run.fingerprint import fingerprint
 from orpo_dist.run.owner import owned
-from orpo_dist.run.stop import StopRequests, ignore_signals
-from orpo_dist.run.upload import STAGED, unstage, upload_run
+from orpo_dist.run.stop import StopRequests
 from orpo_dist.training import refusals
-from orpo_dist.training.adapting import adapted_model
 from orpo_dist.training.borrowed import BorrowedModel
-from orpo_dist.training.checkpoint_writer import CheckpointWriter
-from orpo_dist.training.evaluation import EvaluationPass, EvaluationStopped, with_prefix
-from orpo_dist.training.final_model import save_checked, whole_weights
+from orpo_dist.training.building import hang_limits
+from orpo_dist.training.evaluating import EvaluatingTrainer
 from orpo_dist.training.following import ArgsInForce
-from orpo_dist.training.loaders import PairLoaders
 from orpo_dist.training.malloc_trim import returning_freed_memory
-from orpo_dist.training.metrics import MetricSums, StoredMetrics
-from orpo_dist.training.nonfinite import PairFacts
 from orpo_dist.training.optimizer_modes import use_averaged_weights
 from orpo_dist.training.out_of_memory import out_of_memory
 from orpo_dist.training.overrides import check_evaluation_loader, is_overridden, sampler_of
-from orpo_dist.training.progress import progress_of, take_over
-from orpo_dist.training.resuming import Resuming
-from orpo_dist.training.setup import set_up, tokenised
-from orpo_dist.training.step_guard import StepGuard
-from orpo_dist.training.throughput import ModelFlops, Throughput
-from orpo_dist.training.vocabulary import filler_token, refuse_unknown_tokens, vocabulary_of
+from orpo_dist.training.progress import take_over
+from orpo_dist.training.setup import set_up
 
 
-class ORPOTrainer(Trainer):
+class ORPOTrainer(EvaluatingTrainer):
     """Trainer for odds-ratio preference optimisation; a drop-in for `trl.experimental.orpo.ORPOTrainer`.
 
     Args:
@@ -119,9 +95,6 @@ class ORPOTrainer(Trainer):
     # As in TRL: training_step divides what compute_loss returns by the accumulation steps, so that a term that a
     # subclass adds to it counts once per optimizer step.
     loss_is_scaled_for_ga: bool = False
-    model: Any
-    args: ORPOConfig
-    eval_dataset: Any
 
     def __init__(
         self,
@@ -187,31 +160,10 @@ class ORPOTrainer(Trainer):
         self._global_batch = Environment.of(self.args, sharding_of(self.accelerator)).global_batch(self.args)
         limit = seconds_of(args.max_runtime) if args.max_runtime is not None else None
         self._stop_requests = StopRequests(Path(str(args.output_dir)), limit, is_first_rank=args.process_index == 0)
+        self.hang_watch = HangWatch(hang_limits(self.args))
         self._make_parts()
         self._add_callbacks()
         self._args_in_force = ArgsInForce(self.args, makes_models=model_init is not None)
-
-    def _make_parts(self) -> None:
-        """Create the parts of a run besides the model. Each has one job and receives what it needs."""
-        args = self.args
-        self._run_folder = run = Path(str(args.output_dir))
-        self.environment = environment = Environment.of(args, sharding_of(self.accelerator))
-        self._noise = EmbeddingNoise(args.neftune_noise_alpha or 0.0, args.seed)
-        self._noise_hooks: list[Patched] = []
-        self._train_sums, self._stored_metrics = MetricSums(), StoredMetrics()
-        self._evaluation: EvaluationPass | None = None
-        for name, rows in (("train", self.train_dataset), ("eval", self.eval_dataset)):
-            refuse_unknown_tokens(rows, name, self.model.config, self.preparation.tokenizer)
-        self._filler_id = filler_token(self.model.config, self.preparation.tokenizer)
-        self.loaders = PairLoaders(args, environment, self.layout, self._filler_id)
-        facts = PairFacts(self.train_dataset, self._lengths, self.preparation.tokenizer)
-        self._step_guard = StepGuard(run, args, environment, self.accelerator, facts)
-        made_of = {
-            "topology": environment.sharding.value,
-            **fingerprint(args, self.model, self.train_dataset, self._lengths, self._global_batch),
-        }
-        self._checkpoints = CheckpointWriter(args, made_of, environment, self.accelerator)
-        self._resuming = Resuming(run, args, made_of, environment, self.accelerator)
 
     def _add_callbacks(self) -> None:
         args = self.args
@@ -225,67 +177,6 @@ class ORPOTrainer(Trainer):
                 SampleReplies(rows, self.preparation.processing_class, self._reply, self.callback_handler, args.seed)
             )
 
-    def _follow_args(self) -> bool:
-        """Take over options that have changed since construction or the last train(). Returns whether any has.
-
-        Raises:
-            UserError: one of them is fixed (training/following.py), or its value is refused.
-        """
-        args, before = self.args, self._args_in_force.taken
-        if not self._args_in_force.changed(args):
-            return False
-        self._args_in_force.take(args)
-        self._setup = self._setup.follow(args, self.environment.sharding)
-        self._objective = self._setup.objective
-        self._forward = PairForward(self.layout, self._objective)
-        batch = ("per_device_train_batch_size", "gradient_accumulation_steps")
-        if any(before[name] != getattr(args, name) for name in batch):
-            self._train_batch_size = args.train_batch_size
-            self._global_batch = self.environment.global_batch(args)
-        limit = seconds_of(args.max_runtime) if args.max_runtime is not None else None
-        self._stop_requests.follow(Path(str(args.output_dir)), limit)
-        return True
-
-    def _hp_search_setup(self, trial: Any) -> None:
-        if trial is None or self.model_init is None:
-            super()._hp_search_setup(trial)
-        else:  # call_model_init has set its options
-            self._make_parts()
-            self._resuming.resolve(self._asked_checkpoint)
-
-    # ------------------------------------------------------------------ model and data
-
-    def call_model_init(self, trial: Any = None) -> nn.Module:
-        if trial is not None:  # a trial's options come before the model, which is made with them
-            super()._hp_search_setup(trial)
-            self._follow_args()
-        return self._adapted(super().call_model_init(trial), self.args)
-
-    def _adapted(self, model: nn.Module, args: ORPOConfig) -> nn.Module:
-        borrowed = self._borrowed
-        borrowed.another()
-        given = isinstance(model, PeftModel)
-        adapted = model = adapted_model(model, args, self._peft_config, borrowed)
-        self._initial_adapters = initial_weights(model, given=given)
-        self._choose_layout(model, args)
-        if args.torch_compile:
-            compiler = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
-            borrowed.change(lambda: compile_blocks(adapted, **compiler))
-        borrowed.change(self.layout.fix_rotary)
-        borrowed.change(self.layout.widen_pixels)
-        return model
-
-    def _choose_layout(self, model: Any, args: ORPOConfig) -> None:
-        self.layout.choose(model, router_aux_loss_coef=router_aux_loss_coef(model, args.router_aux_loss_coef))
-        self._throughput = Throughput(ModelFlops.of(model), args.nll_scope)  # model_init may return another size
-
-    def create_accelerator_and_postprocess(self) -> None:
-        super().create_accelerator_and_postprocess()
-        self.layout.autocast = self.accelerator.autocast
-        replace_attribute(
-            self.accelerator.state, "dynamo_plugin", TorchDynamoPlugin(backend="no"), BLOCKS_COMPILED_ALREADY
-        )
-
     def get_train_dataloader(self) -> DataLoader:
         return self.loaders.training(
             self.train_dataset,
@@ -294,21 +185,6 @@ class ORPOTrainer(Trainer):
             micro_batch=self._train_batch_size,
             order=sampler_of(self),
         )
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(rows, str):
-            rows = self.eval_dataset[rows]
-        if rows is None:
-            raise refusals.no_evaluation_rows()
-        return self.get_test_dataloader(rows)
-
-    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        if not self.environment.sharding.partitions_weights:  # else the model is not yet wrapped as it will run
-            self.layout.verify(self.model)
-        rows = tokenised(test_dataset, "test", self.preparation, self._run_folder / "dropped_rows.jsonl")
-        refuse_unknown_tokens(rows, "test", self.model.config, self.preparation.tokenizer)
-        return self.loaders.evaluation(rows)
 
     # ------------------------------------------------------------------ training
 
@@ -328,6 +204,8 @@ class ORPOTrainer(Trainer):
         self._asked_checkpoint = resume_from_checkpoint
         if trial is None:
             self._begin_anew()
+        self.hang_watch.begin()
+        self.hang_watch.now("start", "the start of training")
         pickles = safe_pickles() if self.environment.sharding.is_zero else nullcontext()
         with owned(self._run_folder):
             if trial is None:
@@ -336,17 +214,10 @@ class ORPOTrainer(Trainer):
                 with self._stop_requests.listening(), pickles, self._borrowed.in_use():
                     return super().train(resume_from_checkpoint, *args, **kwargs)
             finally:
+                self._checkpoints.settle()
                 self._step_guard.release()
                 undo_all(self._noise_hooks)
-
-    def _begin_anew(self) -> None:
-        """Before a train() outside of a search: options may have changed, and a search leaves no model behind."""
-        if self.model is None:
-            self.model = self.model_wrapped = self.call_model_init()
-        if self._follow_args():
-            if self.model_init is None:
-                self._choose_layout(self.model, self.args)
-            self._make_parts()
+                self.hang_watch.leave()
 
     def _inner_training_loop(  # type: ignore[override]  # the Trainer calls it by these names
         self, batch_size: int | None = None, **kwargs: Any
@@ -356,36 +227,11 @@ class ORPOTrainer(Trainer):
         use_averaged_weights(self.optimizer)
         return result
 
-    def _load_best_model(self) -> None:
-        use_averaged_weights(self.optimizer)  # else a later switch would average the last step's into the best ones
-        if self._loads_adapters():
-            load_adapters(self.model, Path(str(self.state.best_model_checkpoint)))
-        else:
-            super()._load_best_model()
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._loads_adapters():
-            load_adapters(self.model, Path(resume_from_checkpoint))
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _loads_adapters(self) -> bool:
-        """Whether a checkpoint holds adapters as peft saves them, and not the form of ZeRO or FSDP."""
-        sharding = self.environment.sharding
-        return isinstance(self.model, PeftModel) and not sharding.is_zero and sharding is not Sharding.FSDP
-
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
         else:  # resumed after the last step: the Trainer would do one more before it looks at max_steps
             self.control.should_training_stop = True
-
-    def _update_auto_batch_size(self, batch_size: int) -> None:
-        """Accumulate over more, smaller micro-batches, so that the global batch does not change."""
-        super()._update_auto_batch_size(batch_size)
-        micro_batches = -(-self._global_batch // (batch_size * self.environment.data_ranks))
-        self.args.gradient_accumulation_steps = micro_batches
-        self._args_in_force.take(self.args)  # the global batch is still the one that was asked for
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if optimizer is None:
@@ -419,8 +265,7 @@ class ORPOTrainer(Trainer):
         if not steps_left:
             return
         self._step_guard.guard(self.optimizer)
-        collectives_may_take(max(self.args.ddp_timeout, START_SECONDS))
-        self._first_step = self.state.global_step + 1
+        self.hang_watch.now("start", f"step {self.state.global_step + 1}")
         self._stop_requests.steps_begin()
 
     def get_batch_samples(
@@ -435,7 +280,7 @@ class ORPOTrainer(Trainer):
             return batches, None
         layouts = [batch["orpo_layout"] for batch in batches]
         counts = torch.stack([layout.counts() for layout in layouts]).sum(0)
-        report = self._step_guard.report(self._stop_requests.reason() is not None, device)
+        report = self._step_guard.report(self._wants_to_stop(), device)
         facts = self.accelerator.reduce(torch.cat([counts.to(device, report.dtype), report]), reduction="sum")
         tokens, pairs = facts[:2].unbind()
         self._step_guard.begin(facts[2:], [i for layout in layouts for i in layout.index if i >= 0])
@@ -471,8 +316,7 @@ class ORPOTrainer(Trainer):
 
     def _step_ends(self, control: TrainerControl) -> None:
         self._stop_requests.step_ends()
-        if self.state.global_step == self._first_step:
-            collectives_may_take(self.args.ddp_timeout)
+        self.hang_watch.now("step", f"step {self.state.global_step + 1}")
         if self._step_guard.stops and self.state.global_step < self.state.max_steps:
             control.should_save, control.should_evaluate = True, False
 
@@ -507,215 +351,7 @@ class ORPOTrainer(Trainer):
 
     # ------------------------------------------------------------------ evaluation
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        with self._borrowed.in_use():
-            return super().evaluate(*args, **kwargs)
-
-    def predict(self, *args: Any, **kwargs: Any) -> Any:
-        with self._borrowed.in_use():
-            return super().predict(*args, **kwargs)
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """The Trainer's loop, with the metrics of the whole set (training/evaluation.py)."""
-        if self._wrapped_by is None:
-            refusals.refuse_to_evaluate_first(self.environment.sharding)
-            self._wrapped_by = "evaluate() or predict()"
-        check_evaluation_loader(dataloader)
-        loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
-        keeps_pairs = not loss_only
-        self._evaluation = evaluation = EvaluationPass(self._objective, keeps_pairs=keeps_pairs)
-        with self._throughput.paused():
-            output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
-        metrics = evaluation.metrics(self.accelerator)
-        predicted = evaluation.predictions()
-        if self.compute_metrics is not None and predicted is not None:
-            metrics |= self.compute_metrics(predicted)
-        self._stop_requests.not_a_step()
-        merged = {**(output.metrics or {}), **with_prefix(metrics, metric_key_prefix)}
-        rows: Any = dataloader.dataset
-        predictions, labels = (predicted.predictions, predicted.label_ids) if predicted is not None else (None, None)
-        return EvalLoopOutput(predictions, labels, merged, len(rows))  # type: ignore[arg-type]
-
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[None, None, None]:
-        assert self._evaluation is not None, "evaluation_loop calls this"
-        if self._stop_requests.in_steps and self._ranks_want_to_stop():
-            raise EvaluationStopped
-        self.layout.verify(model, may_fall_back=False)
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            scores = self._forward(model, inputs, self.args.device).scores
-        self._evaluation.add(scores, inputs["orpo_layout"].index)
-        return None, None, None
-
-    def _ranks_want_to_stop(self) -> bool:
-        """Every rank has the same number of batches, so all of them leave an evaluation at the same one."""
-        wants = torch.tensor(float(self._stop_requests.reason() is not None), device=self.args.device)
-        return bool(self.accelerator.reduce(wants, reduction="sum") > 0)
-
-    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> Any:
-        try:
-            return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler=skip_scheduler)
-        except EvaluationStopped:
-            # The checkpoint of the step, in case it was to come after the evaluation; the resumed run does that first.
-            self._step_guard.stops = True
-            step = self.state.global_step
-            folder = self._run_folder / f"checkpoint-{step}"
-            if step and not on_first_rank(lambda: (folder / MARKER).is_file()):
-                self._save_checkpoint(self.model_wrapped, trial)
-            raise self._stopped(step, str(folder) if step else None) from None
-
-    def _reply(self, inputs: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
-        """generate() in the precision of training. Its caches would be compiled in vain (torch_compile)."""
-        inputs = {name: tensor.to(self.args.device) for name, tensor in inputs.items()}
-        if inside(options["pad_token_id"], vocabulary_of(self.model.config)) is None:
-            options["pad_token_id"] = self._filler_id
-            inputs["input_ids"] = inputs["input_ids"].where(inputs["attention_mask"].bool(), self._filler_id)
-        was_training = self.model.training
-        self.model.eval()
-        eager = torch.compiler.set_stance("force_eager")
-        with torch.no_grad(), eager, self.compute_loss_context_manager():
-            # A rank that has sampled its last token takes part in the forwards of the others, which gather weights.
-            shared = self.environment.sharding.partitions_weights and self.environment.world_size > 1
-            output = self.model.generate(**inputs, **options, synced_gpus=shared)
-        self.model.train(was_training)
-        return output if self.preparation.options.is_encoder_decoder else output[:, inputs["input_ids"].shape[1] :]
-
     # ------------------------------------------------------------------ model and checkpoints
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the whole model, or its adapter, with tokenizer and config, whatever form the checkpoints have.
-
-        Raises:
-            SaveError: on the rank that writes: transformers or peft could not load what lies there.
-        """
-        if self._checkpoints.staging is not None:  # part of a checkpoint, which keeps the form that was asked for
-            super().save_model(output_dir, _internal_call=True)
-            return
-        use_averaged_weights(self.optimizer)
-        folder = Path(str(self.args.output_dir if output_dir is None else output_dir))
-        save_checked(
-            partial(self._save_whole, folder),
-            self.accelerator.unwrap_model(self.model),
-            folder,
-            checks=self.args.should_save,
-            trust_remote_code=self.args.trust_remote_code,
-        )
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _save_whole(self, folder: Path) -> None:
-        half = self.args.bf16 or self.args.fp16
-        changed = bool(self._initial_adapters)
-        trained = record_trained(self.model, self.args.device, base_changed=changed, half=half)
-        with whole_weights(self.accelerator, self.environment.sharding, self.deepspeed):
-            super().save_model(str(folder), _internal_call=True)  # which only means: without a push
-        if self.args.should_save:
-            for name, initial in self._initial_adapters.items():
-                to_plain_lora(adapter_folder(folder, name), initial)
-            if trained is not None:
-                trained.save(folder)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        began, write = time.monotonic(), super()._save_checkpoint
-        use_averaged_weights(self.optimizer)
-        progress = progress_of(self, self._train_sums, self._step_guard)
-
-        def write_all() -> None:
-            write(model, trial)
-            if self.args.should_save:
-                save_initial(
-                    self._initial_adapters, Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-                )
-
-        with self._throughput.paused():
-            run = Path(super()._get_output_dir(trial))
-            published = self._checkpoints.save(run, self.state, write_all, progress)
-            if self.args.push_to_hub:
-                super()._push_from_checkpoint(str(published))
-        self._stop_requests.saved(time.monotonic() - began)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        staging = self._checkpoints.staging
-        return str(staging) if staging is not None else super()._get_output_dir(trial)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._checkpoints.staging is not None:  # it does not have its final name yet
-            return
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
-            return
-        # The Trainer copies the model's files into output_dir and uploads all of it: a folder with nothing else in it.
-        run = self.args.output_dir
-        self.args.output_dir = str(Path(str(run)) / f"{STAGED}-{self.state.global_step}")
-        try:
-            Path(self.args.output_dir).mkdir(exist_ok=True)
-            super()._push_from_checkpoint(checkpoint_folder)
-        finally:
-            self.args.output_dir = run
-
-    def _finish_current_push(self) -> None:
-        super()._finish_current_push()
-        if self.is_world_process_zero():
-            unstage(self._run_folder)
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """As the Trainer's, for the files that run/upload.py lists. Every rank must call it."""
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        token = token if token is not None else self.args.hub_token
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, **({"private": private} if private is not None else {}))
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        tags = kwargs.pop("tags", None) or []
-        tags = [*([tags] if isinstance(tags, str) else tags), *(self.model.model_tags or [])]
-        self.create_model_card(tags=tags, **kwargs)
-        self._finish_current_push()
-        return upload_run(
-            Path(str(self.args.output_dir)),
-            str(self.hub_model_id),
-            blocking=blocking,
-            commit_message=commit_message,
-            token=token,
-            revision=revision if revision is not None else self.args.hub_revision,
-        )
-
-    def _checkpoint_saved(self) -> None:
-        """Raises RunStopped if the ranks have agreed to stop."""
-        step = self.state.global_step
-        if self._step_guard.stops and step < self.state.max_steps:
-            raise self._stopped(step, str(self._run_folder / f"checkpoint-{step}"))
-
-    def _stopped(self, step: int, checkpoint: str | None) -> RunStopped:
-        """A collective: the reason is that of any rank."""
-        ignore_signals()
-        reasons = [reason for reason in gather_object([self._stop_requests.reason()]) if reason is not None]
-        return RunStopped(reasons[0] if reasons else "asked to", step, checkpoint)
-
-    def create_model_card(  # type: ignore[override]
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
-        """Write README.md into the output folder. The arguments are those of TRL, passed by `push_to_hub`."""
-        if self.is_world_process_zero():
-            from orpo_dist.run.model_card import CardFacts, write_model_card
-
-            write_model_card(CardFacts.of(self.model, self.args, model_name, dataset_name, tags), self.args, self.state)
 
 
 class _Hooks(TrainerCallback):

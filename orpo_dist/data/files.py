@@ -17,6 +17,7 @@ from orpo_dist.data.json_array import IrregularJson, array_of_objects
 from orpo_dist.data.messages import without_nulls
 from orpo_dist.data.pandas_json import pandas_rows
 from orpo_dist.data.split_names import names_a_split, split_called
+from orpo_dist.data.unique_keys import DECODER, RepeatedKey
 from orpo_dist.errors import UserError
 
 Numbered = Iterator[tuple[int, dict[str, Any]]]
@@ -71,14 +72,14 @@ def _read_jsonl(path: Path) -> Numbered:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = DECODER.decode(line)
             except json.JSONDecodeError as error:
                 raise UserError(
                     f"{path}, line {number}: not valid JSON: {error.msg} at column {error.colno}. Each line must hold "
                     "one JSON object."
                 ) from None
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}, line {number}: {_beyond_python(error)}") from None
+                raise UserError(f"{path}, line {number}: {_unreadable(error)}") from None
             yield number, _object(row, path, f"line {number}")
 
 
@@ -94,14 +95,14 @@ def _read_json(path: Path, split: str) -> Numbered:
     with _open(path) as file:
         text = file.read()
     try:
-        content = json.loads(text)
+        content = DECODER.decode(text)
     except json.JSONDecodeError as error:
         if _is_object(text.lstrip().split("\n", 1)[0]):  # JSON lines under the name .json
             yield from _read_jsonl(path)
             return
         raise UserError(f"{path}, line {error.lineno}: not valid JSON: {error.msg} at column {error.colno}.") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: {_beyond_python(error)}") from None
+        raise UserError(f"{path}: {_unreadable(error)}") from None
     if isinstance(content, dict):
         content = _records(content, path, split)
     if not isinstance(content, list):
@@ -178,7 +179,9 @@ def _object(row: Any, path: Path, where: str) -> dict[str, Any]:
     return row
 
 
-def _beyond_python(error: Exception) -> str:
+def _unreadable(error: Exception) -> str:
+    if isinstance(error, RepeatedKey):
+        return str(error)
     if isinstance(error, RecursionError):
         return "JSON that is nested too deeply. Take the row out."
     return f"a number that cannot be read: {str(error).split(';')[0]}. Store it as text, or take the row out."

@@ -4,6 +4,8 @@ import json
 from collections.abc import Iterator
 from typing import IO, Any
 
+from orpo_dist.data.unique_keys import DECODER
+
 CHARACTERS = 1 << 20  # read at a time
 LONGEST_WORD = 12  # -Infinity, or an escaped surrogate: what may be cut in two without being a string
 
@@ -34,7 +36,7 @@ class _Text:
         self.file = file
         self.text = ""
         self.place = 0
-        self.decode = json.JSONDecoder().raw_decode
+        self.decode = DECODER.raw_decode
 
     def next(self) -> str:
         """The next character that is not white space; "" at the end."""
@@ -61,7 +63,7 @@ class _Text:
             except json.JSONDecodeError as error:
                 # Wrong, or cut by the end of what was read. A string without an end is reported at its start.
                 cut = error.msg.startswith("Unterminated string") or error.pos > len(self.text) - LONGEST_WORD
-            except (ValueError, RecursionError):  # a number of too many digits, or too deep
+            except (ValueError, RecursionError):  # a number of too many digits, too deep, or a key twice
                 cut = False
             if not (cut and self._more(max(CHARACTERS, len(self.text) - self.place))):
                 raise IrregularJson

@@ -210,6 +210,9 @@ def _text(content: Any, message: Message, column: str) -> str:
         return _whole(content, column)
     if isinstance(content, int) and not isinstance(content, bool):
         return str(content)
+    if content is not None:
+        kind = "an object" if isinstance(content, dict) else f"a {type(content).__name__}"
+        raise BadRow("bad message", column, f"the content of {short(message)} is {kind}: write it as text")
     raise BadRow("bad message", column, f"the message {short(message)} has no text")
 
 

@@ -243,6 +243,13 @@ ONE_DEVICE_PER_PROCESS = Patch(
     link=f"{_TRANSFORMERS}/trainer.py",
     undone="never: it belongs to the arguments of this trainer",
 )
+DEFERRED_WRITE = Patch(
+    name="deferred write",
+    replaces="torch.save, safetensors' save_file and torch.distributed.checkpoint.FileSystemWriter",
+    reason="async_save: the libraries write a checkpoint in place, and it is to be written beside the training.",
+    link="https://github.com/pytorch/pytorch/blob/main/torch/serialization.py",
+    undone="once the files of a checkpoint have been collected",
+)
 
 PATCHES: tuple[Patch, ...] = tuple(value for value in list(globals().values()) if isinstance(value, Patch))
 

@@ -43,7 +43,7 @@ REFUSED: dict[str, str] = {
 
 def is_overridden(trainer_class: type, name: str) -> bool:
     """Whether `trainer_class`, or a class between it and ORPOTrainer, defines the method."""
-    below = takewhile(lambda parent: parent.__module__ != "orpo_dist.trainer", trainer_class.__mro__)
+    below = takewhile(lambda parent: not parent.__module__.startswith("orpo_dist."), trainer_class.__mro__)
     return any(name in vars(parent) for parent in below)
 
 

@@ -104,6 +104,7 @@ INPUTS = {
     "whole conversations without a common beginning": second(CONVERSATION, chosen=[HELLO]),
     "a message without role": second(CHAT, prompt=[{"content": "Hi"}]),
     "a ShareGPT speaker nobody knows": second(SHAREGPT, conversations=[{"from": "alien", "value": "Hi"}]),
+    "a tool's result that is an object": second(CHAT, prompt=[USER, HELLO, {"role": "tool", "content": {"t": 20}}]),
     "a role nobody knows": second(CHAT, prompt=[{"role": "alien", "content": "Hi"}]),
     "arguments of a call that are no JSON": second(
         CHAT, chosen=[{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{x"}}]}]
@@ -185,6 +186,9 @@ INPUTS = {
     "no row left": Input([{**TEXT, "chosen": "5"}] * 2, policy="drop"),
     "more bad rows than allowed": Input([TEXT, TEXT, TEXT, {**TEXT, "chosen": ""}], policy="drop"),
     "a broken JSON line": Input(content=b'{"prompt": "a"}\n{"prompt": "b", \n'),
+    "a key twice in one JSON object": Input(
+        content=b'{"prompt": "a"}\n{"prompt": "b", "chosen": "c", "chosen": "d"}\n'
+    ),
     "a number with thousands of digits": Input(content=b'{"prompt": "a"}\n{"prompt": ' + b"9" * 5000 + b"}\n"),
     "JSON that is nested too deeply": Input(content=b'{"prompt": "a"}\n' + b'{"prompt": ' * 200_000 + b"\n"),
     "a compressed file that is damaged": Input(

@@ -80,6 +80,8 @@ def test_parquet(tmp_path):
         ("a.jsonl", b'{"a": 1}\n{"a": ' + b"[" * 200_000 + b"\n", "a.jsonl, line 2: "),
         ("a.json", b'[{"a": ' + b"9" * 5000 + b"}]", "a.json: a number that cannot be read"),
         ("a.json", b"[" * 200_000, "a.json: JSON that is nested too deeply"),
+        ("a.jsonl", b'{"a": 1}\n{"a": 1, "a": 2}\n', "a.jsonl, line 2: the key `a` is in one object twice"),
+        ("a.json", b'[{"a": {"b": "x", "b": "y"}}]', "a.json: the key `b` is in one object twice"),
         ("a.txt", b"text", "not one of the file types"),
     ],
 )

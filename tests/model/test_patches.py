@@ -8,6 +8,7 @@ from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from accelerate.utils.operations import convert_outputs_to_fp32
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -37,6 +38,7 @@ from orpo_dist.model.packed.switch import use_packed_layout
 from orpo_dist.model.packed.verify import verify_layout
 from orpo_dist.model.patches import PATCHES, Patched, replace_attribute, replace_item, undo_all
 from orpo_dist.packing.collate import PackedCollator
+from orpo_dist.training.deferred_writes import DeferredWrites
 from tests.model.packing_reference import rows
 from tests.model.tiny_models import HEADS, tiny_model
 
@@ -69,6 +71,7 @@ NAMES = {
     "blocks are compiled already",
     "noise on the embeddings",
     "one device per process",
+    "deferred write",
 }
 
 
@@ -151,6 +154,12 @@ def _quiet(filters: Any) -> None:
     with quiet_peft():
         assert warnings.filters != before
     assert list(warnings.filters) == before
+
+
+def _collecting(library: Any) -> None:
+    before = library.save_file
+    with DeferredWrites().collecting():
+        assert library.save_file is not before
 
 
 def _both(model: nn.Module) -> None:
@@ -256,6 +265,7 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], set[patches.Patc
         _set("_n_gpu", 1, patches.ONE_DEVICE_PER_PROCESS),
         {patches.ONE_DEVICE_PER_PROCESS},
     ),
+    "deferred writes": (lambda: safetensors.torch, _collecting, {patches.DEFERRED_WRITE}),
 }
 
 

@@ -1,9 +1,11 @@
 """Which checkpoint is meant, and whether it is of the same run."""
 
+import json
+
 import pytest
 
 from orpo_dist.errors import UserError
-from orpo_dist.run.checkpoint import Manifest, seal
+from orpo_dist.run.checkpoint import SET_ASIDE, Manifest, seal
 from orpo_dist.run.resume import check_same_run, checkpoint_to_resume
 
 FINGERPRINT = {
@@ -39,6 +41,28 @@ def test_a_path(run):
         checkpoint_to_resume(str(run / "checkpoint-15"), run)
 
 
+def test_a_damaged_one_is_skipped_and_counts_no_longer(run):
+    (run / "checkpoint-10" / "weights").write_text("v")
+    said = []
+    with pytest.raises(UserError, match=r"checkpoint-10 is not a usable checkpoint: weights is not what was written"):
+        checkpoint_to_resume(str(run / "checkpoint-10"), run, said.append)
+    assert (run / "checkpoint-10" / "complete.json").is_file()  # what is named may belong to another run
+    assert checkpoint_to_resume("auto", run, said.append) == str(run / "checkpoint-5")
+    assert [line.split(":")[0] for line in said] == ["Skipping checkpoint-15", "Skipping checkpoint-10"]
+    assert "weights is not what was written" in said[1] and SET_ASIDE in said[1]
+    assert not (run / "checkpoint-10" / "complete.json").exists() and (run / "checkpoint-10" / SET_ASIDE).is_file()
+
+
+def test_one_without_checksums_resumes_with_one_line(run):
+    marker = run / "checkpoint-10" / "complete.json"
+    content = json.loads(marker.read_text())
+    del content["files"]["weights"]["sha256"]
+    marker.write_text(json.dumps(content))
+    said = []
+    assert checkpoint_to_resume(str(marker.parent), run, said.append) == str(marker.parent)
+    assert len(said) == 1 and "without a checksum of weights" in said[0]
+
+
 def test_a_fresh_start(run, tmp_path):
     new = tmp_path / "new"
     assert checkpoint_to_resume(None, new) is None and checkpoint_to_resume("auto", new) is None
@@ -53,6 +77,7 @@ def test_only_broken_ones(run):
         (run / f"checkpoint-{step}" / "weights").write_text("ww")
     with pytest.raises(UserError, match="None of the checkpoints"):
         checkpoint_to_resume("auto", run)
+    assert (run / "checkpoint-10" / "complete.json").is_file()
 
 
 def manifest(**changed):

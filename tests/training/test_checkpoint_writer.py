@@ -4,7 +4,6 @@ import errno
 
 import pytest
 import torch
-from accelerate import Accelerator
 from transformers import TrainerState
 
 from orpo_dist.distributed.environment import Environment, Sharding
@@ -20,7 +19,7 @@ PROGRESS = Progress(torch.ones(3), torch.tensor(2.0), 1.5, 4, [0.5, 0.25])
 
 @pytest.fixture
 def writer(tmp_path):
-    return CheckpointWriter(config(tmp_path, save_total_limit=2), {"model": {}}, ALONE, Accelerator(cpu=True))
+    return CheckpointWriter(config(tmp_path, save_total_limit=2), {"model": {}}, ALONE)
 
 
 def save(writer, run, step, best=None):
@@ -55,7 +54,7 @@ def test_older_ones_go_and_the_best_stays(writer, tmp_path):
 
 def test_a_limit_that_is_changed_later_applies(tmp_path):
     args = config(tmp_path)
-    writer = CheckpointWriter(args, {"model": {}}, ALONE, Accelerator(cpu=True))
+    writer = CheckpointWriter(args, {"model": {}}, ALONE)
     for step in (1, 2, 3):
         save(writer, tmp_path, step)
     args.save_total_limit = 2
