@@ -51,6 +51,13 @@ PACKED_ATTENTION_OF_MODEL = Patch(
     link=f"{_TRANSFORMERS}/modeling_utils.py",
     undone="after each micro-batch (LayoutChoice.in_force); by PackingVerdict.restore(), and within paused()",
 )
+OWN_TEMPERATURE = Patch(
+    name="temperature by own positions",
+    replaces="attn_temperature_tuning of Llama 4's layers without rotary positions, and orpo_query_scale, new on them",
+    reason="They scale queries by the place in the row, which is no position of the sequence in a packed one.",
+    link=f"{_TRANSFORMERS}/models/llama4/modeling_llama4.py",
+    undone="after each micro-batch (LayoutChoice.in_force); by PackingVerdict.restore(), and within paused()",
+)
 LAYOUT_SEEN = Patch(
     name="layout seen",
     replaces="forward pre-hooks of the text model",

@@ -13,7 +13,14 @@ import torch
 from accelerate.utils.operations import convert_outputs_to_fp32
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 from transformers.integrations import deepspeed as deepspeed_integration
 
 import orpo_dist
@@ -40,6 +47,7 @@ from tests.model.tiny_models import HEADS, tiny_model
 NAMES = {
     "packed attention function",
     "packed attention of a model",
+    "temperature by own positions",
     "layout seen",
     "mixer on unshared rows",
     "carried layout",
@@ -171,6 +179,12 @@ def _set(name: str, value: Any, patch: patches.Patch) -> Callable[[Any], Any]:
     return lambda owner: replace_attribute(owner, name, value, patch)
 
 
+def _llama4() -> nn.Module:
+    config = Llama4TextConfig(**HEADS, attention_chunk_size=64, num_local_experts=2, intermediate_size_mlp=32,
+                              num_experts_per_tok=1, no_rope_layers=[1, 0], floor_scale=4)  # fmt: skip
+    return Llama4ForCausalLM(config)
+
+
 def _optimizer() -> torch.optim.Optimizer:
     return torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
 
@@ -200,6 +214,7 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], set[patches.Patc
         _packed_step,
         {patches.CARRIED_LAYOUT},
     ),
+    "packed step of layers with a temperature": (_llama4, _packed_step, {patches.OWN_TEMPERATURE}),
     "packed text of a vlm": (
         lambda: tiny_model("llava"),
         lambda model: use_packed_layout(model, max_length=64),
