@@ -23,8 +23,6 @@ if TYPE_CHECKING:  # the command line asks for its rank before torch is imported
     from accelerate import Accelerator
     from transformers import TrainingArguments
 
-    from orpo_dist.config import ORPOConfig
-
 _USE_FSDP = "ACCELERATE_USE_FSDP"  # how `accelerate launch` tells its processes, read by accelerate and transformers
 
 
@@ -146,7 +144,8 @@ class Environment:
     sequence_place: int = 0
 
     @classmethod
-    def of(cls, args: "ORPOConfig", sharding: Sharding) -> "Environment":
+    def of(cls, args: Any, sharding: Sharding) -> "Environment":
+        """args: an ORPOConfig."""
         size = args.sequence_parallel_size
         return cls(
             world_rank=args.process_index,

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from orpo_dist.distributed.sequence import sequence_group
 from orpo_dist.errors import UserError
 from orpo_dist.loss import Objective, PairScores, orpo_loss
 from orpo_dist.model.packed.choose_layout import LayoutChoice
 from orpo_dist.model.routers import balancing_loss
+from orpo_dist.packing.exchange import sequence_group
 from orpo_dist.packing.layout import PackedLayout
 from orpo_dist.packing.padded import PaddedLayout, score_padded
 

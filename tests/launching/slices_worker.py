@@ -12,12 +12,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from orpo_dist.distributed.sequence import sequence_group
+import tests.torchvision_ops  # noqa: F401  (before transformers)
 from orpo_dist.loss import Objective
 from orpo_dist.model.head.install import install_head
 from orpo_dist.model.loading.vision import image_rules
 from orpo_dist.model.packed.switch import use_packed_layout
 from orpo_dist.packing.collate import PackedCollator
+from orpo_dist.packing.exchange import sequence_group
 from orpo_dist.packing.images import ImageCollator
 from orpo_dist.packing.split import SequencePlace
 from tests.model.tiny_models import VOCAB, tiny_model

@@ -13,10 +13,10 @@ from dataclasses import replace
 
 import torch
 
-from orpo_dist.distributed.sequence import sum_over_group
 from orpo_dist.loss import PairScores, orpo_loss
 from orpo_dist.model.head.chunked_pass import ChunkedPass
 from orpo_dist.model.head.chunks import Chunk, PairRows, PairStarts, pair_starts, plan_slice
+from orpo_dist.packing.exchange import sum_over_group
 from orpo_dist.packing.split import RowSplit
 
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from orpo_dist.distributed.sequence import gather_row
 from orpo_dist.model.packed.carried import carried_layout
 from orpo_dist.model.patches import LAYOUT_SEEN, UNSHARED_MIXER, Patched, add_forward_hook, add_forward_pre_hook
 from orpo_dist.model.upstream import uses_attention_interface
+from orpo_dist.packing.exchange import gather_row
 from orpo_dist.packing.layout import PackedLayout, PackedLayoutError
 
 # A module that can keep state between decoding steps mixes tokens; these are the names that transformers gives it.

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from orpo_dist.distributed.sequence import all_to_all, gather_row
 from orpo_dist.model.patches import SLICED_ROW, Patched, add_forward_hook, add_forward_pre_hook
+from orpo_dist.packing.exchange import all_to_all, gather_row
 from orpo_dist.packing.layout import PackedLayout
 from orpo_dist.packing.split import RowSplit
 

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from orpo_dist.distributed.sequence import sequence_group
 from orpo_dist.model.packed.stations import Comparison, StationPass, TokenMap, observed_stations
 from orpo_dist.model.packed.verify import LayoutCheck, layout_check, ordinary_ids, rounding_unit, run
+from orpo_dist.packing.exchange import sequence_group
 from orpo_dist.packing.layout import PackedLayout, PackedLayoutError
 from orpo_dist.packing.split import RowSplit
 
