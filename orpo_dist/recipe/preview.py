@@ -41,7 +41,7 @@ class RecipePreview:
 
 
 def check_row_groups(view: RecipePreview, processes_per_node: int) -> None:
-    """Raises UserError if ranks that share a packed row would lie on several nodes: they exchange heads in each layer."""
+    """Raises UserError if ranks that share a row would lie on several nodes: they exchange heads in each layer."""
     size = view.values.get("sequence_parallel_size")
     if size is not None and str(size).isdigit() and int(size) and processes_per_node % int(size):
         raise UserError(

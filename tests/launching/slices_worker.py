@@ -1,7 +1,8 @@
 """Compares a packed row over several ranks with the whole row: slices_worker SETTINGS.json OUT.json
 
-Settings: `text` and `vision`, names of families. Each rank computes the whole row itself. The errors that are written
-are the largest over ranks, rows and tensors, relative to the tensor's own largest entry.
+Settings: `text` and `vision`, names of families; `checks`, of those that the start-up check runs on. Each rank
+computes the whole row itself. The errors that are written are the largest over ranks, rows and tensors, relative to the
+tensor's own largest entry.
 """
 
 import json
@@ -13,10 +14,14 @@ import torch
 import torch.distributed as dist
 
 import tests.torchvision_ops  # noqa: F401  (before transformers)
+from orpo_dist.distributed.agree import first_objection
 from orpo_dist.loss import Objective
+from orpo_dist.model.attention import interface as attention
 from orpo_dist.model.head.install import install_head
 from orpo_dist.model.loading.vision import image_rules
 from orpo_dist.model.packed.switch import use_packed_layout
+from orpo_dist.model.packed.verify_slices import text_rows as text_rows_of_check
+from orpo_dist.model.packed.verify_slices import verify_slices
 from orpo_dist.packing.collate import PackedCollator
 from orpo_dist.packing.exchange import sequence_group
 from orpo_dist.packing.images import ImageCollator
@@ -91,6 +96,36 @@ def compare(model: Any, collate: Any, batches: dict[str, list]) -> tuple[float, 
     return worst
 
 
+def start_up_check(name: str, fault: str, place: SequencePlace) -> str:
+    """What the start-up check says of this rank's slice; a fault is in the exchange of one of the two layers."""
+    model = tiny_model(name)
+    assert use_packed_layout(model, max_length=128).ok
+    right, calls = attention.on_whole_rows, []
+
+    def faulty(attend: Any, query: Any, key: Any, value: Any, split: Any, sinks: Any) -> torch.Tensor:
+        calls.append(None)
+        if len(calls) % 2 or not fault:
+            return right(attend, query, key, value, split, sinks)
+        if fault == "heads in another order":
+            return right(attend, query, key.flip(1), value.flip(1), split, sinks)
+        if fault == "tokens of a neighbour":
+            return right(attend, query, key.roll(1, 2), value, split, sinks)
+        return attend(*(split_alone(x, split) for x in (query, key, value)), sinks)[:, : split.width]
+
+    attention.on_whole_rows = faulty
+    try:
+        batch = PackedCollator(True, "sequence", place)(text_rows_of_check(model))
+        check = verify_slices(model, batch, max_length=128)
+    finally:
+        attention.on_whole_rows = right
+    return first_objection(check.reason)
+
+
+def split_alone(x: torch.Tensor, split: Any) -> torch.Tensor:
+    """The slice in place of the whole row: no exchange at all."""
+    return torch.cat([x] * split.where.size, 2)[:, :, : split.length]
+
+
 def main() -> None:
     settings, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     dist.init_process_group("gloo")
@@ -112,6 +147,9 @@ def main() -> None:
         found[name] = compare(
             model, collate, {"images": [{**row, "weight": 1.0, "index": i} for i, row in enumerate(image_rows(name))]}
         )
+    for name in settings.get("checks", []):
+        for fault in ("", "heads in another order", "tokens of a neighbour", "no exchange"):
+            found[f"check of {name}: {fault}"] = start_up_check(name, fault, place)
     if dist.get_rank() == 0:
         out.write_text(json.dumps(found))
     dist.destroy_process_group()

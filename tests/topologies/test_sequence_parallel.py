@@ -44,9 +44,20 @@ def test_lora(setting, lora_reference):
     assert_same(outcome, lora_reference)
 
 
-def errors(tmp_path, text, vision, ranks):
+@pytest.mark.topology
+def test_a_run_goes_on_with_rows_that_are_whole(setting, reference):
+    """Steps 1 to 4 with two ranks per row, the rest with a row per rank: the same pairs, the same weights."""
+    saving = {**SLICED, "save_strategy": "steps", "save_steps": 4, "max_steps": 4}
+    run(setting, "sliced_first", saving, "torchrun")
+    checkpoint = str(setting["folder"] / "sliced_first.run" / "checkpoint-4")
+    whole = {**SLICED, "sequence_parallel_size": 1, "per_device_train_batch_size": 2}
+    outcome = run(setting, "whole_then", whole, "torchrun", resume=checkpoint)
+    assert_same(outcome, reference)
+
+
+def errors(tmp_path, text, vision, ranks, checks=()):
     settings, out = tmp_path / "settings.json", tmp_path / "errors.json"
-    settings.write_text(json.dumps({"text": text, "vision": vision}))
+    settings.write_text(json.dumps({"text": text, "vision": vision, "checks": checks}))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command = [*launch, "-m", "tests.launching.slices_worker", str(settings), str(out)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
@@ -57,7 +68,10 @@ def errors(tmp_path, text, vision, ranks):
 
 @pytest.mark.topology
 def test_families_on_two_ranks(tmp_path):
-    found = errors(tmp_path, TEXT, VISION, 2)
+    found = errors(tmp_path, TEXT, VISION, 2, checks=["llama", "gpt_oss", "gemma2"])
+    said = {name: found.pop(name) for name in [*found] if name.startswith("check of")}
+    assert {name for name, reason in said.items() if not reason} == {name for name in said if name.endswith(": ")}
+    assert len(said) == 12 and all("in slices its hidden states differ" in reason for reason in said.values() if reason)
     assert {name.split(",")[0] for name in found} == {*TEXT, *VISION}
     assert {name: error for name, error in found.items() if error[0] > 1e-5} == {}
 
