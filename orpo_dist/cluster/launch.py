@@ -33,7 +33,7 @@ from orpo_dist.cluster.schedulers import find_place, rank_variables
 from orpo_dist.data.cache import cache_root, digest
 from orpo_dist.errors import FAILED, UserError
 from orpo_dist.options.secrets import private_environment, split_flags
-from orpo_dist.recipe.preview import RecipePreview, preview
+from orpo_dist.recipe.preview import RecipePreview, check_row_groups, preview
 from orpo_dist.version import __version__
 
 # Different versions of these on another node cause different results, or a hang.
@@ -50,6 +50,7 @@ def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     view = preview(options.recipe, options.flags)
     placement, restarts = _placement(options), _max_restarts(options.max_restarts)
+    check_row_groups(view, placement.processes)
     flags = [*options.flags, *(["--use_cpu", "true"] if options.cpu else [])]
     public, private = split_flags(flags)
     name = options.accelerate_config or choose_config(view, placement.world_size)

@@ -72,6 +72,13 @@ UNSHARED_MIXER = Patch(
     link=_TORCH_MODULE,
     undone="after each micro-batch (LayoutChoice.in_force); by PackingVerdict.restore()",
 )
+SLICED_ROW = Patch(
+    name="slice of a packed row",
+    replaces="forward hooks of the text model, where several ranks share a row",
+    reason="Its layers run on this rank's slice of the row; what stands before them (images) needs all of it.",
+    link=_TORCH_MODULE,
+    undone="after each micro-batch (LayoutChoice.in_force); by PackingVerdict.restore()",
+)
 CARRIED_LAYOUT = Patch(
     name="carried layout",
     replaces="forward of decoder layers that give their attention or mixer no keywords",

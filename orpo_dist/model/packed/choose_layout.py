@@ -36,13 +36,15 @@ from orpo_dist.model.packed.choose_head import HeadChoice
 from orpo_dist.model.packed.rotary import fix_rotary_frequencies
 from orpo_dist.model.packed.switch import PackingVerdict, use_packed_layout
 from orpo_dist.model.packed.verify import LayoutCheck, verify_layout
-from orpo_dist.model.packed.verify_images import drawn_row, tiny_image_batch, verify_images
+from orpo_dist.model.packed.verify_images import drawn_row, image_rows, tiny_image_batch, verify_images
+from orpo_dist.model.packed.verify_slices import text_rows, verify_slices
 from orpo_dist.model.patches import Patched, undo_all
 from orpo_dist.model.upstream import config_value, text_model_of
 from orpo_dist.packing.collate import PackedCollator
 from orpo_dist.packing.images import ImageCollator, process_prompts
 from orpo_dist.packing.padded import EncoderDecoderCollator, PaddedCollator, PaddedLayout
 from orpo_dist.packing.sampler import FILLER, UNNUMBERED
+from orpo_dist.packing.split import SequencePlace
 from orpo_dist.packing.token_ids import inside
 from orpo_dist.packing.trl_collator import TRLCollator
 
@@ -74,6 +76,7 @@ class LayoutOptions:
     trl_collator: a data collator of the user, which requires the padded layout.
     max_length: limit of P + C and P + R, or None.
     images: None if no row has any.
+    sequence: the place of this rank where several share a packed row, which the padded layout refuses.
     """
 
     objective: Objective
@@ -87,6 +90,7 @@ class LayoutOptions:
     compute_dtype: torch.dtype
     trl_collator: Callable[[list[dict]], dict[str, Any]] | None = None
     images: ImageSetup | None = None
+    sequence: SequencePlace | None = None
 
 
 class PairCollator:
@@ -179,6 +183,7 @@ class LayoutChoice:
             self._choose_packed(model, self._head)
         if self._head.head is None:
             logger.warning("Padded layout with full logits: %s.", self._head.reason)
+        self._refuse_padded_slices()
 
     def _choose_packed(self, model: nn.Module, choice: HeadChoice) -> None:
         options, head = self.options, choice.head
@@ -202,7 +207,7 @@ class LayoutChoice:
         if options.images is not None and not options.prefix_sharing:
             logger.warning("prefix_sharing=false has no effect on pairs with images: their pixels are encoded once.")
         sharing = options.prefix_sharing or options.images is not None
-        self.collator.chosen = self._with_images(PackedCollator(sharing, options.nll_scope))
+        self.collator.chosen = self._with_images(PackedCollator(sharing, options.nll_scope, options.sequence))
 
     def verify(self, model: nn.Module, *, may_fall_back: bool = True) -> None:
         """Compare both layouts on a tiny batch; every rank calls it, once, with the model as it will run.
@@ -221,7 +226,7 @@ class LayoutChoice:
             with self.in_force(), self.autocast():
                 reason = first_objection(self._verify_packed(model, self._verdict).reason)
             if not reason:
-                return
+                return self._verify_slices(model)
             self._fall_back(reason, may_fall_back)
             logger.warning("Padded layout: %s.", reason)
         reason = first_objection(self._verify_images(model).reason)
@@ -255,6 +260,15 @@ class LayoutChoice:
             raise UserError(f"The packed layout is wrong for this model: {reason}. Set padding_free=false.")
         self._verdict = None
         self.collator.chosen = self._padded_collator()
+        self._refuse_padded_slices(reason)
+
+    def _refuse_padded_slices(self, reason: str = "") -> None:
+        if self.options.sequence is not None and self._verdict is None:
+            raise UserError(
+                "sequence_parallel_size needs the packed layout, and this run has the padded one"
+                + (f": {reason}." if reason else " (see the line above).")
+                + " Set sequence_parallel_size=1."
+            )
 
     def _verify_packed(self, model: nn.Module, verdict: PackingVerdict) -> LayoutCheck:
         if self.options.images is not None:  # one of the pairs it compares has no image
@@ -262,6 +276,27 @@ class LayoutChoice:
         return verify_layout(
             model, verdict, prefix_sharing=self.prefix_sharing, compute_dtype=self.options.compute_dtype
         )
+
+    def _verify_slices(self, model: nn.Module) -> None:
+        """Compare slices of a row with the whole one, where ranks share rows.
+
+        Raises:
+            UserError: they differ.
+        """
+        collator, base, images = self.collator.chosen, self._base, self.options.images
+        if self.options.sequence is None or collator is None or base is None:
+            return
+        if isinstance(collator, ImageCollator) and images is not None:
+            batch = replace(collator, filler=None)(image_rows(base, collator.processor, images.example))
+        else:
+            batch = collator(text_rows(base))
+        with self.in_force(), self.autocast():
+            check = verify_slices(
+                model, batch, max_length=self.options.max_length, compute_dtype=self.options.compute_dtype
+            )
+        reason = first_objection(check.reason)
+        if reason:
+            raise UserError(f"sequence_parallel_size is wrong for this model: {reason}. Set sequence_parallel_size=1.")
 
     def _verify_images(self, model: nn.Module) -> LayoutCheck:
         collator, images = self.collator.chosen, self.options.images
