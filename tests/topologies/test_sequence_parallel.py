@@ -52,7 +52,12 @@ def test_a_run_goes_on_with_rows_that_are_whole(setting, reference):
     checkpoint = str(setting["folder"] / "sliced_first.run" / "checkpoint-4")
     whole = {**SLICED, "sequence_parallel_size": 1, "per_device_train_batch_size": 2}
     outcome = run(setting, "whole_then", whole, "torchrun", resume=checkpoint)
-    assert_same(outcome, reference)
+    ours, theirs = (
+        {line["step"]: line["loss"] for line in result.log if "loss" in line} for result in (outcome, reference)
+    )
+    assert ours == pytest.approx(theirs, rel=1e-5) and len(ours) == 8
+    for name, weight in reference.weights.items():
+        assert (outcome.weights[name] - weight).abs().max() <= 1e-5 * weight.abs().max() + 1e-8, name
 
 
 def errors(tmp_path, text, vision, ranks, checks=()):
