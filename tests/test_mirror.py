@@ -34,6 +34,7 @@ MIRRORED_ELSEWHERE: dict[str, tuple[list[str], str]] = {
     "model/packed/mixers.py": (["model/test_families.py"], "each family has other mixers"),
     "model/packed/rotary.py": (["model/test_families.py"], "the rotary kinds belong to families"),
     "model/packed/switch.py": (["model/test_families.py"], "switching is tested on each family"),
+    "model/packed/temperature.py": (["model/test_families.py"], "one family has it"),
     "model/packed/verify_head.py": (["model/packed/test_choose_head.py"], "what it finds decides the head"),
     "model/packed/verify_images.py": (["model/test_vision_families.py"], "the check runs on each vision family"),
     "run/prepare.py": (["test_train.py", "test_trainer.py"], "preparation is the first half of a run"),

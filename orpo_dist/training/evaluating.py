@@ -102,10 +102,10 @@ class EvaluatingTrainer(SavingTrainer):
             self._step_guard.stops = True
             step = self.state.global_step
             folder = self._run_folder / f"checkpoint-{step}"
-            self._checkpoints.background.wait()
+            self._finish_saving()
             if step and not on_first_rank(lambda: (folder / MARKER).is_file()):
                 self._save_checkpoint(self.model_wrapped, trial)
-                self._checkpoints.background.wait()
+                self._finish_saving()
             raise self._stopped(step, str(folder) if step else None) from None
 
     def _reply(self, inputs: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:

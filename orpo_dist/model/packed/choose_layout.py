@@ -25,9 +25,10 @@ from orpo_dist.loss import Objective
 from orpo_dist.model.loading.vision import (
     features_for_both,
     image_rules,
-    reads_by_cross_attention,
+    refuse_images,
     shares_features,
     trains_vision,
+    type_text_tokens,
     vision_cost,
     widen_pixels,
 )
@@ -37,7 +38,7 @@ from orpo_dist.model.packed.switch import PackingVerdict, use_packed_layout
 from orpo_dist.model.packed.verify import LayoutCheck, verify_layout
 from orpo_dist.model.packed.verify_images import drawn_row, tiny_image_batch, verify_images
 from orpo_dist.model.patches import Patched, undo_all
-from orpo_dist.model.upstream import text_model_of
+from orpo_dist.model.upstream import config_value, text_model_of
 from orpo_dist.packing.collate import PackedCollator
 from orpo_dist.packing.images import ImageCollator, process_prompts
 from orpo_dist.packing.padded import EncoderDecoderCollator, PaddedCollator, PaddedLayout
@@ -163,6 +164,8 @@ class LayoutChoice:
         options = self.options
         self._verified = not options.verify_layout
         self._base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+        if options.images is not None:
+            refuse_images(self._base)
         self.router_aux_loss_coef, self._half_pixels = router_aux_loss_coef, False
         self.collator.chosen, self._verdict, self._takes_packed = self._padded_collator(), None, False
         self._head = HeadChoice(
@@ -271,6 +274,10 @@ class LayoutChoice:
         handles."""
         return widen_pixels(self._base) if self._half_pixels and self._base is not None else []
 
+    def type_text_tokens(self) -> list[Patched]:
+        """Give a model that cannot train without token types those of text. Returns the handles."""
+        return type_text_tokens(self._base) if self._base is not None else []
+
     def fix_rotary(self) -> list[Patched]:
         """Fix rotary frequencies that follow the length (model/packed/rotary.py), if the model took the packed layout
         at first. Returns the handles."""
@@ -317,11 +324,6 @@ class LayoutChoice:
         images, base = self.options.images, self._base
         if images is None or base is None:
             return collator
-        if reads_by_cross_attention(base):
-            raise UserError(
-                f"{type(base).__name__} reads images by cross-attention, which is not supported in training. Choose "
-                "another vision-language model, or set image_column='' to train on the text alone."
-            )
         prompt = drawn_row(images.example, images.processor)
         made = process_prompts(images.processor, [{**prompt, "index": FILLER}])
         # An estimate for balancing batches: families name their tensors and tokens in their own way.
@@ -346,7 +348,7 @@ class LayoutChoice:
         if config.is_encoder_decoder:
             if options.trl_collator is not None:
                 raise UserError("data_collator cannot be replaced for encoder-decoder models: leave it unset.")
-            start = config.decoder_start_token_id
+            start = config_value(config, "decoder_start_token_id")  # T5Gemma 2 has none
             if start is None:
                 raise UserError(
                     "The model's config has no decoder_start_token_id; set it (for T5 it is the pad token)."
