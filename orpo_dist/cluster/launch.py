@@ -16,6 +16,7 @@ import shlex
 import socket
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -83,7 +84,8 @@ def main(argv: Sequence[str]) -> int:
     def start(resume: Sequence[str], restart: int) -> GroupEnd:
         return run_group([*command, *resume], private_environment(private) | _of_attempt(restart))
 
-    return run_with_restarts(start, restarts, view.run_folder, asked, Peers(lines))
+    with closing(Peers(lines)) as peers:
+        return run_with_restarts(start, restarts, view.run_folder, asked, peers)
 
 
 def _make(folder: Path) -> None:
