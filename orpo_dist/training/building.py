@@ -12,8 +12,9 @@ from torch import nn
 from transformers import Trainer
 
 from orpo_dist.config import ORPOConfig
-from orpo_dist.distributed.environment import Environment, sharding_of
+from orpo_dist.distributed.environment import Environment, sharding_of, why_not_sharded
 from orpo_dist.distributed.hang import HangLimits, HangWatch
+from orpo_dist.distributed.log import get_logger
 from orpo_dist.loss import Objective
 from orpo_dist.model.forward import PairForward
 from orpo_dist.model.loading.initial import initial_weights
@@ -22,6 +23,7 @@ from orpo_dist.model.packed.choose_layout import LayoutChoice
 from orpo_dist.model.packed.compile import compile_blocks
 from orpo_dist.model.patches import BLOCKS_COMPILED_ALREADY, Patched, replace_attribute
 from orpo_dist.model.routers import router_aux_loss_coef
+from orpo_dist.model.running_statistics import keep_running_statistics
 from orpo_dist.options.durations import seconds_of
 from orpo_dist.packing.lengths import PairLengths
 from orpo_dist.run.fingerprint import fingerprint
@@ -40,6 +42,8 @@ from orpo_dist.training.setup import Setup
 from orpo_dist.training.step_guard import StepGuard
 from orpo_dist.training.throughput import ModelFlops, Throughput
 from orpo_dist.training.vocabulary import filler_token, refuse_unknown_tokens
+
+logger = get_logger(__name__)
 
 
 def hang_limits(args: ORPOConfig) -> HangLimits:
@@ -135,6 +139,8 @@ class BuildingTrainer(Trainer):
             borrowed.change(lambda: compile_blocks(adapted, **compiler))
         borrowed.change(self.layout.fix_rotary)
         borrowed.change(self.layout.widen_pixels)
+        borrowed.change(self.layout.type_text_tokens)
+        borrowed.change(lambda: keep_running_statistics(adapted))
         return model
 
     def _choose_layout(self, model: Any, args: ORPOConfig) -> None:
@@ -143,6 +149,9 @@ class BuildingTrainer(Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
+        not_sharded = why_not_sharded(self.args, self.accelerator)
+        if not_sharded is not None:
+            logger.warning(not_sharded)
         self.layout.autocast = self.accelerator.autocast
         replace_attribute(
             self.accelerator.state, "dynamo_plugin", TorchDynamoPlugin(backend="no"), BLOCKS_COMPILED_ALREADY

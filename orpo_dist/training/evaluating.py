@@ -62,7 +62,9 @@ class EvaluatingTrainer(SavingTrainer):
         check_evaluation_loader(dataloader)
         loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
         keeps_pairs = not loss_only
-        self._evaluation = evaluation = EvaluationPass(self._objective, keeps_pairs=keeps_pairs)
+        self._evaluation = evaluation = EvaluationPass(
+            self._objective, keeps_pairs=keeps_pairs, speaks_for_pairs=self.environment.speaks_for_pairs
+        )
         with self._throughput.paused():
             output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         metrics = evaluation.metrics(self.accelerator)

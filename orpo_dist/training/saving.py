@@ -19,7 +19,7 @@ from orpo_dist.run.stop import ignore_signals
 from orpo_dist.run.upload import STAGED, unstage, upload_run
 from orpo_dist.run.verified import why_unusable
 from orpo_dist.training.building import BuildingTrainer
-from orpo_dist.training.final_model import save_checked, whole_weights
+from orpo_dist.training.final_model import resized_embeddings, save_checked, whole_weights
 from orpo_dist.training.optimizer_modes import use_averaged_weights
 from orpo_dist.training.progress import progress_of
 
@@ -34,7 +34,8 @@ class SavingTrainer(BuildingTrainer):
             SaveError: on the rank that writes: transformers or peft could not load what lies there.
         """
         if self._checkpoints.staging is not None:  # part of a checkpoint, which keeps the form that was asked for
-            super().save_model(output_dir, _internal_call=True)
+            with resized_embeddings(self.model, self.environment.sharding):
+                super().save_model(output_dir, _internal_call=True)
             return
         use_averaged_weights(self.optimizer)
         folder = Path(str(self.args.output_dir if output_dir is None else output_dir))
@@ -53,7 +54,8 @@ class SavingTrainer(BuildingTrainer):
         half = self.args.bf16 or self.args.fp16
         changed = bool(self._initial_adapters)
         trained = record_trained(self.model, self.args.device, base_changed=changed, half=half)
-        with whole_weights(self.accelerator, self.environment.sharding, self.deepspeed):
+        sharding = self.environment.sharding
+        with whole_weights(self.accelerator, sharding, self.deepspeed), resized_embeddings(self.model, sharding):
             super().save_model(str(folder), _internal_call=True)  # which only means: without a push
         if self.args.should_save:
             for name, initial in self._initial_adapters.items():

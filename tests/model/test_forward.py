@@ -289,7 +289,7 @@ def test_labels_that_the_head_cannot_take_use_full_logits(caplog):
 
 @pytest.mark.parametrize("name", ["bias", "t5", "gemma2"])
 def test_eight_padded_micro_batches_of_one_pair_are_one_of_eight(name):
-    tolerance = 1e-6 if name == "gemma2" else 1e-9  # its norms compute in float32
+    tolerance = 1e-6 if name == "gemma2" else 1e-8  # its norms compute in float32, and rotary tables are float32
     model, rows = built(name), [{**row, "weight": 1.0, "index": i} for i, row in enumerate(pairs(8, 60, seed=2))]
     layout = chosen(model, padding_free=False, loss_chunk_size=7)
     layout.verify(model)

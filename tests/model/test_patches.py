@@ -13,7 +13,14 @@ import torch
 from accelerate.utils.operations import convert_outputs_to_fp32
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 from transformers.integrations import deepspeed as deepspeed_integration
 
 import orpo_dist
@@ -23,21 +30,24 @@ from orpo_dist.model.attention.interface import PACKED_ATTENTION, register_packe
 from orpo_dist.model.head.install import install_head
 from orpo_dist.model.loading.adapters import disable_base_dropout, quiet_peft, record_base
 from orpo_dist.model.loading.load import loading_whole_models
-from orpo_dist.model.loading.vision import features_for_both, name_present_layers, widen_pixels
+from orpo_dist.model.loading.vision import features_for_both, name_present_layers, type_text_tokens, widen_pixels
 from orpo_dist.model.neftune import EmbeddingNoise
 from orpo_dist.model.packed.compile import compile_blocks
 from orpo_dist.model.packed.rotary import fix_rotary_frequencies
 from orpo_dist.model.packed.switch import use_packed_layout
 from orpo_dist.model.packed.verify import verify_layout
 from orpo_dist.model.patches import PATCHES, Patched, replace_attribute, replace_item, undo_all
+from orpo_dist.model.running_statistics import keep_running_statistics
 from orpo_dist.packing.collate import PackedCollator
 from orpo_dist.training.deferred_writes import DeferredWrites
+from tests.model.further_vlms import further_vlm
 from tests.model.packing_reference import rows
 from tests.model.tiny_models import HEADS, tiny_model
 
 NAMES = {
     "packed attention function",
     "packed attention of a model",
+    "temperature by own positions",
     "layout seen",
     "mixer on unshared rows",
     "carried layout",
@@ -57,6 +67,8 @@ NAMES = {
     "peft's deprecation warning",
     "image features for both completions",
     "pixels in the tower's precision",
+    "running statistics of batch norms",
+    "token types of text",
     "present layers",
     "image options of a processor",
     "skipped step",
@@ -167,6 +179,12 @@ def _set(name: str, value: Any, patch: patches.Patch) -> Callable[[Any], Any]:
     return lambda owner: replace_attribute(owner, name, value, patch)
 
 
+def _llama4() -> nn.Module:
+    config = Llama4TextConfig(**HEADS, attention_chunk_size=64, num_local_experts=2, intermediate_size_mlp=32,
+                              num_experts_per_tok=1, no_rope_layers=[1, 0], floor_scale=4)  # fmt: skip
+    return Llama4ForCausalLM(config)
+
+
 def _optimizer() -> torch.optim.Optimizer:
     return torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
 
@@ -196,6 +214,7 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], set[patches.Patc
         _packed_step,
         {patches.CARRIED_LAYOUT},
     ),
+    "packed step of layers with a temperature": (_llama4, _packed_step, {patches.OWN_TEMPERATURE}),
     "packed text of a vlm": (
         lambda: tiny_model("llava"),
         lambda model: use_packed_layout(model, max_length=64),
@@ -234,6 +253,8 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], set[patches.Patc
     "features": (lambda: tiny_model("llava"), _both, {patches.SHARED_FEATURES}),
     "present layers": (lambda: tiny_model("llava"), name_present_layers, {patches.PRESENT_LAYERS}),
     "pixels": (lambda: tiny_model("llava"), widen_pixels, {patches.WIDENED_PIXELS}),
+    "token types": (lambda: further_vlm("Molmo 2")[1], type_text_tokens, {patches.TOKEN_TYPES_OF_TEXT}),
+    "batch norms": (lambda: nn.Sequential(nn.BatchNorm2d(2)), keep_running_statistics, {patches.RUNNING_STATISTICS}),
     "image options": (
         lambda: SimpleNamespace(),
         _set("images_kwargs", {"do_pan_and_scan": True}, patches.FIXED_IMAGE_OPTIONS),
