@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from orpo_dist.data.prepare import prepare_pairs
     from orpo_dist.errors import NonFiniteRun, RankError, RunStopped, SaveError, TrainingFailed, UserError
     from orpo_dist.loss import Objective, PairScores, log1mexp, log_odds, orpo_loss, pair_sums, preference
-    from orpo_dist.model.loading.merge import merge_run
+    from orpo_dist.merge import merge_run
     from orpo_dist.trainer import ORPOTrainer
 
 __all__ = [
@@ -47,7 +47,7 @@ _MODULES = {
     "orpo_dist.data.prepare": ("prepare_pairs",),
     "orpo_dist.errors": ("NonFiniteRun", "RankError", "RunStopped", "SaveError", "TrainingFailed", "UserError"),
     "orpo_dist.loss": ("Objective", "PairScores", "log1mexp", "log_odds", "orpo_loss", "pair_sums", "preference"),
-    "orpo_dist.model.loading.merge": ("merge_run",),
+    "orpo_dist.merge": ("merge_run",),
     "orpo_dist.trainer": ("ORPOTrainer",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

@@ -137,6 +137,14 @@ class ORPOConfig(ImageOptions, DataOptions, TrainingArguments):
     max_runtime: str | None = _option(
         None, "Save and stop before this much time since the process began: seconds, 1h30m or HH:MM:SS."
     )
+    save_timeout: int = _option(1800, "Seconds after which a save that does not end counts as hanging.")
+    eval_timeout: int = _option(1800, "Seconds after which a batch of an evaluation counts as hanging.")
+    last_act_timeout: int = _option(
+        86400, "Seconds after which a merge, an upload or a summary counts as hanging; a step has ddp_timeout."
+    )
+    async_save: bool = _option(
+        False, "Copy each checkpoint to host memory, and write it while training goes on (docs/runs.md)."
+    )
     max_nonfinite_steps: int = _option(
         5, "End the run after so many steps in a row whose loss or gradient norm is not finite; none is applied."
     )
@@ -221,6 +229,9 @@ class ORPOConfig(ImageOptions, DataOptions, TrainingArguments):
             raise UserError(f"max_nonfinite_steps={self.max_nonfinite_steps} must be at least 1.")
         if self.max_runtime is not None:
             seconds_of(self.max_runtime)
+        for name in ("save_timeout", "eval_timeout", "last_act_timeout"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name}={getattr(self, name)}: must be above zero.")
         for name in ("max_length", "max_prompt_length", "max_completion_length", "min_pixels", "max_pixels"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -68,7 +68,6 @@ def train(recipe: Recipe) -> "RunSummary":
 def _run(recipe: Recipe, folder: Path) -> "RunSummary":
     from accelerate import PartialState
 
-    from orpo_dist.distributed.once import done_by_first_rank
     from orpo_dist.distributed.ranks import let_gloo_finish
     from orpo_dist.run.callbacks import RunLog
     from orpo_dist.run.prepare import prepare
@@ -91,18 +90,7 @@ def _run(recipe: Recipe, folder: Path) -> "RunSummary":
     except (RunStopped, NonFiniteRun):
         let_gloo_finish()
         raise
-    save = partial(_save_model, trainer, folder)
-    done_by_first_rank(save, meanwhile=save)
-    merged = _merge(recipe, folder) if recipe.model.merge_adapter and recipe.model.trains_adapter else None
-    summary = _summarise(recipe, trainer, pairs, log, merged)
-    done_by_first_rank(lambda: summary.prepare(folder))
-    dataset = without_password(str(recipe.data.dataset_name))
-    if args.push_to_hub:
-        push = partial(trainer.push_to_hub, dataset_name=dataset, revision=args.hub_revision)
-        done_by_first_rank(push, meanwhile=push)  # it saves the model first, together
-    else:
-        done_by_first_rank(lambda: trainer.create_model_card(dataset_name=dataset))
-    done_by_first_rank(lambda: summary.save(folder))  # the last act: the file says that the run has finished
+    summary = _last_acts(recipe, trainer, pairs, log)
     if state.is_main_process:
         print(_report(summary))
     return summary
@@ -123,7 +111,6 @@ def _begin(recipe: Recipe, folder: Path) -> str | None:
     from accelerate import PartialState
 
     from orpo_dist.distributed.log import get_logger
-    from orpo_dist.distributed.ranks import on_first_rank
     from orpo_dist.run.hub_login import check_login, move_token_to_environment
     from orpo_dist.run.resume import checkpoint_to_resume
     from orpo_dist.run.summary import SUMMARY_NAME
@@ -131,7 +118,7 @@ def _begin(recipe: Recipe, folder: Path) -> str | None:
     from orpo_dist.run.upload import unstage
 
     args = recipe.training
-    checkpoint = on_first_rank(lambda: checkpoint_to_resume(args.resume_from_checkpoint, folder))
+    checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, folder)
     _check_evaluation(recipe)
     _check_packages_and_layers(recipe)
     move_token_to_environment(args)
@@ -151,12 +138,38 @@ def _begin(recipe: Recipe, folder: Path) -> str | None:
     return checkpoint
 
 
+def _last_acts(recipe: Recipe, trainer: "ORPOTrainer", pairs: "RunPairs", log: "RunLog") -> "RunSummary":
+    """Save, merge, evaluate, upload; run_summary.json at the very end says that the run has finished."""
+    from orpo_dist.distributed.once import done_by_first_rank
+
+    args, folder, watch = recipe.training, Path(str(recipe.training.output_dir)), trainer.hang_watch
+    save = partial(_save_model, trainer, folder)
+    with watch.phase("save", "the save of the model"):
+        done_by_first_rank(save, meanwhile=save)
+    merged = None
+    if recipe.model.merge_adapter and recipe.model.trains_adapter:
+        with watch.phase("last act", "merging the adapter"):
+            merged = _merge(recipe, folder)
+    summary = _summarise(recipe, trainer, pairs, log, merged)
+    dataset = without_password(str(recipe.data.dataset_name))
+    with watch.phase("last act", "the upload" if args.push_to_hub else "the model card and the summary"):
+        done_by_first_rank(lambda: summary.prepare(folder))
+        if args.push_to_hub:
+            push = partial(trainer.push_to_hub, dataset_name=dataset, revision=args.hub_revision)
+            done_by_first_rank(push, meanwhile=push)  # it saves the model first, together
+        else:
+            done_by_first_rank(lambda: trainer.create_model_card(dataset_name=dataset))
+        done_by_first_rank(lambda: summary.save(folder))
+    return summary
+
+
 def _trainer(recipe: Recipe, folder: Path, processing_class: Any, pairs: "RunPairs", log: "RunLog") -> "ORPOTrainer":
     """The trainer of the run, with the model that it trains."""
     from transformers import PrinterCallback, ProgressCallback
 
-    from orpo_dist.run.callbacks import FinalEvaluation, ShortProgress
+    from orpo_dist.run.callbacks import FinalEvaluation, LastStep, ShortProgress
     from orpo_dist.run.prepare import load_model_of, peft_config_of
+    from orpo_dist.run.step_file import StepFile
     from orpo_dist.run.trackers import tensorboard_folder
     from orpo_dist.trainer import ORPOTrainer
 
@@ -171,6 +184,9 @@ def _trainer(recipe: Recipe, folder: Path, processing_class: Any, pairs: "RunPai
             peft_config=peft_config_of(recipe.model, model),
             callbacks=[log, FinalEvaluation()] if pairs.evaluation else [log],
         )
+    step_file = StepFile.asked_for()
+    if step_file is not None:
+        trainer.add_callback(LastStep(step_file))
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(ShortProgress)
     trainer.pop_callback(PrinterCallback)

@@ -40,7 +40,7 @@ from transformers.trainer_utils import EvalPrediction, IntervalStrategy
 
 from orpo_dist.config import ORPOConfig
 from orpo_dist.distributed.environment import Environment, sharding_of
-from orpo_dist.distributed.timeouts import START_SECONDS, collectives_may_take
+from orpo_dist.distributed.hang import HangWatch
 from orpo_dist.distributed.zero import safe_pickles
 from orpo_dist.loss import pair_sums
 from orpo_dist.model.forward import PairForward
@@ -60,6 +60,7 @@ from orpo_dist.run.owner import owned
 from orpo_dist.run.stop import StopRequests
 from orpo_dist.training import refusals
 from orpo_dist.training.borrowed import BorrowedModel
+from orpo_dist.training.building import hang_limits
 from orpo_dist.training.evaluating import EvaluatingTrainer
 from orpo_dist.training.following import ArgsInForce
 from orpo_dist.training.malloc_trim import returning_freed_memory
@@ -159,6 +160,7 @@ class ORPOTrainer(EvaluatingTrainer):
         self._global_batch = Environment.of(self.args, sharding_of(self.accelerator)).global_batch(self.args)
         limit = seconds_of(args.max_runtime) if args.max_runtime is not None else None
         self._stop_requests = StopRequests(Path(str(args.output_dir)), limit, is_first_rank=args.process_index == 0)
+        self.hang_watch = HangWatch(hang_limits(self.args))
         self._make_parts()
         self._add_callbacks()
         self._args_in_force = ArgsInForce(self.args, makes_models=model_init is not None)
@@ -202,6 +204,8 @@ class ORPOTrainer(EvaluatingTrainer):
         self._asked_checkpoint = resume_from_checkpoint
         if trial is None:
             self._begin_anew()
+        self.hang_watch.begin()
+        self.hang_watch.now("start", "the start of training")
         pickles = safe_pickles() if self.environment.sharding.is_zero else nullcontext()
         with owned(self._run_folder):
             if trial is None:
@@ -210,8 +214,10 @@ class ORPOTrainer(EvaluatingTrainer):
                 with self._stop_requests.listening(), pickles, self._borrowed.in_use():
                     return super().train(resume_from_checkpoint, *args, **kwargs)
             finally:
+                self._checkpoints.settle()
                 self._step_guard.release()
                 undo_all(self._noise_hooks)
+                self.hang_watch.leave()
 
     def _inner_training_loop(  # type: ignore[override]  # the Trainer calls it by these names
         self, batch_size: int | None = None, **kwargs: Any
@@ -259,8 +265,7 @@ class ORPOTrainer(EvaluatingTrainer):
         if not steps_left:
             return
         self._step_guard.guard(self.optimizer)
-        collectives_may_take(max(self.args.ddp_timeout, START_SECONDS))
-        self._first_step = self.state.global_step + 1
+        self.hang_watch.now("start", f"step {self.state.global_step + 1}")
         self._stop_requests.steps_begin()
 
     def get_batch_samples(
@@ -275,7 +280,7 @@ class ORPOTrainer(EvaluatingTrainer):
             return batches, None
         layouts = [batch["orpo_layout"] for batch in batches]
         counts = torch.stack([layout.counts() for layout in layouts]).sum(0)
-        report = self._step_guard.report(self._stop_requests.reason() is not None, device)
+        report = self._step_guard.report(self._wants_to_stop(), device)
         facts = self.accelerator.reduce(torch.cat([counts.to(device, report.dtype), report]), reduction="sum")
         tokens, pairs = facts[:2].unbind()
         self._step_guard.begin(facts[2:], [i for layout in layouts for i in layout.index if i >= 0])
@@ -311,8 +316,7 @@ class ORPOTrainer(EvaluatingTrainer):
 
     def _step_ends(self, control: TrainerControl) -> None:
         self._stop_requests.step_ends()
-        if self.state.global_step == self._first_step:
-            collectives_may_take(self.args.ddp_timeout)
+        self.hang_watch.now("step", f"step {self.state.global_step + 1}")
         if self._step_guard.stops and self.state.global_step < self.state.max_steps:
             control.should_save, control.should_evaluate = True, False
 

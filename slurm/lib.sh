@@ -12,6 +12,12 @@
 
 set -uo pipefail
 
+# A profile may leave out what it does not need.
+: "${SITE_CACHE=}" "${SITE_SCRATCH=}" "${SITE_SHARED_FOLDERS=}" "${SITE_LOCAL_FOLDERS=}" "${SITE_MAX_RESTARTS=20}"
+: "${SITE_CONTAINER_RUNTIME=}" "${SITE_CONTAINER_IMAGE=}" "${SITE_CONTAINER_MOUNTS=}"
+declare -F site_setup >/dev/null || site_setup() { :; }
+declare -F site_health_check >/dev/null || site_health_check() { :; }
+
 # Exit codes of a run (docs/runs.md).
 BAD_INPUT=2 NOT_FINITE=3 STOPPED=75
 
@@ -28,7 +34,16 @@ fail() { # fail CODE MESSAGE: end the job without a restart
 
 # --- the environment ---------------------------------------------------------------------------------------------
 
+check_slurm() { # srun has --overlap since 20.11
+    local version
+    version=$(srun --version 2>/dev/null) version=${version##* }
+    [[ $version =~ ^([0-9]+)\.([0-9]+) ]] || return 0
+    [ "${BASH_REMATCH[1]}${BASH_REMATCH[2]}" -ge 2011 ] ||
+        fail "$BAD_INPUT" "SLURM $version is too old: the templates need 20.11 or newer."
+}
+
 set_environment() {
+    check_slurm
     site_setup || fail 1 "site_setup of the site profile failed."
     PYTHON=${PYTHON:-python}
     # Since SLURM 22.05, srun does not inherit the job's --cpus-per-task.
@@ -164,8 +179,7 @@ check_nodes() { # BAD_NODES: those that did not report "ok"
     BAD_NODES=()
     touch "$STATE/health/$ATTEMPT.token"
     timeout 300 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --overlap \
-        bash -c "$(declare -f node_health site_health_check site_setup); SITE_SCRATCH='$SITE_SCRATCH'
-            site_setup; node_health \"\$@\"" health "$STATE" "$ATTEMPT" "$GPUS" || true
+        bash -c "$(declare -f); $(declare -p "${!SITE_@}"); site_setup; node_health \"\$@\"" health "$STATE" "$ATTEMPT" "$GPUS" || true
     for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
         report=$(cat "$STATE/health/$ATTEMPT.$node" 2>/dev/null || echo "gave no report: is $RUN shared?")
         [ "$report" = ok ] || { BAD_NODES+=("$node"); say "node $node: $report"; }
@@ -235,8 +249,16 @@ run_attempt() { # run_attempt RECIPE [--field value ...]: sets CODE from the exi
 
 head_node() { scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1; }
 
-# Outside the ephemeral range (32768 and above), and different for every job and restart.
-job_port() { echo $((10000 + (SLURM_JOB_ID + RESTARTS) % 20000)); }
+# Outside the ephemeral range (32768 and above). Jobs that share a node have numbers close to each other, so a restart moves
+# far away, and past what is in use: this script runs on the head node.
+job_port() {
+    local port=$((10000 + (SLURM_JOB_ID + 6151 * RESTARTS) % 20000))
+    for _ in 1 2 3 4 5 6 7 8; do
+        (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null || break
+        port=$((10000 + (port - 10000 + 3079) % 20000))
+    done
+    echo "$port"
+}
 
 attempt_code() { # attempt_code STEP_CODE: the decisive one of the nodes' exit codes
     local codes code reports=0 stopped="" other=""

@@ -14,6 +14,8 @@ MIRRORED_ELSEWHERE: dict[str, tuple[list[str], str]] = {
     "autotrain/slurm.py": (["cluster/test_slurm.py"], "it only submits a job"),
     "cluster/cancel.py": (["cluster/test_slurm.py", "cluster/test_submit.py"], "it needs jobs that run"),
     "cluster/recipe_copy.py": (["cluster/test_submit.py"], "it is what a submission writes"),
+    "cluster/line.py": (["cluster/test_rendezvous.py", "cluster/test_peers.py"], "both ends of it are nodes"),
+    "cluster/orphans.py": (["cluster/test_restarts.py"], "its processes are those of a group"),
     "cluster/prefetch.py": (["cluster/test_slurm.py", "cluster/test_submit.py"], "it is a job of its own before a run"),
     "commands/convert_checkpoint.py": (["survival/test_world_size.py"], "it needs a checkpoint of two DeepSpeed ranks"),
     "commands/merge.py": (["model/loading/test_merge.py"], "the flags of merge_run, tested with it"),
@@ -32,6 +34,8 @@ MIRRORED_ELSEWHERE: dict[str, tuple[list[str], str]] = {
     "model/packed/mixers.py": (["model/test_families.py"], "each family has other mixers"),
     "model/packed/rotary.py": (["model/test_families.py"], "the rotary kinds belong to families"),
     "model/packed/switch.py": (["model/test_families.py"], "switching is tested on each family"),
+    "model/packed/temperature.py": (["model/test_families.py"], "one family has it"),
+    "model/packed/verify_head.py": (["model/packed/test_choose_head.py"], "what it finds decides the head"),
     "model/packed/verify_images.py": (["model/test_vision_families.py"], "the check runs on each vision family"),
     "run/prepare.py": (["test_train.py", "test_trainer.py"], "preparation is the first half of a run"),
     "training/building.py": (
@@ -45,7 +49,12 @@ MIRRORED_ELSEWHERE: dict[str, tuple[list[str], str]] = {
     ),
     "training/refusals.py": (["test_trainer.py"], "each refusal is an argument of the trainer"),
     "training/saving.py": (
-        ["test_trainer.py", "training/test_final_model.py", "training/test_checkpoint_writer.py"],
+        [
+            "test_trainer.py",
+            "training/test_final_model.py",
+            "training/test_checkpoint_writer.py",
+            "survival/test_async_saves.py",
+        ],
         "what a real trainer writes",
     ),
     "training/setup.py": (["test_trainer.py"], "the first half of the trainer's construction"),

@@ -582,6 +582,25 @@ def no_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+def test_fsdp_is_refused_in_version_1_and_missed_where_it_is_not_in_force(
+    tmp_path, chat_tokenizer, tiny_llama, no_accelerator, monkeypatch, caplog
+):
+    """Without an accelerator, accelerate trains without FSDP, and says nothing."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    rows = pairs(4, len(chat_tokenizer))
+
+    def build():
+        return ORPOTrainer(
+            tiny_llama(len(chat_tokenizer)), config(tmp_path), train_dataset=rows, processing_class=chat_tokenizer
+        )
+
+    with pytest.raises(UserError, match=r"FSDP1 is not supported.*Set fsdp_version: 2 in the accelerate config"):
+        build()
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    build()
+    assert "FSDP was asked for and is not in force: accelerate runs NO here" in caplog.text
+
+
 def test_what_the_accelerator_runs_in_is_believed(tmp_path, chat_tokenizer, tiny_llama, no_accelerator):
     """accelerate was set up by the process, and the trainer is told to use that."""
     Accelerator(mixed_precision="bf16", cpu=True)

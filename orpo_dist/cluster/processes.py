@@ -19,12 +19,14 @@ from pathlib import Path
 
 import psutil
 
+from orpo_dist.cluster.orphans import on_death_of_parent
+from orpo_dist.cluster.schedulers import rank_variables
 from orpo_dist.errors import BAD_INPUT, FAILED, FINISHED, GAVE_UP, STOPPED
 
 DEFAULT_PORT = 29500
-_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # Processes get the signals above from this launcher or from SLURM; torchrun's handler would kill them after 30 s.
-_LEFT_TO_TORCHRUN = (signal.SIGHUP, signal.SIGQUIT)
+_LEFT_TO_TORCHRUN = (signal.SIGQUIT,)
 # It reports each failed process with its exit code, as `_print_ends` does.
 _TORCHRUNS_REPORT = "torch.distributed.elastic.multiprocessing.api"
 
@@ -70,6 +72,21 @@ def launcher_command(
     return [*launch, *where, "--module", *train]
 
 
+@dataclass(frozen=True)
+class GroupEnd:
+    """How the training processes of this node ended.
+
+    Attributes:
+        code: as `run_launcher` returns it.
+        cause: the end of the process that ended the others: `rank 3 was killed by SIGKILL`; "" if none failed.
+        asked: the signal that asked this launcher to stop.
+    """
+
+    code: int
+    cause: str = ""
+    asked: str | None = None
+
+
 def run_launcher(command: Sequence[str], environment: Mapping[str, str] | None = None) -> int:
     """Run a command of `launcher_command` in this process, with further variables for the training processes.
 
@@ -79,25 +96,46 @@ def run_launcher(command: Sequence[str], environment: Mapping[str, str] | None =
     Returns the most informative exit code of the local processes that failed: 2 before 3 before any other
     (128 + number for a signal), 75 only if no process has failed.
     """
+    return run_group(command, environment).code
+
+
+def run_group(command: Sequence[str], environment: Mapping[str, str] | None = None) -> GroupEnd:
+    """As `run_launcher`; returns also why the processes ended."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    asked: list[str] = []
     with _own_environment(environment or {}), _quiet(_TORCHRUNS_REPORT):
         launch = _launcher(command[2], list(command[3:]))
         try:
-            with _forwarding_signals():
+            with _forwarding_signals(asked):
                 launch()
         except ChildFailedError as failure:
             codes = {rank: (end.pid, end.exitcode) for rank, end in sorted(failure.failures.items())}
             code = telling_code([code for _, code in codes.values()])
             if code not in (BAD_INPUT, STOPPED):  # for these the processes have printed a line
                 _print_ends(codes)
-            return code
-        except subprocess.CalledProcessError as failure:  # accelerate's launcher of a single process
+            first = sorted(failure.failures.items(), key=lambda item: item[1].timestamp)
+            return GroupEnd(code, first_cause([(rank, end.exitcode) for rank, end in first]), next(iter(asked), None))
+        except subprocess.CalledProcessError as failure:  # a launcher of a single process
             code = telling_code([failure.returncode])
             if code not in (BAD_INPUT, STOPPED):
                 print(f"orpo-dist: the training process ended with {_in_words(failure.returncode)}.", file=sys.stderr)
-            return code
-    return FINISHED
+            return GroupEnd(code, first_cause([(0, failure.returncode)]), next(iter(asked), None))
+    return GroupEnd(FINISHED, "", next(iter(asked), None))
+
+
+def first_cause(ends: Sequence[tuple[int, int]]) -> str:
+    """The end that caused the others, of (rank, exit code) in the order in which they were seen. A rank that was killed
+    comes first: it may be seen after one that failed for want of it."""
+    killed = [end for end in ends if end[1] < 0 and end[1] != -signal.SIGTERM]
+    for rank, code in (*killed, *ends):
+        how = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
+        return f"rank {rank} {how}"
+    return ""
+
+
+def _signal_name(number: int) -> str:
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
 
 
 def telling_code(codes: Sequence[int]) -> int:
@@ -123,9 +161,18 @@ def _launcher(module: str, arguments: list[str]) -> Callable[[], object]:
         from torch.distributed.run import main
 
         return partial(main, arguments)
+    if module == "orpo_dist.cli":
+        return partial(_one_process, [sys.executable, "-m", module, *arguments])
     from accelerate.commands.launch import launch_command, launch_command_parser
 
     return partial(launch_command, launch_command_parser().parse_args(arguments))
+
+
+def _one_process(command: list[str]) -> None:
+    process = subprocess.Popen(command, preexec_fn=partial(on_death_of_parent, signal.SIGTERM))
+    code = process.wait()
+    if code:
+        raise subprocess.CalledProcessError(code, command)
 
 
 def _print_ends(codes: Mapping[int, tuple[int, int]]) -> None:
@@ -141,6 +188,8 @@ def _in_words(code: int) -> str:
 def _own_environment(variables: Mapping[str, str]) -> Iterator[None]:
     """The launchers read their settings from the environment and leave some behind (torchrun: OMP_NUM_THREADS)."""
     before = dict(os.environ)
+    for name in rank_variables(before):
+        del os.environ[name]
     os.environ.update(variables)
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", ",".join(number.name for number in _LEFT_TO_TORCHRUN))
     try:
@@ -163,8 +212,9 @@ def _quiet(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _forwarding_signals() -> Iterator[None]:
-    """Forward signals to the training processes, which stop at a step boundary; the launcher waits for them.
+def _forwarding_signals(asked: list[str]) -> Iterator[None]:
+    """Forward signals to the training processes, which stop at a step boundary; the launcher waits for them. Their
+    names are added to `asked`.
 
     Not inside a SLURM step: SLURM signals every process itself, and a second signal would stop them at once.
     """
@@ -175,15 +225,17 @@ def _forwarding_signals() -> Iterator[None]:
     unrelated = {child.pid for child in this.children()}  # started earlier by the calling script
 
     def forward(number: int, _frame: object) -> None:
+        asked.append(signal.Signals(number).name)
         if "SLURM_STEP_ID" not in os.environ:
             for child in this.children():
                 if child.pid not in unrelated:
                     with suppress(psutil.NoSuchProcess):
                         child.send_signal(number)
 
-    before = {number: signal.getsignal(number) for number in (*_FORWARDED, *_LEFT_TO_TORCHRUN)}
-    for number in _FORWARDED:
-        signal.signal(number, forward)
+    before = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, *_LEFT_TO_TORCHRUN)}
+    for number in STOP_SIGNALS:
+        if number != signal.SIGHUP or before[number] != signal.SIG_IGN:  # below nohup a run outlives its terminal
+            signal.signal(number, forward)
     try:
         yield
     finally:

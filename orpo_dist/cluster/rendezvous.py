@@ -2,7 +2,8 @@
 
 Node rank 0 listens on the port that the process group will use later. Every other node connects and reports what it is
 about to start. The listening socket is closed before any node gets an answer, so that a node that continues finds the
-process group on that port or nothing, never a late rendezvous.
+process group on that port or nothing, never a late rendezvous. Anyone may connect to a port: whoever does not report as
+a node of this run is ignored, and never waited for.
 
     other node -> head   {"node_rank": 1, "nodes": 2, "processes": 8, "host": "n2", "versions": {...}, "recipe": "3f"}
     head -> other node   {"error": null, "token": "/shared/runs/a/.meeting-5c..."}     all connected, or an error
@@ -11,26 +12,26 @@ process group on that port or nothing, never a late rendezvous.
 """
 
 import errno
-import json
+import selectors
 import socket
 import time
 import uuid
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
+from orpo_dist.cluster.line import ANSWER_SECONDS, LONGEST_LINE, Line, parsed
 from orpo_dist.errors import UserError
 
 RETRY_SECONDS = 0.5
-ANSWER_SECONDS = 30  # time for a connected node to send its next line
 VISIBLE_SECONDS = 10  # time for a new file to appear on another node of a shared file system
-_LONGEST_LINE = 65536
+MOST_STRANGERS = 256  # connections that have not reported yet; beyond, the oldest one is closed
 
 
 @dataclass(frozen=True)
 class NodeReport:
-    """The report of a node. processes: per node. recipe: a digest of the file and the flags."""
+    """The report of a node. processes: per node. recipe: a digest of the file and the flags. restarts: at most.
+    run: its folder."""
 
     node_rank: int
     nodes: int
@@ -38,19 +39,33 @@ class NodeReport:
     host: str
     versions: dict[str, str]
     recipe: str
+    restarts: int = 0
+    run: str = ""
 
 
-def meet(report: NodeReport, head: str, port: int, run_folder: Path, seconds: float) -> None:
+def meet(
+    report: NodeReport, head: str, port: int, run_folder: Path, seconds: float, *, keep: bool = False
+) -> dict[int, Line]:
     """Returns when all nodes of the run are connected and agree; `run_folder` must exist on the head.
+
+    Returns the open connections if `keep`, by node rank: the head's to all others, and each other one's to the head.
 
     Raises:
         UserError: the port is in use, the head does not answer, nodes are missing or connected twice within `seconds`,
             nodes disagree about the run or its versions, or do not share the run's folder.
     """
-    if report.node_rank == 0:
-        _host_rendezvous(report, port, run_folder, seconds)
-    else:
-        _join_rendezvous(report, head, port, seconds)
+    with ExitStack() as stack:
+        if report.node_rank == 0:
+            lines = _host_rendezvous(report, port, run_folder, seconds, stack)
+        else:
+            lines = {0: _join_rendezvous(report, head, port, seconds, stack)}
+        if keep:
+            stack.pop_all()
+            return lines
+        for line in lines.values():
+            if report.node_rank == 0:
+                line.wait_for_end()
+    return {}
 
 
 def disagreement(head: NodeReport, other: NodeReport) -> str | None:
@@ -77,86 +92,202 @@ def disagreement(head: NodeReport, other: NodeReport) -> str | None:
         return (
             f"{who} has other versions than the head ({head.host}): {', '.join(differing)}. Install the same versions."
         )
+    if other.restarts != head.restarts:
+        return (
+            f"{who} was started with --max-restarts {other.restarts}, the head ({head.host}) with {head.restarts}: use "
+            "the same number on all nodes."
+        )
     if other.recipe != head.recipe:
         return f"{who} was started with another recipe or other flags than the head ({head.host})."
     return None
 
 
-def _host_rendezvous(report: NodeReport, port: int, run_folder: Path, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    with ExitStack() as stack:
-        nodes: dict[int, _Line] = {}
-        reports: dict[int, NodeReport] = {}
-        duplicates: list[_Line] = []
-        error: str | None = None
-        with _listen(port) as listening:
-            while len(nodes) < report.nodes - 1 and error is None:
-                try:
-                    listening.settimeout(max(deadline - time.monotonic(), 0.01))
-                    connection, _ = listening.accept()
-                except TimeoutError:
-                    missing = sorted(set(range(1, report.nodes)) - nodes.keys())
-                    error = (
-                        f"{len(nodes) + 1} of {report.nodes} nodes connected within {seconds:.0f} s; missing node "
-                        f"ranks: {', '.join(map(str, missing))}. Start them with this head's address and port {port}, "
-                        "or correct the number of nodes."
-                    )
-                    break
-                line = stack.enter_context(_Line(connection))
-                try:
-                    other = NodeReport(**line.receive())
-                except (OSError, ValueError, TypeError):  # another program connected to the port
-                    continue
-                error = disagreement(report, other)
-                if other.node_rank in nodes:
-                    first = reports[other.node_rank].host
-                    error = (
-                        f"node rank {other.node_rank} connected twice, from {first} and {other.host}: give each node "
-                        "its own rank."
-                    )
-                    duplicates.append(line)
-                    continue
-                nodes[other.node_rank] = line
-                reports[other.node_rank] = other
-        token = run_folder / f".meeting-{uuid.uuid4().hex}"
-        if error is None:
-            token.touch()
+def report_of(text: bytes) -> NodeReport | None:
+    """The report in a line of bytes, or None: it is of another program."""
+    message = parsed(text)
+    if message is None:
+        return None
+    try:
+        report = NodeReport(**message)
+    except TypeError:
+        return None
+    numbers = (report.node_rank, report.nodes, report.processes, report.restarts)
+    texts = (report.host, report.recipe, report.run)
+    versions = report.versions if isinstance(report.versions, dict) else {"": None}
+    whole = all(type(number) is int for number in numbers)
+    return report if whole and all(isinstance(t, str) for t in (*texts, *versions, *versions.values())) else None
+
+
+@dataclass
+class _Arrivals:
+    """Those who connect to the head, while it waits for the nodes of its run.
+
+    Attributes:
+        nodes, reports: of this run, by node rank. A node that disconnects may come again.
+        again: connections of a node rank that is there already.
+        error: why the run cannot start.
+        strays: what was told to nodes of other runs.
+    """
+
+    head: NodeReport
+    stack: ExitStack
+    nodes: dict[int, Line] = field(default_factory=dict)
+    reports: dict[int, NodeReport] = field(default_factory=dict)
+    again: list[Line] = field(default_factory=list)
+    error: str | None = None
+    strays: list[str] = field(default_factory=list)
+    _unknown: dict[socket.socket, bytes] = field(default_factory=dict)
+
+    def wait(self, listening: socket.socket, deadline: float) -> None:
+        """Until all nodes are there, one of them cannot join, or the time is over."""
+        listening.setblocking(False)
+        with selectors.DefaultSelector() as selector:
+            selector.register(listening, selectors.EVENT_READ)
+            while len(self.nodes) < self.head.nodes - 1 and self.error is None and time.monotonic() < deadline:
+                for key, _ in selector.select(min(max(deadline - time.monotonic(), 0.01), 1.0)):
+                    if key.fileobj is listening:
+                        self._accept(listening, selector)
+                    else:
+                        assert isinstance(key.fileobj, socket.socket)
+                        self._read(key.fileobj, selector)
+            for connection in self._unknown:
+                connection.close()
+
+    def _accept(self, listening: socket.socket, selector: selectors.BaseSelector) -> None:
         try:
-            for line in (*nodes.values(), *duplicates):
-                with suppress(OSError):  # that node has disconnected; the others still need the answer
-                    line.send({"error": error, "token": str(token)})
-            if error is None:
-                blind = [rank for rank, line in nodes.items() if not _answers_that_it_sees(line)]
-                if blind:
-                    error = (
-                        f"{run_folder} is not shared: node ranks {', '.join(map(str, sorted(blind)))} do not see "
-                        "files that the head writes there. Set output_dir to a folder that all nodes share."
-                    )
-                for line in nodes.values():
-                    with suppress(OSError):
-                        line.send({"error": error})
-        finally:
-            token.unlink(missing_ok=True)
-        if error is not None:
-            raise UserError(error)
-        for line in nodes.values():
-            line.wait_for_end()
+            connection, _ = listening.accept()
+        except OSError:  # it has gone again, or there are too many
+            return
+        connection.setblocking(False)
+        if len(self._unknown) >= MOST_STRANGERS:
+            self._drop(next(iter(self._unknown)), selector)
+        self._unknown[connection] = b""
+        selector.register(connection, selectors.EVENT_READ)
+
+    def _read(self, connection: socket.socket, selector: selectors.BaseSelector) -> None:
+        try:
+            more = connection.recv(LONGEST_LINE)
+        except BlockingIOError:
+            return
+        except OSError:
+            more = b""
+        if connection not in self._unknown:  # a node: it says nothing before it is answered
+            if not more:
+                self._forget(connection, selector)
+            return
+        self._unknown[connection] += more
+        text, newline, _ = self._unknown[connection].partition(b"\n")
+        if newline:
+            report = report_of(text)
+            if report is not None:
+                del self._unknown[connection]
+                self._report(Line(connection), connection, report, selector)
+                return
+        if newline or not more or len(text) > LONGEST_LINE:
+            self._drop(connection, selector)
+
+    def _report(
+        self, line: Line, connection: socket.socket, other: NodeReport, selector: selectors.BaseSelector
+    ) -> None:
+        if other.run != self.head.run and other.recipe != self.head.recipe:
+            said = f"{other.host} asked for the run {other.run}; this port is of {self.head.run} on {self.head.host}"
+            self.strays.append(said)
+            selector.unregister(connection)
+            with line, suppress(OSError):
+                line.send({"error": f"{said}: another run uses the port. Choose another one with --port."})
+            return
+        self.stack.enter_context(line)
+        self.error = disagreement(self.head, other)
+        if other.node_rank in self.nodes:
+            first = self.reports[other.node_rank].host
+            self.error = (
+                f"node rank {other.node_rank} connected twice, from {first} and {other.host}: give each node its own "
+                "rank."
+            )
+            self.again.append(line)
+            return
+        self.nodes[other.node_rank] = line
+        self.reports[other.node_rank] = other
+
+    def _forget(self, connection: socket.socket, selector: selectors.BaseSelector) -> None:
+        rank = next((rank for rank, line in self.nodes.items() if line.fileno() == connection.fileno()), None)
+        if rank is not None:
+            del self.nodes[rank], self.reports[rank]
+        selector.unregister(connection)
+        connection.close()
+
+    def _drop(self, connection: socket.socket, selector: selectors.BaseSelector) -> None:
+        del self._unknown[connection]
+        selector.unregister(connection)
+        connection.close()
 
 
-def _join_rendezvous(report: NodeReport, head: str, port: int, seconds: float) -> None:
-    with _Line(_connect(head, port, seconds)) as line:
+def _host_rendezvous(
+    report: NodeReport, port: int, run_folder: Path, seconds: float, stack: ExitStack
+) -> dict[int, Line]:
+    arrivals = _Arrivals(report, stack)
+    with _listen(port) as listening:
+        arrivals.wait(listening, time.monotonic() + seconds)
+    nodes, error = arrivals.nodes, arrivals.error
+    if error is None and len(nodes) < report.nodes - 1:
+        missing = sorted(set(range(1, report.nodes)) - nodes.keys())
+        strays = f" ({'; '.join(arrivals.strays)})" if arrivals.strays else ""
+        error = (
+            f"{len(nodes) + 1} of {report.nodes} nodes connected within {seconds:.0f} s; missing node ranks: "
+            f"{', '.join(map(str, missing))}{strays}. Start them with this head's address and port {port}, or correct "
+            "the number of nodes."
+        )
+    token = run_folder / f".meeting-{uuid.uuid4().hex}"
+    if error is None:
+        token.touch()
+    try:
+        for line in (*nodes.values(), *arrivals.again):
+            with suppress(OSError):  # that node has disconnected; the others still need the answer
+                line.send({"error": error, "token": str(token)})
+        if error is None:
+            blind = [rank for rank, line in nodes.items() if not _answers_that_it_sees(line)]
+            if blind:
+                error = (
+                    f"{run_folder} is not shared: node ranks {', '.join(map(str, sorted(blind)))} do not see files "
+                    "that the head writes there. Set output_dir to a folder that all nodes share."
+                )
+            for line in nodes.values():
+                with suppress(OSError):
+                    line.send({"error": error})
+    finally:
+        token.unlink(missing_ok=True)
+    if error is not None:
+        raise UserError(error)
+    return nodes
+
+
+def _join_rendezvous(report: NodeReport, head: str, port: int, seconds: float, stack: ExitStack) -> Line:
+    deadline = time.monotonic() + seconds
+    while True:
+        line = stack.enter_context(Line(_connect(head, port, max(deadline - time.monotonic(), RETRY_SECONDS))))
         try:
             line.send(asdict(report))
-            answer = line.receive(seconds + ANSWER_SECONDS)
-            if answer["error"] is None:
-                line.send({"sees_token": _appears(Path(answer["token"]))})
-                answer = line.receive()
+            answer = line.receive(max(deadline - time.monotonic(), 0) + ANSWER_SECONDS)
+            break
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"The head node {head}:{port} closed the rendezvous ({error}): see its own message."
-            ) from error
-    if answer["error"] is not None:
-        raise UserError(answer["error"])
+            # What an earlier run has left on the port, or another program: the head may come yet.
+            line.close()
+            if time.monotonic() + RETRY_SECONDS > deadline:
+                raise UserError(
+                    f"{head}:{port} does not answer as the head node of this run ({error}): see the head's own "
+                    "message, or choose another port with --port, on all nodes."
+                ) from error
+            time.sleep(RETRY_SECONDS)
+    try:
+        if answer.get("error") is None:
+            line.send({"sees_token": _appears(Path(str(answer["token"])))})
+            answer = line.receive()
+        error_there = answer["error"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"The head node {head}:{port} closed the rendezvous ({error}): see its own message.") from error
+    if error_there is not None:
+        raise UserError(str(error_there))
+    return line
 
 
 def _listen(port: int) -> socket.socket:
@@ -189,7 +320,7 @@ def _connect(head: str, port: int, seconds: float) -> socket.socket:
             time.sleep(RETRY_SECONDS)
 
 
-def _answers_that_it_sees(line: "_Line") -> bool:
+def _answers_that_it_sees(line: Line) -> bool:
     try:
         return bool(line.receive(VISIBLE_SECONDS + ANSWER_SECONDS)["sees_token"])
     except (OSError, ValueError, KeyError):
@@ -203,35 +334,3 @@ def _appears(path: Path) -> bool:
             return False
         time.sleep(RETRY_SECONDS)
     return True
-
-
-class _Line:
-    """JSON objects over a connection, one per line."""
-
-    def __init__(self, connection: socket.socket):
-        self._connection = connection
-        self._file = connection.makefile("rb")
-
-    def __enter__(self) -> "_Line":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._connection.close()
-
-    def send(self, message: dict[str, Any]) -> None:
-        self._connection.settimeout(ANSWER_SECONDS)
-        self._connection.sendall(json.dumps(message).encode() + b"\n")
-
-    def receive(self, seconds: float = ANSWER_SECONDS) -> dict[str, Any]:
-        """The next object. Raises OSError (also on a timeout) or ValueError if there is none."""
-        self._connection.settimeout(seconds)
-        message = json.loads(self._file.readline(_LONGEST_LINE) or b"null")
-        if not isinstance(message, dict):
-            raise ValueError("the connection was closed")
-        return message
-
-    def wait_for_end(self) -> None:
-        """Let the other side close first, so that the head's port is not left in TIME_WAIT."""
-        with suppress(OSError, ValueError):
-            self.receive()

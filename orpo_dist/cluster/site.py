@@ -15,6 +15,7 @@ _NAMES = (
     "PARTITION", "ACCOUNT", "QOS", "CONSTRAINT", "GPU_REQUEST", "SBATCH", "SHARED_FOLDERS", "LOCAL_FOLDERS", "CACHE",
     "CONTAINER_RUNTIME", "SUBMIT",
 )  # fmt: skip
+SECONDS = 60  # for reading a profile
 
 
 @dataclass(frozen=True)
@@ -57,19 +58,45 @@ def read_site(path: str | None = None) -> SiteProfile:
     file = Path(named) if named else own if own.is_file() else shipped("slurm", "site.sh")
     if not file.is_file():
         raise UserError(f"site profile {file} does not exist.")
+    text = _text_of(file)
+    values = _values_of(file)
+    return SiteProfile(file.absolute(), text, **dict(zip(map(str.lower, _NAMES), values, strict=True)))
+
+
+def _text_of(file: Path) -> str:
+    try:
+        text = file.read_bytes().decode("utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"site profile {file} is not a text file in UTF-8.") from None
+    except OSError as error:
+        raise UserError(f"site profile {file} cannot be read: {error.strerror}.") from None
+    if "\r" in text:
+        raise UserError(f"site profile {file} has line ends of Windows, which bash does not read: dos2unix {file}.")
+    return text
+
+
+def _values_of(file: Path) -> list[str]:
+    """The values of the profile. bash tells whether it can be read, and what the file printed on stderr if its last
+    command failed: `[ -d /scratch ] && SITE_SCRATCH=/scratch` may fail and be right."""
     echo = " ".join(f'"${{SITE_{name}-}}"' for name in _NAMES)
-    done = subprocess.run(
-        ["bash", "-c", f"source \"$1\" >/dev/null && printf '%s\\0' {echo}", "site", str(file)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        raise UserError(f"site profile {file}: bash cannot read it: {done.stderr.strip()}")
-    values = done.stdout.split("\0")[: len(_NAMES)]
-    return SiteProfile(
-        file.absolute(), file.read_text("utf-8"), **dict(zip(map(str.lower, _NAMES), values, strict=True))
-    )
+    script = f'bash -n "$1" || exit 1; source "$1" >/dev/null; code=$?; printf \'%s\\0\' {echo} "$code"'
+    try:
+        done = subprocess.run(
+            ["bash", "-c", script, "site", str(file)],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(f"site profile {file}: reading it takes longer than {SECONDS} s.") from None
+    said = done.stderr.strip().split("\n")[0]
+    *values, code = done.stdout.split("\0")[: len(_NAMES) + 1] if done.stdout else [""]
+    if len(values) != len(_NAMES) or (code != "0" and said):
+        raise UserError(f"site profile {file}: bash cannot read it: {said or 'it ends the shell (exit, set -e)'}")
+    return values
 
 
 def gpu_option(site: SiteProfile, count: int) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """Runs SLURM's commands and parses their output."""
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ COMMENT = "orpo-dist:"  # a job's comment names its run: orpo-dist:/shared/runs/
 _FIELDS = ("job_id", "state", "partition", "nodes", "elapsed", "limit", "reason", "comment")
 _FORMAT = "%i\x1f%T\x1f%P\x1f%D\x1f%M\x1f%l\x1f%R\x1f%k"
 SECONDS = 60  # for one answer of SLURM
+LEAST_VERSION = (20, 11)  # srun --overlap: https://github.com/SchedMD/slurm/blob/slurm-20.11/RELEASE_NOTES
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,15 @@ def call(*command: str, environment: Mapping[str, str] | None = None) -> str:
     if done.returncode != 0:
         raise UserError(f"{command[0]} refuses:\n{(done.stderr or done.stdout).strip()}")
     return done.stdout
+
+
+def check_version() -> None:
+    """Raises UserError for a SLURM that is too old for the templates."""
+    text = call("sbatch", "--version").strip()
+    match = re.search(r"(\d+)\.(\d+)\S*$", text)
+    if match and (int(match[1]), int(match[2])) < LEAST_VERSION:
+        least = ".".join(map(str, LEAST_VERSION))
+        raise UserError(f"{text} is too old: the templates need SLURM {least} or newer.")
 
 
 def sbatch(script: Path, dependency: str | None = None, environment: Mapping[str, str] | None = None) -> str:

@@ -96,6 +96,7 @@ def prepare(options: argparse.Namespace, flags: list[str]) -> Submission:
         notes.append("save_only_model: a job that is requeued cannot go on from its checkpoints, and ends with code 2.")
     _refuse_offline_push(view, site)
     if not options.dry_run:
+        slurm.check_version()
         job = _fitted(job, site)
         if runs is None:
             _refuse_second_job(view.run_folder, options.dependency)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from orpo_dist.model.loading.merge import merge_run
+from orpo_dist.merge import merge_run
 
 
 def main(argv: list[str]) -> int:

@@ -161,6 +161,28 @@ def loading_sharding() -> Sharding:
     return Sharding.FSDP if os.environ.get(_USE_FSDP, "false") == "true" else Sharding.REPLICATED
 
 
+def asked_fsdp_version(args: "TrainingArguments") -> int | None:
+    """The version of FSDP that the arguments or the accelerate config ask for, 1 where a config names none; None
+    without FSDP. What is in force, `sharding_of` tells.
+
+    https://github.com/huggingface/accelerate/blob/main/src/accelerate/utils/dataclasses.py (fsdp_version)
+    """
+    if args.fsdp:
+        plugin: dict[str, Any] = vars(args).get("fsdp_plugin_args") or {}
+        return int(plugin.get("fsdp_version", 2))
+    return int(os.environ.get("FSDP_VERSION", "1")) if os.environ.get(_USE_FSDP, "false") == "true" else None
+
+
+def why_not_sharded(args: "TrainingArguments", accelerator: "Accelerator") -> str | None:
+    """What to tell if FSDP was asked for and accelerate runs something else, which it does in silence."""
+    if asked_fsdp_version(args) is None or sharding_of(accelerator).partitions_weights:
+        return None
+    return (
+        f"FSDP was asked for and is not in force: accelerate runs {accelerator.distributed_type.value} here (it knows "
+        "FSDP on accelerators alone), so every process holds the whole model."
+    )
+
+
 def sharding_of(accelerator: "Accelerator") -> Sharding:
     """The sharding that the accelerator uses."""
     from accelerate.utils import DistributedType

@@ -46,6 +46,14 @@ class PairForward:
         return self._padded(model, tensors, layout)
 
     def _padded(self, model: nn.Module, tensors: dict[str, Any], layout: PaddedLayout) -> PairResult:
+        if not self._layout.scores_by_head(layout):
+            return self._from_logits(model, tensors, layout)
+        with self._layout.in_force(), self._layout.autocast(), self._layout.image_features_once():
+            loss = model(**tensors, orpo_layout=layout, use_cache=False)
+        assert layout.scores is not None
+        return PairResult(None if layout.tokens is None else loss, layout.scores)
+
+    def _from_logits(self, model: nn.Module, tensors: dict[str, Any], layout: PaddedLayout) -> PairResult:
         coefficient = self._layout.router_aux_loss_coef
         balances_routers = bool(coefficient) and layout.tokens is not None
         if balances_routers:

@@ -51,6 +51,13 @@ PACKED_ATTENTION_OF_MODEL = Patch(
     link=f"{_TRANSFORMERS}/modeling_utils.py",
     undone="after each micro-batch (LayoutChoice.in_force); by PackingVerdict.restore(), and within paused()",
 )
+OWN_TEMPERATURE = Patch(
+    name="temperature by own positions",
+    replaces="attn_temperature_tuning of Llama 4's layers without rotary positions, and orpo_query_scale, new on them",
+    reason="They scale queries by the place in the row, which is no position of the sequence in a packed one.",
+    link=f"{_TRANSFORMERS}/models/llama4/modeling_llama4.py",
+    undone="after each micro-batch (LayoutChoice.in_force); by PackingVerdict.restore(), and within paused()",
+)
 LAYOUT_SEEN = Patch(
     name="layout seen",
     replaces="forward pre-hooks of the text model",
@@ -249,6 +256,13 @@ ONE_DEVICE_PER_PROCESS = Patch(
     reason="With several GPUs and one process the Trainer would use DataParallel, which splits pairs.",
     link=f"{_TRANSFORMERS}/trainer.py",
     undone="never: it belongs to the arguments of this trainer",
+)
+DEFERRED_WRITE = Patch(
+    name="deferred write",
+    replaces="torch.save, safetensors' save_file and torch.distributed.checkpoint.FileSystemWriter",
+    reason="async_save: the libraries write a checkpoint in place, and it is to be written beside the training.",
+    link="https://github.com/pytorch/pytorch/blob/main/torch/serialization.py",
+    undone="once the files of a checkpoint have been collected",
 )
 
 PATCHES: tuple[Patch, ...] = tuple(value for value in list(globals().values()) if isinstance(value, Patch))

@@ -5,7 +5,9 @@ Each is read only here, and tests/model/test_upstream.py fails when a release ch
 
 import ast
 import inspect
+import sys
 import textwrap
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -63,6 +65,31 @@ def drops_keywords(module: type[nn.Module], part: str) -> bool:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == part
     ]
     return bool(calls) and not any(keyword.arg is None for call in calls for keyword in call.keywords)
+
+
+def scales_queries_by_place(module: nn.Module) -> bool:
+    """Whether a layer's attention temperature follows the place of a token in its row: Llama 4's layers without rotary
+    positions, by class. Ministral 3 and Mistral 4 take the positions that they are given.
+    https://github.com/huggingface/transformers/blob/main/src/transformers/models/llama4/modeling_llama4.py"""
+    llama4 = sys.modules.get("transformers.models.llama4.modeling_llama4")  # not loaded: no such layer
+    if llama4 is None or not isinstance(module, llama4.Llama4TextAttention):
+        return False
+    return bool(module.attn_temperature_tuning) and not module.use_rope
+
+
+def has_window_in_masks_alone(model: type[nn.Module], attention: Iterable[type[nn.Module]]) -> bool:
+    """Whether a decoder builds sliding windows into its masks and none of its attention layers passes one on to its
+    attention function: Phi-3.5-MoE, Qwen2-MoE, Doge.
+
+    Reads the source of the forwards. transformers' other families do both.
+    https://github.com/huggingface/transformers/blob/main/src/transformers/models/phimoe/modeling_phimoe.py
+    """
+    try:
+        masks = inspect.getsource(inspect.unwrap(model.forward))
+        layers = [inspect.getsource(inspect.unwrap(layer.forward)) for layer in attention]
+    except OSError:  # no source file
+        return False
+    return "create_sliding_window_causal_mask" in masks and not any("sliding_window" in layer for layer in layers)
 
 
 def refuses_keyword(error: TypeError, keyword: str) -> bool:

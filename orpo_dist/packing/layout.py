@@ -144,6 +144,16 @@ class PackedLayout:
         """T, tokens of the row."""
         return self.reshare_index.shape[0]
 
+    @property
+    def scored_targets(self) -> torch.Tensor:
+        """(N,) the token that each of `rows` predicts."""
+        return self.targets
+
+    @property
+    def scored_counts(self) -> list[tuple[int, int, int]]:
+        """Scored rows of each pair, in their order: of the prompt, of the chosen and of the rejected completion."""
+        return [(s.nll_prompt, s.scored_chosen, s.scored_rejected) for s in self.segments]
+
     def blocks_of(self, sequence: int) -> torch.Tensor | None:
         """(P,) the prompt blocks among the queries of a sequence ([P C], [P R], [P C], ...); None without any."""
         if self.prompt_blocks is None or (self.shared and sequence % 2):

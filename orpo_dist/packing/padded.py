@@ -1,8 +1,9 @@
 """The padded layout: TRL's concatenated forward, 2B padded rows with the prompt in both.
 
 It is the reference for the packed layout and the fallback for models that do not support it (encoder-decoder models).
+Its loss comes from the loss head (model/head/), or from full logits (`score_padded`) where that does not fit.
 
-Shape legend: B pairs, L length of the longest row, V vocabulary.
+Shape legend: B pairs, L length of the longest row, N scored rows, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -26,7 +27,12 @@ class PaddedLayout:
     nll: (B, L) bool, rows of the chosen half that count in the NLL term.
     weight: (B,) 1, or 0 for a filler.
     index: positions of the pairs in the dataset, on the host.
+    rows: (N,) places, among the flattened (2B * L), of the rows that are scored, pair by pair: those of the NLL term
+        alone, the chosen completion's, the rejected one's. None where the loss head cannot take them: a completion
+        without a scored token, or one whose tokens are not all in the NLL term (a collator of the user's).
+    scored_counts: how many of each kind a pair has, host numbers; empty without `rows`.
     tokens, pairs: () totals of the whole global batch, written by the trainer once per optimizer step.
+    scores: per-pair results, written by the loss head.
     """
 
     def __init__(
@@ -38,8 +44,16 @@ class PaddedLayout:
         index: list[int],
     ):
         self.targets, self.completion, self.nll, self.weight, self.index = targets, completion, nll, weight, index
+        self.rows, self.scored_counts = _scored_rows(completion, nll)
         self.tokens: torch.Tensor | None = None
         self.pairs: torch.Tensor | None = None
+        self.scores: PairScores | None = None
+
+    @property
+    def scored_targets(self) -> torch.Tensor:
+        """(N,) the token that each of `rows` predicts."""
+        assert self.rows is not None
+        return self.targets.flatten().index_select(0, self.rows)
 
     def counts(self) -> torch.Tensor:
         """(2,) float64 NLL tokens and pairs of this micro-batch. Called before `to`: no device sync."""
@@ -51,7 +65,21 @@ class PaddedLayout:
         self.completion = self.completion.to(device, non_blocking=True)
         self.nll = self.nll.to(device, non_blocking=True)
         self.weight = self.weight.to(device, non_blocking=True)
+        self.rows = None if self.rows is None else self.rows.to(device, non_blocking=True)
         return self
+
+
+def _scored_rows(completion: torch.Tensor, nll: torch.Tensor) -> tuple[torch.Tensor | None, list[tuple[int, int, int]]]:
+    """`rows` and `scored_counts` of PaddedLayout. Masks on the CPU, where the collator makes them."""
+    pairs, length = nll.shape
+    parts = (nll & ~completion[:pairs], completion[:pairs], completion[pairs:])
+    counts = [(int(a), int(b), int(c)) for a, b, c in zip(*(part.sum(1) for part in parts), strict=True)]
+    if (parts[1] & ~nll).any() or any(chosen == 0 or rejected == 0 for _, chosen, rejected in counts):
+        return None, []
+    places = torch.arange(2 * pairs * length).view(2, pairs, length)
+    starts = (places[0], places[0], places[1])
+    rows = [place[i][part[i]] for i in range(pairs) for place, part in zip(starts, parts, strict=True)]
+    return torch.cat(rows), counts
 
 
 class _TargetLogps(torch.autograd.Function):

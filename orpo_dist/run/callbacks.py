@@ -10,6 +10,7 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 
 from orpo_dist.distributed.log import get_logger
 from orpo_dist.run.jsonl import keep_lines
+from orpo_dist.run.step_file import StepFile
 
 logger = get_logger(__name__)
 LOG_NAME = "log.jsonl"
@@ -119,6 +120,16 @@ def was_evaluated(state: TrainerState) -> bool:
         event["step"] == state.global_step and any(name.startswith("eval_") for name in event)
         for event in state.log_history
     )
+
+
+class LastStep(TrainerCallback):
+    """Writes the number of each step for a launcher that restarts runs, on every rank."""
+
+    def __init__(self, file: StepFile) -> None:
+        self._file = file
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._file.write(state.global_step)
 
 
 class ShortProgress(ProgressCallback):

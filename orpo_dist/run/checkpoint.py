@@ -9,27 +9,32 @@ when the run starts again. Before it is deleted, a checkpoint is renamed to _del
 """
 
 import errno
-import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from orpo_dist.errors import SaveError, UserError
+from orpo_dist.run.checksums import checksums, share
 
 MARKER, FORMAT_VERSION = "complete.json", 1
+SET_ASIDE = "damaged.json"  # the marker of a checkpoint that was found damaged
 STAGING, DELETING = "_saving", "_deleting-"  # transformers skips these names when it uploads the run's folder
-CHECKSUM_BYTES = 16 * 2**20  # files up to this size get a checksum; shards beyond are checked by size
 LEAST_KEPT = 2
+_FINGERPRINT = ("model", "data", "options", "versions")  # its parts (run/fingerprint.py)
 _NAME = re.compile(r"checkpoint-(\d+)")
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NOT_KNOWN = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
 _NO_RIGHT = {errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+class Damaged(ValueError):
+    """A complete checkpoint has a file that is not what was written. The text names it."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,8 @@ class Manifest:
     """The content of complete.json.
 
     Attributes:
-        files: path below the checkpoint -> size in bytes, and SHA-256 of small files (else None).
+        files: path below the checkpoint -> size in bytes, and SHA-256. Earlier versions of this program left it out
+            (None) for files beyond 16 MiB.
         fingerprint: of the run (run/fingerprint.py).
     """
 
@@ -72,10 +78,21 @@ def checkpoint_folders(run: Path) -> list[Path]:
     return sorted((path for path in run.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)), key=step_of)
 
 
-def seal(folder: Path, step: int, world_size: int, fingerprint: dict[str, Any]) -> Manifest:
-    """Write the marker into a folder after every rank has finished writing."""
-    files = {str(path.relative_to(folder)): _facts(path) for path in _files(folder)}
-    manifest = Manifest(step, world_size, files, fingerprint)
+def sizes(folder: Path) -> dict[str, int]:
+    """Path below a checkpoint -> size in bytes of its file, the marker left out."""
+    return {str(path.relative_to(folder)): path.stat().st_size for path in _files(folder)}
+
+
+def seal(
+    folder: Path, step: int, world_size: int, fingerprint: dict[str, Any], known: Mapping[str, str] | None = None
+) -> Manifest:
+    """Write the marker into a folder after every rank has finished writing.
+
+    known: checksums that the ranks have found already; those of other files are computed.
+    """
+    found, known = sizes(folder), known or {}
+    digests = {**checksums(folder, [name for name in found if name not in known]), **known}
+    manifest = Manifest(step, world_size, {name: (found[name], digests[name]) for name in found}, fingerprint)
     manifest.save(folder)
     return manifest
 
@@ -101,29 +118,84 @@ def read_manifest(folder: Path) -> Manifest:
     """
     try:
         content = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-        files = {name: (facts["size"], facts.get("sha256")) for name, facts in content["files"].items()}
-        version = content["format_version"]
-        if version != FORMAT_VERSION:
-            raise ValueError(f"format version {version}; this program reads {FORMAT_VERSION}")
-        return Manifest(content["step"], content["world_size"], files, content["fingerprint"], version)
     except FileNotFoundError:
         raise ValueError(f"no {MARKER}: it was not finished, or not written by this program") from None
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: of JSON and of UTF-8
         raise ValueError(f"{MARKER} cannot be read ({error})") from error
-
-
-def verify(folder: Path) -> Manifest:
-    """Read the manifest and compare the files with it. Raises ValueError with the first difference."""
-    manifest = read_manifest(folder)
-    for name, (size, checksum) in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            raise ValueError(f"{name} is missing")
-        if path.stat().st_size != size:
-            raise ValueError(f"{name} has {path.stat().st_size} bytes instead of {size}")
-        if checksum is not None and _sha256(path) != checksum:
-            raise ValueError(f"{name} is not what was written (its checksum differs)")
+    version = content.get("format_version", 0) if isinstance(content, dict) else FORMAT_VERSION
+    if version != FORMAT_VERSION:
+        raise ValueError(f"format version {version}; this program reads {FORMAT_VERSION}")
+    try:
+        files = {str(name): (facts["size"], facts.get("sha256")) for name, facts in content["files"].items()}
+        manifest = Manifest(content["step"], content["world_size"], files, content["fingerprint"])
+        strange = _strange(manifest)
+    except (AttributeError, KeyError, TypeError) as error:
+        strange = f"{type(error).__name__}: {error}"
+    if strange is not None:
+        raise ValueError(f"{MARKER} cannot be read ({strange})")
     return manifest
+
+
+def _strange(manifest: Manifest) -> str | None:
+    """What no program has written, if there is something: a damaged marker may still be JSON."""
+    numbers = (
+        manifest.step,
+        manifest.world_size,
+        manifest.format_version,
+        *(size for size, _ in manifest.files.values()),
+    )
+    if any(type(number) is not int or number < 0 for number in numbers):
+        return "a step, number of ranks, version or size that is not a number"
+    outside = [name for name in manifest.files if Path(name).is_absolute() or ".." in Path(name).parts]
+    if outside:
+        return f"the file {outside[0]!r} is not below the checkpoint"
+    parts = manifest.fingerprint
+    if not isinstance(parts, dict) or not all(isinstance(parts.get(name, {}), dict) for name in _FINGERPRINT):
+        return "a fingerprint that is not a mapping"
+    return None
+
+
+def verify(folder: Path, part: int = 0, parts: int = 1) -> Manifest:
+    """Read the manifest and compare the files with it: the size of each, and the content of the share `part` of `parts`
+    (run/verified.py: each rank reads one).
+
+    Raises:
+        Damaged: the first file that differs.
+        ValueError: not a complete checkpoint, or a file that cannot be read.
+    """
+    manifest = read_manifest(folder)
+    try:
+        for name, (size, _) in manifest.files.items():
+            path = folder / name
+            if not path.is_file():
+                raise Damaged(f"{name} is missing")
+            if path.stat().st_size != size:
+                raise Damaged(f"{name} has {path.stat().st_size} bytes instead of {size}")
+        expected = {name: (size, sha) for name, (size, sha) in manifest.files.items() if sha is not None}
+        mine = share({name: size for name, (size, _) in expected.items()}, part, parts)
+        found = checksums(folder, mine)
+    except OSError as error:
+        raise ValueError(f"{error.filename or folder} cannot be read ({error.strerror or error})") from error
+    for name in sorted(found):
+        if found[name] != expected[name][1]:
+            raise Damaged(f"{name} is not what was written (its checksum differs)")
+    return manifest
+
+
+def unchecked(manifest: Manifest) -> str | None:
+    """In words, the files of a checkpoint whose content cannot be checked; None if there are none."""
+    names = [name for name, (_, sha) in manifest.files.items() if sha is None]
+    if not names:
+        return None
+    total = sum(manifest.files[name][0] for name in names) / 2**30
+    return f"{names[0]}{f' and {len(names) - 1} more files' if len(names) > 1 else ''} ({total:.2f} GiB)"
+
+
+def set_aside(folder: Path) -> None:
+    """Make a damaged checkpoint count as incomplete for everyone: for the rotation, which keeps two complete ones, and
+    for SLURM's jobs, which look for the newest. Its files stay."""
+    os.replace(folder / MARKER, folder / SET_ASIDE)
+    flush(folder)
 
 
 def rotate(run: Path, limit: int | None, keep: Path | None) -> list[Path]:
@@ -150,8 +222,7 @@ def sweep(run: Path) -> list[Path]:
     """Remove checkpoints that a killed run left partly written or partly deleted; returns their folders."""
     if not run.is_dir():
         return []
-    for staged in (run / STAGING).glob("checkpoint-*"):
-        _finish_publishing(staged, run)
+    finish_publishing(run)
     unfinished = [*(run / STAGING).glob("*"), *run.glob(f"{DELETING}*")]
     shutil.rmtree(run / STAGING, ignore_errors=True)
     for folder in run.glob(f"{DELETING}*"):
@@ -159,9 +230,14 @@ def sweep(run: Path) -> list[Path]:
     return unfinished
 
 
-def _finish_publishing(staged: Path, run: Path) -> None:
+def finish_publishing(run: Path) -> None:
     """Finish the two renames of `publish` that a kill has left half done, or undo the first. Without its second one the
     checkpoint of that step is under neither name."""
+    for staged in (run / STAGING).glob("checkpoint-*"):
+        _finish_publishing(staged, run)
+
+
+def _finish_publishing(staged: Path, run: Path) -> None:
     target, old = run / staged.name, run / f"{DELETING}{staged.name}"
     if target.exists() or not old.is_dir():
         return
@@ -239,12 +315,3 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def _files(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MARKER)
-
-
-def _facts(path: Path) -> tuple[int, str | None]:
-    size = path.stat().st_size
-    return size, _sha256(path) if size <= CHECKSUM_BYTES else None
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()  # small files only

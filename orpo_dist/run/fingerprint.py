@@ -2,6 +2,7 @@
 
 import hashlib
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 from orpo_dist.config import ORPOConfig
 from orpo_dist.model.loading.load import base_identity
 from orpo_dist.packing.lengths import TOKEN_COLUMNS, PairLengths
+from orpo_dist.run.local_model import content_digest
 from orpo_dist.run.machine import versions
 
 SAMPLED_ROWS = 1000
@@ -59,13 +61,22 @@ def fingerprint(
 
 def differences(saved: dict[str, Any], now: dict[str, Any], part: str) -> list[str]:
     """`name: saved value -> current value` for every entry of one part that differs."""
-    before, after = saved.get(part, {}), now[part]
+    before, after = dict(saved.get(part, {})), dict(now[part])
+    if part == "model":
+        _compare_local_models_by_content(before, after)
     names = [*before, *(name for name in after if name not in before)]
     return [
         f"{name}: {before.get(name, 'none')} -> {after.get(name, 'none')}"
         for name in names
         if before.get(name) != after.get(name)
     ]
+
+
+def _compare_local_models_by_content(before: dict[str, Any], after: dict[str, Any]) -> None:
+    """A model's folder may be moved. Checkpoints from before contents were noted are compared by its path."""
+    by_content = "content" in before and "content" in after
+    for parts in (before, after):
+        parts.pop("name" if by_content else "content", None)
 
 
 def _model(model: nn.Module) -> dict[str, Any]:
@@ -80,6 +91,8 @@ def _model(model: nn.Module) -> dict[str, Any]:
     if isinstance(base, PreTrainedModel):
         identity = base_identity(base)
         parts |= {"name": identity.name, "revision": identity.revision}
+        if Path(identity.name).is_dir():
+            parts["content"] = content_digest(Path(identity.name))
     # ds_shape: ZeRO-3 leaves an empty tensor in the place of a parameter.
     shapes = [(name, tuple(getattr(p, "ds_shape", p.shape)), p.requires_grad) for name, p in model.named_parameters()]
     parts["parameters"] = _digest(repr(sorted(shapes)))

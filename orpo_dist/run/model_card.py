@@ -1,8 +1,11 @@
 """The model card of a run: README.md with metadata for the hub, metrics, and how to load the model."""
 
+import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
+from urllib.parse import quote
 
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
@@ -114,7 +117,7 @@ def card_text(facts: CardFacts, args: ORPOConfig, state: TrainerState) -> str:
         tags=[*dict.fromkeys([*TAGS, *facts.tags])],
     )
     sections = [
-        f"# {facts.name}",
+        f"# {_escaped(facts.name)}",
         _introduction(facts, local_base, local_data),
         _metrics_section(state),
         "## Use\n\n```python\n" + _usage(facts) + "\n```",
@@ -129,21 +132,36 @@ def _introduction(facts: CardFacts, local_base: bool, local_data: bool) -> str:
     if facts.base_model is None:
         base = "a model made in memory"
     elif local_base:
-        base = f"`{Path(facts.base_model).name}`"
+        base = _code(Path(facts.base_model).name)
     else:
-        base = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})"
-    revision = f" at revision `{facts.base_revision}`" if facts.base_revision else ""
+        base = _link(facts.base_model)
+    revision = f" at revision {_code(facts.base_revision)}" if facts.base_revision else ""
     what = "A LoRA adapter for" if facts.kind == "adapter" else "A fine-tuned version of"
     dataset = ""
     if facts.dataset and local_data:
-        dataset = f" on the preference pairs of `{Path(facts.dataset).name}`"
+        dataset = f" on the preference pairs of {_code(Path(facts.dataset).name)}"
     elif facts.dataset:
-        dataset_name = facts.dataset.partition(":")[0]
-        dataset = f" on [{dataset_name}](https://huggingface.co/datasets/{dataset_name})"
+        dataset = f" on {_link(facts.dataset.partition(':')[0], 'datasets/')}"
     return (
         f"{what} {base}{revision}, trained{dataset} with [ORPO](https://huggingface.co/papers/2403.07691) "
         "(odds ratio preference optimisation) by orpo_dist."
     )
+
+
+def _escaped(text: str) -> str:
+    """Text that Markdown and HTML leave alone: the names of folders and data sets are anybody's."""
+    return re.sub(r"([\\`*\[\]<>|&])", r"\\\1", " ".join(text.split()))
+
+
+def _code(text: str) -> str:
+    """A span of code, whatever backticks are in it (CommonMark, 6.1)."""
+    text = " ".join(text.split())
+    fence = "`" * (max((len(run) for run in re.findall("`+", text)), default=0) + 1)
+    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
+
+
+def _link(name: str, kind: str = "") -> str:
+    return f"[{_escaped(name)}](https://huggingface.co/{kind}{quote(name)})"
 
 
 def _metrics_section(state: TrainerState) -> str:
@@ -159,7 +177,7 @@ def _metrics_section(state: TrainerState) -> str:
 
 
 def _usage(facts: CardFacts) -> str:
-    target = facts.repo_id or "path/to/this/folder"
+    target = json.dumps(facts.repo_id or "path/to/this/folder")
     if facts.is_vision_language:
         return _vision_usage(facts, target)
     auto_class = "AutoModelForSeq2SeqLM" if facts.is_encoder_decoder else "AutoModelForCausalLM"
@@ -169,21 +187,21 @@ def _usage(facts: CardFacts) -> str:
     imports = f"from {package} import {auto_class}\nfrom transformers import AutoTokenizer"
     if package == "transformers":
         imports = f"from transformers import {auto_class}, AutoTokenizer"
-    return f'{imports}\n\nmodel = {auto_class}.from_pretrained("{target}")\n' + (
-        f'tokenizer = AutoTokenizer.from_pretrained("{target}")'
+    return f"{imports}\n\nmodel = {auto_class}.from_pretrained({target})\n" + (
+        f"tokenizer = AutoTokenizer.from_pretrained({target})"
     )
 
 
 def _vision_usage(facts: CardFacts, target: str) -> str:
     adapter = facts.kind == "adapter"
-    whole = facts.base_model if adapter and facts.base_model else target
+    whole = json.dumps(facts.base_model) if adapter and facts.base_model else target
     lines = [
         *(["from peft import PeftModel"] if adapter else []),
         "from transformers import AutoModelForImageTextToText, AutoProcessor",
         "",
-        f'model = AutoModelForImageTextToText.from_pretrained("{whole}")',
-        *([f'model = PeftModel.from_pretrained(model, "{target}")'] if adapter else []),
-        f'processor = AutoProcessor.from_pretrained("{target}")',
+        f"model = AutoModelForImageTextToText.from_pretrained({whole})",
+        *([f"model = PeftModel.from_pretrained(model, {target})"] if adapter else []),
+        f"processor = AutoProcessor.from_pretrained({target})",
     ]
     return "\n".join(lines)
 

@@ -104,11 +104,19 @@ def prepare(recipe: Recipe, folder: Path) -> "tuple[PreTrainedTokenizerBase | Pr
 
 
 def load_model_of(arguments: "ModelArguments", args: "ORPOConfig") -> "PreTrainedModel | PeftModel":
-    """The base model in the precision the run needs; with the adapter that is to be continued, if there is one."""
+    """The base model in the precision the run needs; with the adapter that is to be continued, if there is one. Every
+    rank must call it.
+
+    Raises:
+        UserError: they cannot be loaded, or are a checkpoint of a run that is damaged.
+    """
     from orpo_dist.model.loading.adapters import add_adapter
     from orpo_dist.model.loading.load import load_model, quantization_config
     from orpo_dist.options.model import compute_dtype, resolve_dtype
+    from orpo_dist.run.verified import check_if_checkpoint
 
+    for folder in (arguments.model_name_or_path, arguments.adapter_name_or_path):
+        check_if_checkpoint(folder)
     options: dict[str, Any] = {
         "revision": arguments.model_revision,
         "dtype": resolve_dtype(arguments, bf16=args.bf16, fp16=args.fp16),

@@ -4,64 +4,103 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from orpo_dist.distributed.log import get_logger
+from orpo_dist.distributed.ranks import on_first_rank
 from orpo_dist.distributed.zero import LATEST_UNIVERSAL
 from orpo_dist.errors import UserError
-from orpo_dist.run.checkpoint import Manifest, checkpoint_folders, verify
+from orpo_dist.run.checkpoint import (
+    SET_ASIDE,
+    Damaged,
+    Manifest,
+    checkpoint_folders,
+    finish_publishing,
+    read_manifest,
+    set_aside,
+    unchecked,
+)
 from orpo_dist.run.fingerprint import differences
+from orpo_dist.run.verified import VerifiedCheckpoint, why_unusable
 
 logger = get_logger(__name__)
 _NO, _NEWEST = ("false", "no", "none"), ("auto", "true")
 
 
-def checkpoint_to_resume(asked: str | bool | None, folder: Path, say: Callable[[str], Any] = print) -> str | None:
-    """The checkpoint that `resume_from_checkpoint` selects.
+def checkpoint_to_resume(
+    asked: str | bool | None, folder: Path, say: Callable[[str], Any] = print
+) -> VerifiedCheckpoint | None:
+    """The checkpoint that `resume_from_checkpoint` selects. A collective: every rank must call it, and reads a share of
+    the files.
 
     `auto`: the newest complete one in the run's folder, or a fresh start; `true`: the newest complete one, which must
-    exist; else a path. `say` reports each checkpoint that is skipped.
+    exist; else a path. `say` reports, on rank 0, each checkpoint that is skipped. A damaged one that is skipped counts
+    as incomplete from then on. One whose publication a kill has interrupted is put under its name first.
 
     Raises:
-        UserError: no such checkpoint, one that is not complete, or a fresh start in a folder that holds the
+        UserError: no such checkpoint, one that is not complete or damaged, or a fresh start in a folder that holds the
             checkpoints of another run.
     """
+    on_first_rank(lambda: finish_publishing(folder))
     word = str(asked or "false").lower()
-    found = checkpoint_folders(folder)
     if word in _NO:
-        if found:
+        newest = on_first_rank(lambda: [path.name for path in checkpoint_folders(folder)][-1:])
+        if newest:
             raise UserError(
-                f"{folder} holds {found[-1].name} of an earlier run. To continue that run: "
+                f"{folder} holds {newest[0]} of an earlier run. To continue that run: "
                 "--resume_from_checkpoint auto. To start from scratch, use another --output_dir or remove the folder."
             )
         return None
-    if word not in _NEWEST:
-        try:
-            verify(Path(str(asked)))
-        except ValueError as reason:
-            raise UserError(
-                f"resume_from_checkpoint={asked} is not a usable checkpoint: {reason}. To start from its weights "
-                "alone, pass it as --model_name_or_path, or as --adapter_name_or_path for an adapter."
-            ) from reason
-        return str(asked)
-    reasons = []
-    for candidate in reversed(found):
-        try:
-            verify(candidate)
-        except ValueError as reason:
-            reasons.append(f"{candidate.name}: {reason}")
-            continue
-        for line in reasons:
-            say(f"Skipping {line}")
-        return str(candidate)
-    if reasons:
+    if word in _NEWEST:
+        return _newest(folder, say, must_exist=word == "true")
+    if isinstance(asked, VerifiedCheckpoint):
+        return asked
+    path = Path(str(asked))
+    reason = why_unusable(path)
+    if reason is not None:
         raise UserError(
-            f"None of the checkpoints in {folder} is complete ({'; '.join(reasons)}). To start from scratch, use "
+            f"resume_from_checkpoint={asked} is not a usable checkpoint: {reason}. To start from its weights "
+            "alone, pass it as --model_name_or_path, or as --adapter_name_or_path for an adapter."
+        ) from reason
+    return _usable(path, say)
+
+
+def _newest(folder: Path, say: Callable[[str], Any], must_exist: bool) -> VerifiedCheckpoint | None:
+    reasons: dict[Path, ValueError] = {}
+    for candidate in reversed(on_first_rank(lambda: checkpoint_folders(folder))):
+        reason = why_unusable(candidate)
+        if reason is None:
+            on_first_rank(lambda: _set_aside(reasons, say))
+            return _usable(candidate, say)
+        reasons[candidate] = reason
+    if reasons:
+        told = "; ".join(f"{path.name}: {reason}" for path, reason in reasons.items())
+        raise UserError(
+            f"None of the checkpoints in {folder} is complete ({told}). To start from scratch, use "
             "another --output_dir or remove them."
         )
-    if word == "true":
+    if must_exist:
         raise UserError(
             f"resume_from_checkpoint=true, but {folder} holds no checkpoint. Use `auto` to start from scratch."
         )
     return None
+
+
+def _set_aside(reasons: dict[Path, ValueError], say: Callable[[str], Any]) -> None:
+    for path, reason in reasons.items():
+        if isinstance(reason, Damaged):
+            set_aside(path)
+            say(f"Skipping {path.name}: {reason}. It no longer counts as complete ({SET_ASIDE} says what it had).")
+        else:
+            say(f"Skipping {path.name}: {reason}")
+
+
+def _usable(path: Path, say: Callable[[str], Any]) -> VerifiedCheckpoint:
+    if PartialState().is_main_process:
+        without = unchecked(read_manifest(path))
+        if without is not None:
+            say(f"{path.name} is of an earlier version of this program, without a checksum of {without}.")
+    return VerifiedCheckpoint(path)
 
 
 def check_same_run(manifest: Manifest, now: dict[str, Any], *, allow_changed: bool, strict_versions: bool) -> None:

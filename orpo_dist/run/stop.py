@@ -7,6 +7,7 @@ collective, and under ZeRO and FSDP every forward has some.
 
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -25,7 +26,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 ECHO_SECONDS = 5.0
 # Time reserved for the checkpoint before max_runtime ends, until the first one has been timed.
 LEAST_MARGIN, MARGIN_SHARE = 60.0, 0.05
-PROCESS_STARTED = psutil.Process().create_time()
+# On the monotonic clock: the other one may be set while the run lasts.
+PROCESS_STARTED = time.monotonic() - (time.time() - psutil.Process().create_time())
 
 
 class StopRequests:
@@ -57,7 +59,7 @@ class StopRequests:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Within this block signals set the flag. Outside it and in other threads their handlers are unchanged."""
-        if self._is_first_rank and self._file.exists() and self._file.stat().st_mtime < StopRequests._asks_since:
+        if self._is_first_rank and self._file.exists() and self._is_of_an_earlier_run():
             self._file.unlink()
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -68,7 +70,7 @@ class StopRequests:
             yield
         finally:
             self._in_steps = False
-            StopRequests._asks_since = time.time()
+            StopRequests._asks_since = time.monotonic()
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -116,11 +118,17 @@ class StopRequests:
             margin = 2 * self._longest_save or max(LEAST_MARGIN, MARGIN_SHARE * self._max_runtime)
             # If the limit is short, at least half of it is for training.
             margin = self._longest_step + min(margin, self._max_runtime / 2)
-            if time.time() - PROCESS_STARTED + margin >= self._max_runtime:
+            if time.monotonic() - PROCESS_STARTED + margin >= self._max_runtime:
                 return f"max_runtime of {self._max_runtime:.0f} s"
         if self._launcher is not None and os.getppid() != self._launcher:
             return "the launcher is gone"
         return None
+
+    def _is_of_an_earlier_run(self) -> bool:
+        """Whether the stop file is older than this run, by the clock of its file system: on a shared one that is not
+        the clock of this machine."""
+        age = _file_system_time(self._file.parent) - self._file.stat().st_mtime
+        return age > time.monotonic() - StopRequests._asks_since
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
@@ -166,6 +174,11 @@ def ignore_signals() -> None:
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
+
+
+def _file_system_time(folder: Path) -> float:
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".clock-") as probe:
+        return os.stat(probe.name).st_mtime
 
 
 def _heard() -> list[signal.Signals]:

@@ -12,7 +12,9 @@ from torch import nn
 from transformers import Trainer
 
 from orpo_dist.config import ORPOConfig
-from orpo_dist.distributed.environment import Environment, sharding_of
+from orpo_dist.distributed.environment import Environment, sharding_of, why_not_sharded
+from orpo_dist.distributed.hang import HangLimits, HangWatch
+from orpo_dist.distributed.log import get_logger
 from orpo_dist.loss import Objective
 from orpo_dist.model.forward import PairForward
 from orpo_dist.model.loading.initial import initial_weights
@@ -41,6 +43,12 @@ from orpo_dist.training.step_guard import StepGuard
 from orpo_dist.training.throughput import ModelFlops, Throughput
 from orpo_dist.training.vocabulary import filler_token, refuse_unknown_tokens
 
+logger = get_logger(__name__)
+
+
+def hang_limits(args: ORPOConfig) -> HangLimits:
+    return HangLimits(args.ddp_timeout, args.save_timeout, args.eval_timeout, args.last_act_timeout)
+
 
 class BuildingTrainer(Trainer):
     """A Trainer of named parts, each of which has one job and receives what it needs."""
@@ -58,6 +66,7 @@ class BuildingTrainer(Trainer):
     _peft_config: Any
     _global_batch: int
     _stop_requests: StopRequests
+    hang_watch: HangWatch
     _args_in_force: ArgsInForce
     _asked_checkpoint: str | bool | None
 
@@ -80,7 +89,7 @@ class BuildingTrainer(Trainer):
             "topology": environment.sharding.value,
             **fingerprint(args, self.model, self.train_dataset, self._lengths, self._global_batch),
         }
-        self._checkpoints = CheckpointWriter(args, made_of, environment, self.accelerator)
+        self._checkpoints = CheckpointWriter(args, made_of, environment)
         self._resuming = Resuming(run, args, made_of, environment, self.accelerator)
 
     def _follow_args(self) -> bool:
@@ -102,6 +111,7 @@ class BuildingTrainer(Trainer):
             self._global_batch = self.environment.global_batch(args)
         limit = seconds_of(args.max_runtime) if args.max_runtime is not None else None
         self._stop_requests.follow(Path(str(args.output_dir)), limit)
+        self.hang_watch.follow(hang_limits(args))
         return True
 
     def _hp_search_setup(self, trial: Any) -> None:
@@ -139,6 +149,9 @@ class BuildingTrainer(Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
+        not_sharded = why_not_sharded(self.args, self.accelerator)
+        if not_sharded is not None:
+            logger.warning(not_sharded)
         self.layout.autocast = self.accelerator.autocast
         replace_attribute(
             self.accelerator.state, "dynamo_plugin", TorchDynamoPlugin(backend="no"), BLOCKS_COMPILED_ALREADY

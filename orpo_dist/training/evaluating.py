@@ -39,11 +39,12 @@ class EvaluatingTrainer(SavingTrainer):
         return self.loaders.evaluation(rows)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        with self._borrowed.in_use():
+        watch = self.hang_watch.phase("evaluation", f"the evaluation of step {self.state.global_step}")
+        with self._borrowed.in_use(), watch:
             return super().evaluate(*args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        with self._borrowed.in_use():
+        with self._borrowed.in_use(), self.hang_watch.phase("evaluation", "predict()"):
             return super().predict(*args, **kwargs)
 
     def evaluation_loop(
@@ -85,11 +86,12 @@ class EvaluatingTrainer(SavingTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             scores = self._forward(model, inputs, self.args.device).scores
         self._evaluation.add(scores, inputs["orpo_layout"].index)
+        self.hang_watch.progress()
         return None, None, None
 
     def _ranks_want_to_stop(self) -> bool:
         """Every rank has the same number of batches, so all of them leave an evaluation at the same one."""
-        wants = torch.tensor(float(self._stop_requests.reason() is not None), device=self.args.device)
+        wants = torch.tensor(float(self._wants_to_stop()), device=self.args.device)
         return bool(self.accelerator.reduce(wants, reduction="sum") > 0)
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> Any:
@@ -100,8 +102,10 @@ class EvaluatingTrainer(SavingTrainer):
             self._step_guard.stops = True
             step = self.state.global_step
             folder = self._run_folder / f"checkpoint-{step}"
+            self._finish_saving()
             if step and not on_first_rank(lambda: (folder / MARKER).is_file()):
                 self._save_checkpoint(self.model_wrapped, trial)
+                self._finish_saving()
             raise self._stopped(step, str(folder) if step else None) from None
 
     def _reply(self, inputs: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
@@ -110,6 +114,7 @@ class EvaluatingTrainer(SavingTrainer):
         if inside(options["pad_token_id"], vocabulary_of(self.model.config)) is None:
             options["pad_token_id"] = self._filler_id
             inputs["input_ids"] = inputs["input_ids"].where(inputs["attention_mask"].bool(), self._filler_id)
+        self.hang_watch.progress()
         was_training = self.model.training
         self.model.eval()
         eager = torch.compiler.set_stance("force_eager")

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from peft.utils.other import ModulesToSaveWrapper
 
+from orpo_dist.distributed.agree import as_on_first_rank
 from orpo_dist.distributed.environment import Sharding
 from orpo_dist.errors import SaveError
-from orpo_dist.model.loading.saved import weight_times, why_unloadable
+from orpo_dist.model.loading.saved import has_resized_vocabulary, weight_times, why_unloadable
 
 
 @contextmanager
@@ -41,6 +43,31 @@ def whole_weights(accelerator: Accelerator, sharding: Sharding, engine: Any) -> 
             config.gather_16bit_weights_on_model_save = gathers
     else:
         yield
+
+
+@contextmanager
+def resized_embeddings(model: Any, sharding: Sharding) -> Iterator[None]:
+    """Within it, saving an adapter under ZeRO-3 gathers the embeddings that new tokens have resized. Every rank takes
+    part.
+
+    Trainer.save_model asks DeepSpeed for the trained weights alone, by requires_grad, and peft would save these frozen
+    ones too, without which the adapter fits no base.
+    https://github.com/huggingface/transformers/blob/main/src/transformers/trainer.py (exclude_frozen_parameters)
+    """
+    frozen = []
+    if sharding is Sharding.ZERO3 and as_on_first_rank(has_resized_vocabulary(model)):
+        layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+        # Of modules_to_save the trained copy is gathered anyway, and is what peft loads.
+        layers = [layer for layer in layers if layer is not None and not isinstance(layer, ModulesToSaveWrapper)]
+        weights = [weight for layer in layers for weight in layer.parameters()]
+        frozen = [weight for weight in weights if not weight.requires_grad and weight.is_floating_point()]
+    for weight in frozen:
+        weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
 
 
 def save_checked(write: Callable[[], None], model: Any, folder: Path, *, checks: bool, trust_remote_code: bool) -> None:

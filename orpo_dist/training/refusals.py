@@ -7,7 +7,7 @@ from peft import PeftModel, PrefixTuningConfig, PromptLearningConfig
 from transformers.utils import is_liger_kernel_available
 
 from orpo_dist.config import ORPOConfig
-from orpo_dist.distributed.environment import Sharding
+from orpo_dist.distributed.environment import Sharding, asked_fsdp_version
 from orpo_dist.distributed.log import get_logger
 from orpo_dist.errors import UserError
 
@@ -63,6 +63,11 @@ def refuse_unsupported_parallelism(args: ORPOConfig) -> None:
         raise UserError(
             "Tensor, context and sequence parallelism are not supported: torch's context parallelism strips attention "
             "masks. Use data parallelism (DDP, ZeRO, FSDP2)."
+        )
+    if asked_fsdp_version(args) == 1:
+        raise UserError(
+            "FSDP1 is not supported: it flattens the weights that the loss head reads, and transformers is dropping "
+            "it. Set fsdp_version: 2 in the accelerate config (a config without it means 1), or fsdp_config version 2."
         )
     if args.auto_find_batch_size and args.world_size > 1:
         raise UserError(

@@ -57,10 +57,11 @@ class Resuming:
             UserError: there is no such checkpoint, or it belongs to another run.
         """
         self.checkpoint, self._universal = None, False
-        found = on_first_rank(lambda: self._find(asked))
-        if found is None:
+        on_first_rank(lambda: self._sweep(bool(asked)))
+        folder = checkpoint_to_resume(asked, self._run) if asked else None
+        if folder is None:
             return None
-        folder, manifest = found
+        manifest = on_first_rank(lambda: checkpoints.read_manifest(Path(folder)))
         world_size, sharding = self._environment.world_size, self._environment.sharding
         check_topology(manifest, sharding.value, world_size, folder)
         if sharding.is_zero:
@@ -75,12 +76,10 @@ class Resuming:
         self.checkpoint, self._saved_world_size = Path(folder), manifest.world_size
         return folder
 
-    def _find(self, asked: str | bool | None) -> tuple[str, checkpoints.Manifest] | None:
+    def _sweep(self, says: bool) -> None:
         for unfinished in checkpoints.sweep(self._run):
-            if asked:
+            if says:
                 print(f"Removed the unfinished {unfinished.name}.")
-        folder = checkpoint_to_resume(asked, self._run) if asked else None
-        return (folder, checkpoints.read_manifest(Path(folder))) if folder is not None else None
 
     def optimizer_made(self, optimizer: Any) -> None:
         """Called after the optimizer is wrapped and before a checkpoint is loaded into it."""

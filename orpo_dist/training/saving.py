@@ -11,14 +11,15 @@ from torch import nn
 from transformers.trainer_utils import HubStrategy
 
 from orpo_dist.distributed.environment import Sharding
-from orpo_dist.errors import RunStopped
+from orpo_dist.errors import RunStopped, SaveError
 from orpo_dist.model.loading.adapter_files import adapter_folder, load_adapters
 from orpo_dist.model.loading.initial import save_initial, to_plain_lora
 from orpo_dist.model.loading.trained import record_trained
 from orpo_dist.run.stop import ignore_signals
 from orpo_dist.run.upload import STAGED, unstage, upload_run
+from orpo_dist.run.verified import why_unusable
 from orpo_dist.training.building import BuildingTrainer
-from orpo_dist.training.final_model import save_checked, whole_weights
+from orpo_dist.training.final_model import resized_embeddings, save_checked, whole_weights
 from orpo_dist.training.optimizer_modes import use_averaged_weights
 from orpo_dist.training.progress import progress_of
 
@@ -33,17 +34,19 @@ class SavingTrainer(BuildingTrainer):
             SaveError: on the rank that writes: transformers or peft could not load what lies there.
         """
         if self._checkpoints.staging is not None:  # part of a checkpoint, which keeps the form that was asked for
-            super().save_model(output_dir, _internal_call=True)
+            with resized_embeddings(self.model, self.environment.sharding):
+                super().save_model(output_dir, _internal_call=True)
             return
         use_averaged_weights(self.optimizer)
         folder = Path(str(self.args.output_dir if output_dir is None else output_dir))
-        save_checked(
-            partial(self._save_whole, folder),
-            self.accelerator.unwrap_model(self.model),
-            folder,
-            checks=self.args.should_save,
-            trust_remote_code=self.args.trust_remote_code,
-        )
+        with self.hang_watch.phase("save", "the save of the model"):
+            save_checked(
+                partial(self._save_whole, folder),
+                self.accelerator.unwrap_model(self.model),
+                folder,
+                checks=self.args.should_save,
+                trust_remote_code=self.args.trust_remote_code,
+            )
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -51,7 +54,8 @@ class SavingTrainer(BuildingTrainer):
         half = self.args.bf16 or self.args.fp16
         changed = bool(self._initial_adapters)
         trained = record_trained(self.model, self.args.device, base_changed=changed, half=half)
-        with whole_weights(self.accelerator, self.environment.sharding, self.deepspeed):
+        sharding = self.environment.sharding
+        with whole_weights(self.accelerator, sharding, self.deepspeed), resized_embeddings(self.model, sharding):
             super().save_model(str(folder), _internal_call=True)  # which only means: without a push
         if self.args.should_save:
             for name, initial in self._initial_adapters.items():
@@ -71,12 +75,34 @@ class SavingTrainer(BuildingTrainer):
                     self._initial_adapters, Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
                 )
 
-        with self._throughput.paused():
+        watch = self.hang_watch.phase("save", f"the save of step {self.state.global_step}")
+        with self._throughput.paused(), watch:
             run = Path(super()._get_output_dir(trial))
             published = self._checkpoints.save(run, self.state, write_all, progress)
-            if self.args.push_to_hub:
+            if self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END:
+                self._checkpoints.background.wait()
                 super()._push_from_checkpoint(str(published))
-        self._stop_requests.saved(time.monotonic() - began)
+        if self.args.async_save:
+            self._stop_requests.not_a_step()
+        else:
+            self._stop_requests.saved(time.monotonic() - began)
+
+    def _wants_to_stop(self) -> bool:
+        """This rank's vote. A checkpoint that could not be written in the background is one: every rank knows of it
+        sooner or later, they stop after the same step, and the failure is raised where they save or end."""
+        seconds = self._checkpoints.background.took()
+        if seconds is not None:
+            self._stop_requests.saved(seconds)
+        return self._checkpoints.background.failed or self._stop_requests.reason() is not None
+
+    def _finish_saving(self) -> None:
+        """Wait for a checkpoint that is being written in the background. Raises SaveError if it cannot be."""
+        with self.hang_watch.phase("save", "a save in the background"):
+            self._checkpoints.background.wait()
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._finish_saving()  # the last checkpoint may be the best one
+        return super()._finalize_training(*args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
         staging = self._checkpoints.staging
@@ -84,6 +110,12 @@ class SavingTrainer(BuildingTrainer):
 
     def _load_best_model(self) -> None:
         use_averaged_weights(self.optimizer)  # else a later switch would average the last step's into the best ones
+        reason = why_unusable(Path(str(self.state.best_model_checkpoint)))
+        if reason is not None:
+            raise SaveError(
+                f"Training is done, but the best checkpoint, {self.state.best_model_checkpoint}, cannot be loaded: "
+                f"{reason}. The last checkpoint is not touched: without load_best_model_at_end it becomes the model."
+            )
         if self._loads_adapters():
             load_adapters(self.model, Path(str(self.state.best_model_checkpoint)))
         else:
@@ -162,6 +194,7 @@ class SavingTrainer(BuildingTrainer):
         """Raises RunStopped if the ranks have agreed to stop."""
         step = self.state.global_step
         if self._step_guard.stops and step < self.state.max_steps:
+            self._finish_saving()
             raise self._stopped(step, str(self._run_folder / f"checkpoint-{step}"))
 
     def _stopped(self, step: int, checkpoint: str | None) -> RunStopped:

@@ -1,8 +1,11 @@
 """`orpo-dist launch`: the command of a node, and what is refused before anything is started."""
 
 import json
+import os
 import shlex
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +14,9 @@ import yaml
 
 from orpo_dist.cli import main
 from orpo_dist.cluster.files import accelerate_config
-from orpo_dist.cluster.launch import choose_config, fitted_config
+from orpo_dist.cluster.launch import _max_restarts, choose_config, fitted_config
 from orpo_dist.cluster.processes import Placement, launcher_command, telling_code
+from orpo_dist.errors import UserError
 from orpo_dist.recipe.preview import preview
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -68,6 +72,29 @@ def test_configs_are_fitted_to_the_nodes(tmp_path):
     assert deepspeed["zero_optimization"]["zero_hpz_partition_size"] == 2
 
 
+DEEPSPEED = "distributed_type: DEEPSPEED\ndeepspeed_config:\n  deepspeed_config_file: ds.json\n"
+
+
+@pytest.mark.parametrize(
+    ("config", "deepspeed", "said"),
+    [
+        ("a: [", "{}", r"own.yaml cannot be read: while parsing"),
+        ("- a\n- b\n", "{}", "own.yaml holds no settings"),
+        (DEEPSPEED, None, "ds.json cannot be read: No such file"),
+        (DEEPSPEED, '{"a": 1,}', "ds.json cannot be read: Expecting property name"),
+        (DEEPSPEED, "[" * 100000, "ds.json cannot be read: nested too deeply"),
+        (DEEPSPEED, "[1]", "ds.json holds no settings"),
+    ],
+)
+def test_a_config_that_cannot_be_read_is_one_line(tmp_path, config, deepspeed, said):
+    (tmp_path / "own.yaml").write_text(config)
+    if deepspeed is not None:
+        (tmp_path / "ds.json").write_text(deepspeed)
+    with pytest.raises(UserError, match=said) as refused:
+        fitted_config(tmp_path / "own.yaml", Placement(), tmp_path / "out")
+    assert "\n" not in str(refused.value)
+
+
 @pytest.mark.parametrize("path", sorted(accelerate_config("ddp").parent.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_names_its_nodes_launcher(path):
     """pdsh, DeepSpeed's default, would start the other nodes a second time."""
@@ -85,12 +112,20 @@ def test_every_config_names_its_nodes_launcher(path):
         (["--processes-per-node", "64"], "64 processes are requested"),
         (["--cpu", "--processes-per-node", "2", "--accelerate-config", "zero9"], "Unknown accelerate config 'zero9'"),
         (["--cpu", "--accelerate-config", "mine.yaml"], "mine.yaml does not exist"),
+        (["--port", "99999", "--nodes", "2", "--head-address", "n1"], "ports are 1 to 65535"),
         (["--frobnicate"], "Options of launch come before the recipe"),
     ],
 )
 def test_refused_before_anything_starts(recipe, capsys, arguments, said):
     assert main(["launch", *arguments, str(recipe)]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_run_folder_that_cannot_be_made(recipe, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("ORPO_DIST_CACHE", str(tmp_path / "cache"))
+    where = ["--nodes", "2", "--head-address", "n1", "--cpu", "--accelerate-config", "ddp"]
+    assert main(["launch", *where, str(recipe), "--output_dir", str(recipe / "run")]) == 2
+    assert f"Cannot make the run's folder {recipe / 'run'}: Not a directory." in capsys.readouterr().err
 
 
 def test_several_nodes_without_gpus_must_say_cpu(recipe, capsys):
@@ -103,9 +138,66 @@ def test_several_nodes_without_gpus_must_say_cpu(recipe, capsys):
 def test_dry_run_prints_the_command(recipe, capsys):
     arguments = ["launch", "--dry-run", "--cpu", "--processes-per-node", "2", "--accelerate-config", "fsdp2"]
     assert main([*arguments, str(recipe), "--beta", "0.2"]) == 0
-    said = capsys.readouterr().err
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1
     assert "fsdp2.yaml --num_machines 1 --num_processes 2" in said
     assert said.rstrip().endswith(f"train {recipe} --beta 0.2 --use_cpu true")
+
+
+def test_a_dry_run_hides_variables_of_ranks_and_secrets(recipe, capsys, monkeypatch):
+    monkeypatch.setenv("PMI_SIZE", "1")
+    monkeypatch.setenv("PMI_RANK", "0")
+    assert main(["launch", "--dry-run", "--cpu", str(recipe), "--hub_token", "hf_abcdefghijkl", "--beta", "0.2"]) == 0
+    said = capsys.readouterr()
+    train = f"{shlex.quote(sys.executable)} -m orpo_dist.cli train {recipe} --beta 0.2 --use_cpu true\n"
+    assert said.out == f"env -u PMI_RANK -u PMI_SIZE {train}"
+    assert "without the secrets in --hub_token" in said.err and "hf_abc" not in said.err
+
+
+MPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}
+
+
+def run_script(recipe, name="multi_node", **variables):
+    done = subprocess.run(
+        [REPOSITORY / "launch" / f"{name}.sh", "--cpu", "--dry-run", recipe],
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(REPOSITORY), "PYTHON": sys.executable, **variables},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_script_under_the_variables_of_schedulers(recipe, tmp_path):
+    cache = {"ORPO_DIST_CACHE": str(tmp_path / "cache"), "CONFIG": "ddp"}
+    code, printed, said = run_script(recipe, **cache, **MPI, MASTER_ADDR="n1", MASTER_PORT="12345")
+    assert code == 0, said
+    assert "--nnodes=2 --nproc_per_node=1 --node_rank=1 --master_addr=n1 --master_port=12345" in printed
+    assert "node 1 of 2, head n1:12345 (from OMPI_COMM_WORLD_SIZE, OMPI_COMM_WORLD_RANK, MASTER_ADDR" in said
+    code, printed, said = run_script(recipe, **cache, **MPI, NODES="3", NODE_RANK="2", HEAD="n7", PORT="7", NNODES="9")
+    assert code == 0 and "--nnodes=3 --nproc_per_node=1 --node_rank=2 --master_addr=n7 --master_port=7" in printed
+    code, printed, said = run_script(recipe, **cache, **MPI, NNODES="3", MASTER_ADDR="n1")
+    assert (code, printed) == (2, "") and said.count("\n") == 1
+    assert "NNODES says 3 nodes, and OMPI_COMM_WORLD_SIZE says 2" in said
+    code, printed, said = run_script(recipe, **cache, **MPI)
+    assert code == 2 and "--head-address is missing" in said
+
+
+@pytest.mark.parametrize("name", ["single_gpu", "multi_gpu"])
+def test_scripts_for_one_machine_mean_this_machine(recipe, tmp_path, name):
+    """Also in a job of several nodes."""
+    code, printed, said = run_script(recipe, name, ORPO_DIST_CACHE=str(tmp_path), LSB_HOSTS="n1 n2", NNODES="3")
+    assert code == 0, said
+    assert printed == f"{shlex.quote(sys.executable)} -m orpo_dist.cli train {recipe} --use_cpu true\n"
+
+
+def test_restarts_of_a_pytorchjob(monkeypatch):
+    monkeypatch.setenv("PET_MAX_RESTARTS", "3")
+    assert _max_restarts(None) == 3 and _max_restarts(0) == 0
+    monkeypatch.delenv("PET_MAX_RESTARTS")
+    assert _max_restarts(None) == 0
+    with pytest.raises(UserError, match="--max-restarts -1"):
+        _max_restarts(-1)
 
 
 @pytest.mark.parametrize(

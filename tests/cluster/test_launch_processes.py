@@ -44,3 +44,16 @@ def test_bad_input_is_2(workplace):
     said, _ = run.communicate(timeout=SECONDS)
     assert run.returncode == 2, said
     assert said.count("orpo-dist: error") == 1 and "no_pairs.jsonl" in said
+
+
+def test_the_line_of_a_dry_run_is_a_command(workplace):
+    """Through bash, some time later and in the same environment, which here has an MPI launcher's variables: accelerate
+    would read them. The config that it names is still there."""
+    folder = workplace.folder / "pasted run"
+    variables = {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}
+    where = ["--dry-run", "--cpu", "--processes-per-node", "2", "--accelerate-config", "fsdp2"]
+    flags = ["--optim", "adamw_torch", "--max_steps", "1", "--save_strategy", "no", "--output_dir", folder]
+    printed = workplace.orpo_dist("launch", *where, workplace.recipe, *flags, **variables).stdout
+    assert printed.count("\n") == 1 and not folder.exists()
+    workplace.run("bash", "-c", printed, **variables)
+    assert (folder / "run_summary.json").is_file()

@@ -1,6 +1,7 @@
 """Rendered scripts: golden files (`ORPO_DIST_UPDATE_GOLDEN=1 pytest` writes them), shellcheck, and what is refused."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from orpo_dist.cluster.files import shipped
+from orpo_dist.cluster.files import accelerate_config, shipped
 from orpo_dist.cluster.job import JobRequest, choose_template
 from orpo_dist.cluster.render import render
 from orpo_dist.cluster.site import read_site
@@ -82,6 +83,17 @@ def test_golden(case, sites):
     if os.environ.get("ORPO_DIST_UPDATE_GOLDEN"):
         file.write_text(script)
     assert script == file.read_text()
+
+
+@pytest.mark.parametrize("template", sorted(shipped("slurm", "lib.sh").parent.glob("*.sbatch")), ids=lambda p: p.name)
+def test_configs_that_a_template_names_exist(template):
+    text = template.read_text()
+    named = re.findall(r"CONFIG=(\w+) sbatch", text) + re.findall(r"^CONFIG=\$\{CONFIG-(\w+)\}", text, re.MULTILINE)
+    for line in re.findall(r"sbatch \.\.\. +(.*): docs/scaling.md", text):
+        named += [name.split()[0] for name in line.split(",")]
+    for name in named:
+        assert accelerate_config(name).is_file()
+    assert (len(named) > 5) is (template.name == "multi_node_sharded.sbatch")
 
 
 def test_every_template_has_a_golden_file():

@@ -1,9 +1,11 @@
 """Nodes meet before a run: what cannot work ends in a sentence, in bounded time."""
 
+import json
 import socket
 import threading
 import time
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -94,24 +96,135 @@ def test_a_port_in_use(port, tmp_path):
         meet(HEAD, "localhost", port, tmp_path, 1)
 
 
-def test_a_stranger_on_the_port_is_ignored(port, tmp_path):
-    def knock():
-        while True:
-            try:
-                with socket.create_connection(("localhost", port), timeout=5) as stranger:
-                    stranger.sendall(b"GET / HTTP/1.1\n\n")
-                return
-            except OSError:
-                time.sleep(0.05)
+def connected(port, seconds=30.0) -> socket.socket:
+    """A connection to whoever listens on the port, as soon as someone does."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return socket.create_connection(("localhost", port), timeout=5)
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
 
-    stranger = threading.Thread(target=knock)
+
+def of(report, **changes) -> bytes:
+    return json.dumps(asdict(report) | changes).encode() + b"\n"
+
+
+STRANGERS = {
+    "a web browser": b"GET / HTTP/1.1\n\n",
+    "one that goes again": b"",
+    "deep JSON": b"[" * 60000 + b"\n",
+    "no object": b"[1, 2]\n",
+    "no text": b"\xff\xfe\x00\n",
+    "a line without end": b"x" * 200000,
+    "a number as text": of(OTHER, node_rank="1"),
+    "a number as a truth value": of(OTHER, node_rank=True),
+    "versions as a list": of(OTHER, versions=["torch"]),
+    "a version that is a number": of(OTHER, versions={"torch": 2}),
+    "an unknown field": of(OTHER, colour="red"),
+    "a missing field": b'{"node_rank": 1}\n',
+}
+
+
+@pytest.mark.parametrize("stranger", STRANGERS)
+def test_a_stranger_on_the_port_is_ignored(stranger, port, tmp_path):
     head = threading.Thread(target=meet, args=(HEAD, "localhost", port, tmp_path, 20))
-    stranger.start()
     head.start()
-    stranger.join(30)
+    with connected(port) as connection:
+        with suppress(OSError):  # the head may have closed it by now
+            connection.sendall(STRANGERS[stranger])
+            if not STRANGERS[stranger]:
+                connection.shutdown(socket.SHUT_RDWR)
+        began = time.monotonic()
+        meet(OTHER, "localhost", port, tmp_path, 20)
+        head.join(30)
+        assert not head.is_alive() and time.monotonic() - began < 10
+
+
+def test_strangers_who_say_nothing_do_not_hold_the_meeting_up(port, tmp_path, monkeypatch):
+    monkeypatch.setattr(rendezvous, "MOST_STRANGERS", 4)
+    head = threading.Thread(target=meet, args=(HEAD, "localhost", port, tmp_path, 20))
+    head.start()
+    silent = [connected(port) for _ in range(8)]
+    silent[-1].sendall(b'{"node_rank": ')  # and one that says a part
+    began = time.monotonic()
     meet(OTHER, "localhost", port, tmp_path, 20)
     head.join(30)
+    assert not head.is_alive() and time.monotonic() - began < 10
+    for connection in silent:
+        connection.close()
+
+
+def test_a_node_of_another_run_is_told_so_and_breaks_nothing(port, tmp_path):
+    ours = [replace(report, run="/runs/ours") for report in (HEAD, OTHER)]
+    told = attend([*ours, replace(OTHER, run="/runs/theirs", recipe="theirs", host="n9")], port, tmp_path, seconds=3)
+    assert told[0] is None and told[1] is None
+    # Whoever came first: it is told at once, or finds the head gone.
+    assert "n9 asked for the run /runs/theirs; this port is of /runs/ours" in told[2] or "did not answer" in told[2]
+
+
+def test_a_node_of_another_run_is_named_when_one_is_missing(port, tmp_path):
+    strange = replace(OTHER, run="/runs/theirs", recipe="theirs", host="n9")
+    told = attend([replace(HEAD, run="/runs/ours"), strange], port, tmp_path, seconds=2)
+    assert "missing node ranks: 1 (n9 asked for the run /runs/theirs; this port is of /runs/ours on n1)." in told[0]
+
+
+def test_a_node_that_has_gone_may_come_again(port, tmp_path):
+    """A pod that is started anew while the others wait."""
+    head = threading.Thread(target=meet, args=(replace(HEAD, nodes=3), "localhost", port, tmp_path, 30))
+    head.start()
+    with connected(port) as first:
+        first.sendall(of(OTHER, nodes=3))
+        time.sleep(0.3)
+    time.sleep(0.3)
+    nodes = [replace(OTHER, nodes=3, node_rank=rank) for rank in (1, 2)]
+    assert attend(nodes, port, tmp_path, seconds=20) == {0: None, 1: None}
+    head.join(30)
     assert not head.is_alive()
+
+
+def test_another_program_where_the_head_will_be(port, tmp_path):
+    """What an earlier run has left there closes each connection; then the head comes."""
+
+    def leftover():
+        with socket.create_server(("", port)) as server:
+            for _ in range(2):
+                server.accept()[0].close()
+
+    earlier = threading.Thread(target=leftover)
+    earlier.start()
+    node = threading.Thread(target=meet, args=(OTHER, "localhost", port, tmp_path, 30))
+    node.start()
+    earlier.join(30)
+    meet(HEAD, "localhost", port, tmp_path, 30)
+    node.join(30)
+    assert not node.is_alive()
+
+
+def test_another_program_that_stays(port, tmp_path):
+    with socket.create_server(("", port)) as server:
+        threading.Thread(target=lambda: [server.accept()[0].close() for _ in range(2)], daemon=True).start()
+        with pytest.raises(UserError, match=f"localhost:{port} does not answer as the head node of this run"):
+            meet(OTHER, "localhost", port, tmp_path, 0.6)
+
+
+def test_restarts_must_be_the_same_on_all_nodes(port, tmp_path):
+    told = attend([replace(HEAD, restarts=3), OTHER], port, tmp_path)
+    assert all("--max-restarts 0, the head (n1) with 3" in text for text in told.values())
+
+
+def test_lines_are_kept_while_the_processes_use_the_port(port, tmp_path):
+    kept = {}
+    node = threading.Thread(target=lambda: kept.update(meet(OTHER, "localhost", port, tmp_path, 20, keep=True)))
+    node.start()
+    lines = meet(HEAD, "localhost", port, tmp_path, 20, keep=True)
+    node.join(30)
+    with socket.create_server(("", port)):
+        lines[1].send({"end": True})
+        assert kept[0].receive(5) == {"end": True}
+    kept[0].close()
+    lines[1].close()
 
 
 def test_a_folder_that_is_not_shared(port, tmp_path, monkeypatch):

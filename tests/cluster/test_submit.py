@@ -1,6 +1,7 @@
 """`submit`, `status` and `cancel` on a machine without SLURM: what is checked there, and what a dry run prints."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import pytest
 import yaml
 
 from orpo_dist.cli import main
-from orpo_dist.cluster.slurm import PartitionNodes, _gpus_of, partition_nodes
+from orpo_dist.cluster.slurm import PartitionNodes, _gpus_of, check_version, partition_nodes
+from orpo_dist.errors import UserError
 
 RECIPE = "model_name_or_path: owner/tiny\ndataset_name: pairs.jsonl\nlearning_rate: 1e-5\nbf16: true\n"
 
@@ -191,3 +193,18 @@ def test_partitions(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     assert partition_nodes(None) == [PartitionNodes(4, 64, 0, "infinite")]
     assert partition_nodes("gpu") == [PartitionNodes(2, 96, 8, "1-00:00:00")]
+
+
+@pytest.mark.parametrize(
+    ("said", "refused"),
+    [("slurm 20.02.7", True), ("slurm-wlm 22.05.8", False), ("slurm 20.11.0-0rc1", False), ("unknown", False)],
+)
+def test_the_least_slurm(tmp_path, monkeypatch, said, refused):
+    (tmp_path / "sbatch").write_text(f"#!/bin/sh\necho {said}\n")
+    (tmp_path / "sbatch").chmod(0o700)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    if refused:
+        with pytest.raises(UserError, match=r"slurm 20\.02\.7 is too old: the templates need SLURM 20\.11 or newer\."):
+            check_version()
+    else:
+        check_version()

@@ -1,3 +1,5 @@
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,31 @@ def test_a_folder_is_built_once(root):
     assert len(built) == 1 and built[0] != root / "x"
     assert [path.name for path in root.iterdir()] == ["x"]
     assert (root / "x" / "file").read_text() == "content"
+
+
+@pytest.mark.parametrize("harm", [lambda file: file.unlink(), lambda file: file.write_text("")])
+def test_a_folder_that_was_purged_in_part_is_built_again(root, capsys, harm):
+    def build(folder):
+        (folder / "below").mkdir()
+        (folder / "below" / "file").write_text("content")
+
+    folder = built_once("x", build)
+    harm(folder / "below" / "file")
+    assert (built_once("x", build) / "below" / "file").read_text() == "content"
+    assert f"{folder}: a part of this cached data is gone" in capsys.readouterr().out
+    assert [path.name for path in root.iterdir()] == ["x"]
+
+
+def test_what_a_killed_run_has_left_is_removed_after_two_days(root):
+    left, young, other = (root / name for name in (f".x.{'0' * 32}", f".y.{'1' * 32}", ".kept"))
+    for folder in (left, young, other):
+        folder.mkdir(parents=True)
+        (folder / "file").write_text("half")
+    long_ago = time.time() - 3 * 24 * 60 * 60
+    for path in (left / "file", left, other / "file", other, young):  # in `young` a file is still written
+        os.utime(path, (long_ago, long_ago))
+    built_once("z", lambda folder: (folder / "file").write_text(""))
+    assert sorted(path.name for path in root.iterdir()) == [".kept", young.name, "z"]
 
 
 def test_a_failed_build_leaves_nothing(root):

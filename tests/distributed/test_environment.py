@@ -12,12 +12,14 @@ from orpo_dist.distributed.environment import (
     Environment,
     LaunchedRank,
     Sharding,
+    asked_fsdp_version,
     check_world_size,
     fsdp_hidden,
     is_launched_with_others,
     launched_rank,
     loading_sharding,
     sharding_of,
+    why_not_sharded,
 )
 from orpo_dist.errors import UserError
 
@@ -88,6 +90,22 @@ def test_the_sharding_that_models_are_loaded_for(monkeypatch):
     config = {"zero_optimization": {"stage": 2}}
     monkeypatch.setattr("transformers.integrations.deepspeed.deepspeed_config", lambda: config)
     assert loading_sharding() is Sharding.ZERO2
+
+
+def test_fsdp_that_is_asked_for_and_not_in_force_is_told(monkeypatch):
+    args = SimpleNamespace(fsdp=None)
+    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
+    monkeypatch.delenv("FSDP_VERSION", raising=False)
+    ddp = SimpleNamespace(distributed_type=DistributedType.MULTI_CPU)
+    assert asked_fsdp_version(args) is None and why_not_sharded(args, ddp) is None
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert asked_fsdp_version(args) == 1  # accelerate's own default
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert asked_fsdp_version(args) == 2
+    assert "accelerate runs MULTI_CPU here" in str(why_not_sharded(args, ddp))
+    assert why_not_sharded(args, SimpleNamespace(distributed_type=DistributedType.FSDP)) is None
+    args = SimpleNamespace(fsdp=True, fsdp_plugin_args={"fsdp_version": 1})
+    assert asked_fsdp_version(args) == 1
 
 
 def test_fsdp_can_be_hidden(monkeypatch):

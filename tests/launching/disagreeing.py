@@ -17,6 +17,8 @@ from orpo_dist import ORPOConfig, ORPOTrainer
 from orpo_dist.distributed.agree import as_on_first_rank, first_objection
 from orpo_dist.distributed.once import done_by_first_rank
 from orpo_dist.distributed.ranks import leave_together, on_first_rank
+from orpo_dist.distributed.together import Together, background_group
+from orpo_dist.training.deferred_writes import DeferredWrites
 
 OUTLIER = {"prompt_ids": [50, 61, 72], "chosen_ids": [83, 94, 55], "rejected_ids": [33, 34, 35]}
 USUAL = {"prompt_ids": [5, 6, 7], "chosen_ids": [8, 9, 2], "rejected_ids": [10, 11, 2]}
@@ -46,6 +48,32 @@ class Worker:
 
     def an_error_of_the_first_rank(self) -> str:
         return outcome(lambda: on_first_rank(lambda: 1 / 0))
+
+    def a_step_together(self) -> list:
+        rank, ranks = distributed.get_rank(), Together(background_group())
+        return [
+            ranks.each(lambda: rank),
+            ranks.first(lambda: f"of {rank}"),
+            outcome(lambda: ranks.each(lambda: 1 / (1 - rank))),
+            ranks.each(lambda: 10 + rank),
+        ]
+
+    def a_checkpoint_that_one_rank_cannot_write(self) -> list:
+        """In the background, at the second step of eight."""
+        write, saves = DeferredWrites.write, []
+
+        def full(deferred: DeferredWrites) -> None:
+            saves.append(None)
+            if len(saves) == 2 and distributed.get_rank() == 1:
+                raise OSError(28, "No space left on device")
+            write(deferred)
+
+        DeferredWrites.write = full
+        trainer = self.trainer("full", save_strategy="steps", save_steps=1, async_save=True, max_steps=8)
+        told = outcome(trainer.train)
+        DeferredWrites.write = write
+        names = sorted(path.name for path in Path(f"{self.out}.full").glob("checkpoint-*"))
+        return [told, trainer.state.global_step, names]
 
     def a_long_last_act(self) -> str:
         return outcome(lambda: done_by_first_rank(lambda: time.sleep(1.5)))

@@ -38,6 +38,8 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(
         settings["model"], dtype=torch.float32, quantization_config=quantization
     )
+    if "vocabulary" in settings:  # of the tokenizer with new tokens
+        model.resize_token_embeddings(settings["vocabulary"], mean_resizing=False)
     peft_config = LoraConfig(**settings["lora"]) if "lora" in settings else None
     trainer = ORPOTrainer(
         model,

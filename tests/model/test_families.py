@@ -262,6 +262,59 @@ def test_chunked_attention_is_packed_within_a_chunk_only():
     assert_equal(packed_result(model), expected)
 
 
+@pytest.mark.parametrize("sharing", [True, False])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+def test_llama4_takes_its_temperature_from_each_sequences_own_positions(sharing, checkpointing):
+    config = t.Llama4TextConfig(
+        **HEADS, attention_chunk_size=64, num_local_experts=2, intermediate_size_mlp=32, num_experts_per_tok=1,
+        no_rope_layers=[1, 0], attn_temperature_tuning=True, floor_scale=4, attn_scale=0.7,
+    )  # fmt: skip
+    model = t.Llama4ForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(5)  # scores far enough apart for a temperature to matter
+    expected = padded_result(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    verdict = use_packed_layout(model, max_length=64)
+    assert verdict.ok
+    assert_equal(packed_result(model, prefix_sharing=sharing), expected)
+    with verdict.paused():
+        assert_equal(padded_result(model), expected)
+    assert verify_layout(model, verdict, prefix_sharing=sharing).ok
+    verdict.restore()
+    layer = model.model.layers[1].self_attn
+    assert layer.attn_temperature_tuning and "orpo_query_scale" not in vars(layer)
+    assert_equal(padded_result(model), expected)
+
+
+PHIMOE = {**COMMON, "num_local_experts": 2}
+QWEN2_MOE = {**COMMON, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16,
+             "shared_expert_intermediate_size": 16, "use_sliding_window": True, "max_window_layers": 1}  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [
+    t.PhimoeConfig(**PHIMOE, sliding_window=6),
+    t.Qwen2MoeConfig(**QWEN2_MOE, sliding_window=6),
+    t.DogeConfig(**COMMON, sliding_window=6),
+], ids=lambda config: config.model_type)  # fmt: skip
+def test_a_window_in_masks_alone_stays_padded_without_a_check(config):
+    model = t.AutoModelForCausalLM.from_config(config)
+    assert "sliding window of 6 tokens is in its masks alone" in use_packed_layout(model, max_length=64).reason
+    assert "masks alone" not in use_packed_layout(model, max_length=6).reason
+
+
+def test_a_window_that_no_layer_uses_stays_packed():
+    config = t.PhimoeConfig(**PHIMOE, sliding_window=131072)
+    model = t.PhimoeForCausalLM(config)
+    expected = padded_result(model)
+    assert use_packed_layout(model, max_length=64).ok
+    assert_equal(packed_result(model), expected)
+    config = t.Qwen2MoeConfig(**{**QWEN2_MOE, "use_sliding_window": False}, sliding_window=6)
+    assert use_packed_layout(t.Qwen2MoeForCausalLM(config), max_length=64).ok
+
+
 def test_a_mixer_that_gets_no_layout_is_found_out():
     class Indirect(t.models.jamba.modeling_jamba.JambaMambaDecoderLayer):
         """Its source does not show that it drops keywords."""

@@ -8,11 +8,19 @@ from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from accelerate.utils.operations import convert_outputs_to_fp32
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 from transformers.integrations import deepspeed as deepspeed_integration
 
 import orpo_dist
@@ -31,6 +39,7 @@ from orpo_dist.model.packed.verify import verify_layout
 from orpo_dist.model.patches import PATCHES, Patched, replace_attribute, replace_item, undo_all
 from orpo_dist.model.running_statistics import keep_running_statistics
 from orpo_dist.packing.collate import PackedCollator
+from orpo_dist.training.deferred_writes import DeferredWrites
 from tests.model.further_vlms import further_vlm
 from tests.model.packing_reference import rows
 from tests.model.tiny_models import HEADS, tiny_model
@@ -38,6 +47,7 @@ from tests.model.tiny_models import HEADS, tiny_model
 NAMES = {
     "packed attention function",
     "packed attention of a model",
+    "temperature by own positions",
     "layout seen",
     "mixer on unshared rows",
     "carried layout",
@@ -65,6 +75,7 @@ NAMES = {
     "blocks are compiled already",
     "noise on the embeddings",
     "one device per process",
+    "deferred write",
 }
 
 
@@ -149,6 +160,12 @@ def _quiet(filters: Any) -> None:
     assert list(warnings.filters) == before
 
 
+def _collecting(library: Any) -> None:
+    before = library.save_file
+    with DeferredWrites().collecting():
+        assert library.save_file is not before
+
+
 def _both(model: nn.Module) -> None:
     with features_for_both(model):
         assert "get_image_features" in vars(model.base_model)
@@ -160,6 +177,12 @@ def _adapted() -> nn.Module:
 
 def _set(name: str, value: Any, patch: patches.Patch) -> Callable[[Any], Any]:
     return lambda owner: replace_attribute(owner, name, value, patch)
+
+
+def _llama4() -> nn.Module:
+    config = Llama4TextConfig(**HEADS, attention_chunk_size=64, num_local_experts=2, intermediate_size_mlp=32,
+                              num_experts_per_tok=1, no_rope_layers=[1, 0], floor_scale=4)  # fmt: skip
+    return Llama4ForCausalLM(config)
 
 
 def _optimizer() -> torch.optim.Optimizer:
@@ -191,6 +214,7 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], set[patches.Patc
         _packed_step,
         {patches.CARRIED_LAYOUT},
     ),
+    "packed step of layers with a temperature": (_llama4, _packed_step, {patches.OWN_TEMPERATURE}),
     "packed text of a vlm": (
         lambda: tiny_model("llava"),
         lambda model: use_packed_layout(model, max_length=64),
@@ -247,6 +271,7 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], set[patches.Patc
         _set("_n_gpu", 1, patches.ONE_DEVICE_PER_PROCESS),
         {patches.ONE_DEVICE_PER_PROCESS},
     ),
+    "deferred writes": (lambda: safetensors.torch, _collecting, {patches.DEFERRED_WRITE}),
 }
 
 

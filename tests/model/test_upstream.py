@@ -19,12 +19,14 @@ from orpo_dist.model.upstream import (
     config_value,
     drops_keywords,
     has_image_features,
+    has_window_in_masks_alone,
     is_adapter_on_experts_refusal,
     is_failure_of_peers,
     is_out_of_memory,
     is_unknown_architecture,
     layer_configs,
     refuses_keyword,
+    scales_queries_by_place,
     text_model_of,
     uses_attention_interface,
     wants_remote_code,
@@ -62,6 +64,29 @@ def test_layers_that_drop_keywords_are_told_by_their_source():
         block = next(m for m in tiny_model(family).modules() if isinstance(m, GradientCheckpointingLayer))
         assert drops_keywords(type(block), part) is (family in dropping), family
     assert not drops_keywords(LlamaMLP, "self_attn")  # never called
+
+
+def test_windows_that_only_masks_hold_are_told_from_those_that_attention_gets():
+    from transformers.models.phimoe.modeling_phimoe import PhimoeAttention, PhimoeModel
+    from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeAttention, Qwen2MoeModel
+
+    assert has_window_in_masks_alone(PhimoeModel, [PhimoeAttention])
+    assert has_window_in_masks_alone(Qwen2MoeModel, [Qwen2MoeAttention])
+    for family in ("mistral", "gemma2", "gemma3", "gpt_oss", "cohere2", "phi3", "qwen2", "llama"):
+        model = text_model_of(tiny_model(family))
+        attention = [type(m) for m in model.modules() if uses_attention_interface(type(m))]
+        assert attention and not has_window_in_masks_alone(type(model), attention), family
+
+
+def test_llama4_alone_scales_queries_by_their_place():
+    from transformers import Llama4TextConfig
+    from transformers.models.llama4.modeling_llama4 import Llama4TextAttention
+
+    config = Llama4TextConfig(**HEADS, no_rope_layers=[1, 0])
+    assert [scales_queries_by_place(Llama4TextAttention(config, layer)) for layer in range(2)] == [False, True]
+    config.attn_temperature_tuning = False
+    assert not scales_queries_by_place(Llama4TextAttention(config, 1))
+    assert not any(map(scales_queries_by_place, tiny_model("llama").modules()))
 
 
 def test_an_unknown_keyword_is_told_by_its_name():

@@ -53,6 +53,11 @@ def damage_marker(folder):
     (folder / "complete.json").write_text('{"step": 3')
 
 
+def damage_one_byte(folder):
+    path = folder / "shards" / "optimizer.bin"
+    path.write_bytes(b"x" * 500 + b"y" + b"x" * 499)
+
+
 def damage_version(folder):
     content = json.loads((folder / "complete.json").read_text())
     (folder / "complete.json").write_text(json.dumps({**content, "format_version": 99}))
@@ -67,6 +72,7 @@ def damage_unsealed(folder):
     [
         (damage_size, "999 bytes instead of 1000"),
         (damage_content, "checksum"),
+        (damage_one_byte, r"optimizer\.bin is not what was written"),
         (damage_missing, "rng_state.pth is missing"),
         (damage_marker, "cannot be read"),
         (damage_version, "format version 99"),
@@ -78,6 +84,75 @@ def test_every_damage_is_seen(staged, tmp_path, damage, reason):
     damage(folder)
     with pytest.raises(ValueError, match=reason):
         checkpoints.verify(folder)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "null",
+        "3",
+        '"text"',
+        "{}",
+        "[" * 100_000,
+        "\udcff",
+        '{"format_version": 1}',
+        '{"format_version": 1, "step": 3, "world_size": 2, "files": [], "fingerprint": {}}',
+        '{"format_version": 1, "step": 3, "world_size": 2, "files": {"a": 3}, "fingerprint": {}}',
+        '{"format_version": 1, "step": 3, "world_size": 2, "files": {"a": {"size": "3"}}, "fingerprint": {}}',
+        '{"format_version": 1, "step": 3, "world_size": 2, "files": {"../a": {"size": 3}}, "fingerprint": {}}',
+        '{"format_version": 1, "step": 3, "world_size": 2, "files": {"/a": {"size": 3}}, "fingerprint": {}}',
+        '{"format_version": 1, "step": "3", "world_size": 2, "files": {}, "fingerprint": {}}',
+        '{"format_version": 1, "step": 3, "world_size": null, "files": {}, "fingerprint": {}}',
+        '{"format_version": 1, "step": 3, "world_size": 2, "files": {}, "fingerprint": {"model": 3}}',
+        '{"format_version": 1, "step": 3, "world_size": 2, "files": {}, "fingerprint": null}',
+    ],
+)
+def test_a_manifest_that_nobody_wrote_is_one_line(staged, tmp_path, text):
+    folder = published(staged, tmp_path, 3)
+    (folder / "complete.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=r"complete\.json cannot be read|format version") as told:
+        checkpoints.verify(folder)
+    assert "\n" not in str(told.value) and len(str(told.value)) < 300
+
+
+def test_every_rank_reads_a_share_and_a_flipped_byte_is_in_one_of_them(staged, tmp_path):
+    folder = published(staged, tmp_path, 3)
+    for path in (folder / "rng_state.pth", folder / "shards" / "optimizer.bin"):
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        failed = []
+        for rank in range(2):
+            try:
+                checkpoints.verify(folder, rank, 2)
+            except checkpoints.Damaged as error:
+                failed.append(str(error))
+        assert len(failed) == 1 and failed[0].startswith(str(path.relative_to(folder)))
+        path.write_bytes(content)
+
+
+def test_a_manifest_of_an_earlier_version_lacks_checksums(staged, tmp_path):
+    folder = published(staged, tmp_path, 3)
+    assert checkpoints.unchecked(checkpoints.verify(folder)) is None
+    content = json.loads((folder / "complete.json").read_text())
+    del content["files"]["shards/optimizer.bin"]["sha256"]
+    (folder / "complete.json").write_text(json.dumps(content))
+    assert checkpoints.unchecked(checkpoints.verify(folder)) == "shards/optimizer.bin (0.00 GiB)"
+    damage_size(folder)
+    with pytest.raises(checkpoints.Damaged, match="999 bytes"):
+        checkpoints.verify(folder)
+
+
+def test_rotation_does_not_count_what_was_set_aside(staged, tmp_path):
+    folders = [published(staged, tmp_path, step) for step in (1, 2, 3)]
+    checkpoints.set_aside(folders[2])
+    assert checkpoints.rotate(tmp_path, 2, None) == []
+    with pytest.raises(ValueError, match=r"no complete\.json"):
+        checkpoints.verify(folders[2])
+    again = published(staged, tmp_path, 3)
+    checkpoints.verify(again)
+    assert not (again / checkpoints.SET_ASIDE).exists()
 
 
 def test_rotation_keeps_two_complete_ones_and_the_best(staged, tmp_path):

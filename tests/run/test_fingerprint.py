@@ -2,6 +2,7 @@
 
 import datasets
 import pytest
+from transformers import LlamaForCausalLM
 
 from orpo_dist import ORPOConfig
 from orpo_dist.packing.lengths import pair_lengths
@@ -50,3 +51,21 @@ def test_weights_that_train(of, tiny_llama):
 def test_an_entry_that_one_side_lacks():
     assert differences({"options": {"a": 1}}, {"options": {"b": 2}}, "options") == ["a: 1 -> none", "b: none -> 2"]
     assert differences({}, {"options": {"b": 2}}, "options") == ["b: none -> 2"]
+
+
+def test_a_local_model_is_its_content_and_not_its_path(of, tiny_llama, tmp_path):
+    for name in ("here", "there"):
+        tiny_llama(64).save_pretrained(tmp_path / name)
+    load = LlamaForCausalLM.from_pretrained
+    here, there = of(model=load(tmp_path / "here")), of(model=load(tmp_path / "there"))
+    assert changed(here, there) == []
+    other = load(tmp_path / "here")
+    other.model.norm.weight.data[0] += 1
+    other.save_pretrained(tmp_path / "there")
+    assert [line.split(":")[0] for line in changed(here, of(model=load(tmp_path / "there")))] == ["content"]
+
+
+def test_a_checkpoint_without_content_is_compared_by_path():
+    old, new = {"model": {"name": "/a"}}, {"model": {"name": "/b", "content": "1"}}
+    assert differences(old, new, "model") == ["name: /a -> /b"]
+    assert differences({"model": {"name": "/b"}}, new, "model") == []

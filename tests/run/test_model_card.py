@@ -99,3 +99,15 @@ def test_a_vision_language_model_is_used_with_its_processor(args, state, kind):
     assert f'AutoModelForImageTextToText.from_pretrained("{base}")' in code
     assert ('PeftModel.from_pretrained(model, "me/tuned")' in code) == (kind == "adapter")
     assert 'AutoProcessor.from_pretrained("me/tuned")' in code
+
+
+def test_names_are_text_and_never_markup(args, state, tmp_path):
+    """Folders and data sets are called what their owners like."""
+    rows = tmp_path / "a`b``c <img src=x>"
+    rows.mkdir()
+    facts = replace(FACTS, name="x](http://y) <script>\n# second", base_model='own"er/<b>', dataset=str(rows))
+    card = card_text(facts, args, state).split("---\n", 2)[2]
+    assert card.lstrip().startswith("# x\\](http://y) \\<script\\> # second\n")
+    assert '[own"er/\\<b\\>](https://huggingface.co/own%22er/%3Cb%3E)' in card
+    assert "of ``` a`b``c <img src=x> ```" in card
+    ast.parse(code_of(card_text(replace(facts, kind="finetune", repo_id='a"b'), args, state)))

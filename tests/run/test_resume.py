@@ -1,9 +1,11 @@
 """Which checkpoint is meant, and whether it is of the same run."""
 
+import json
+
 import pytest
 
 from orpo_dist.errors import UserError
-from orpo_dist.run.checkpoint import Manifest, seal
+from orpo_dist.run.checkpoint import DELETING, SET_ASIDE, STAGING, Manifest, seal
 from orpo_dist.run.resume import check_same_run, checkpoint_to_resume
 
 FINGERPRINT = {
@@ -33,10 +35,45 @@ def test_the_newest_complete_one(run, asked):
     assert len(said) == 1 and said[0].startswith("Skipping checkpoint-15: ")
 
 
+@pytest.mark.parametrize("asked", ["auto", "true", "path"])
+def test_one_that_a_kill_left_between_two_names(run, asked):
+    """checkpoint-10 was written again: the old one is moved away, and the new one not yet in its place."""
+    (run / "checkpoint-10").rename(run / f"{DELETING}checkpoint-10")
+    new = run / STAGING / "checkpoint-10"
+    new.mkdir(parents=True)
+    (new / "weights").write_text("new")
+    seal(new, 10, 1, FINGERPRINT)
+    path = str(run / "checkpoint-10")
+    assert checkpoint_to_resume(path if asked == "path" else asked, run, lambda line: None) == path
+    assert (run / "checkpoint-10" / "weights").read_text() == "new"
+
+
 def test_a_path(run):
     assert checkpoint_to_resume(str(run / "checkpoint-5"), run) == str(run / "checkpoint-5")
     with pytest.raises(UserError, match="checkpoint-15"):
         checkpoint_to_resume(str(run / "checkpoint-15"), run)
+
+
+def test_a_damaged_one_is_skipped_and_counts_no_longer(run):
+    (run / "checkpoint-10" / "weights").write_text("v")
+    said = []
+    with pytest.raises(UserError, match=r"checkpoint-10 is not a usable checkpoint: weights is not what was written"):
+        checkpoint_to_resume(str(run / "checkpoint-10"), run, said.append)
+    assert (run / "checkpoint-10" / "complete.json").is_file()  # what is named may belong to another run
+    assert checkpoint_to_resume("auto", run, said.append) == str(run / "checkpoint-5")
+    assert [line.split(":")[0] for line in said] == ["Skipping checkpoint-15", "Skipping checkpoint-10"]
+    assert "weights is not what was written" in said[1] and SET_ASIDE in said[1]
+    assert not (run / "checkpoint-10" / "complete.json").exists() and (run / "checkpoint-10" / SET_ASIDE).is_file()
+
+
+def test_one_without_checksums_resumes_with_one_line(run):
+    marker = run / "checkpoint-10" / "complete.json"
+    content = json.loads(marker.read_text())
+    del content["files"]["weights"]["sha256"]
+    marker.write_text(json.dumps(content))
+    said = []
+    assert checkpoint_to_resume(str(marker.parent), run, said.append) == str(marker.parent)
+    assert len(said) == 1 and "without a checksum of weights" in said[0]
 
 
 def test_a_fresh_start(run, tmp_path):
@@ -53,6 +90,7 @@ def test_only_broken_ones(run):
         (run / f"checkpoint-{step}" / "weights").write_text("ww")
     with pytest.raises(UserError, match="None of the checkpoints"):
         checkpoint_to_resume("auto", run)
+    assert (run / "checkpoint-10" / "complete.json").is_file()
 
 
 def manifest(**changed):

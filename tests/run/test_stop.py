@@ -9,6 +9,7 @@ import time
 import pytest
 
 from orpo_dist.errors import RunStopped
+from orpo_dist.run import stop
 from orpo_dist.run.stop import StopRequests, raising_on_signals
 
 
@@ -27,6 +28,7 @@ def test_only_the_first_rank_looks_for_the_stop_file(tmp_path):
 IN_A_LONG_STEP = """
 import sys, time
 from pathlib import Path
+from orpo_dist.run import stop
 from orpo_dist.run.stop import StopRequests
 stop = StopRequests(Path("."), None, is_first_rank=False)
 with stop.listening():
@@ -104,17 +106,32 @@ def test_below_torchrun_the_same_signal_passed_on_is_no_second_one(in_a_long_ste
     assert process.wait(60) == 75
 
 
+@pytest.mark.parametrize("skew", [-7200.0, 0.0, 7200.0])
+def test_the_age_of_a_stop_file_is_by_the_clock_of_its_file_system(tmp_path, monkeypatch, skew):
+    """`skew`: of the file server's clock. A file from before the run does not apply, one from within it does."""
+    file, server = tmp_path / "STOP", stop._file_system_time
+    monkeypatch.setattr(stop, "_file_system_time", lambda folder: server(folder) + skew)
+    for age, applies in ((100, False), (30, True)):
+        monkeypatch.setattr(StopRequests, "_asks_since", time.monotonic() - 60)
+        file.touch()
+        made = time.time() + skew - age
+        os.utime(file, (made, made))
+        with StopRequests(tmp_path, None, is_first_rank=True).listening():
+            assert file.exists() == applies
+    assert [path.name for path in tmp_path.iterdir()] == ["STOP"]
+
+
 def test_an_evaluation_is_not_part_of_a_step(tmp_path, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr("orpo_dist.run.stop.time.monotonic", lambda: now[0])
-    stop = StopRequests(tmp_path, 3600.0, is_first_rank=False)
-    stop.steps_begin()
+    requests = StopRequests(tmp_path, 3600.0, is_first_rank=False)
+    requests.steps_begin()
     for seconds, done in (
-        (2, stop.step_ends),
-        (500, stop.not_a_step),
-        (3, stop.step_ends),
-        (70, lambda: stop.saved(70.0)),
+        (2, requests.step_ends),
+        (500, requests.not_a_step),
+        (3, requests.step_ends),
+        (70, lambda: requests.saved(70.0)),
     ):
         now[0] += seconds
         done()
-    assert (stop._longest_step, stop._longest_save) == (3, 70)
+    assert (requests._longest_step, requests._longest_save) == (3, 70)

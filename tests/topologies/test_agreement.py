@@ -12,6 +12,8 @@ CASES = (
     "an_objection",
     "a_value",
     "an_error_of_the_first_rank",
+    "a_step_together",
+    "a_checkpoint_that_one_rank_cannot_write",
     "a_long_last_act",
     "a_last_act_that_fails",
     "a_model_that_one_rank_cannot_pack",
@@ -38,6 +40,23 @@ def test_an_error_of_the_first_rank_ends_the_others(seen):
     own, told = seen["an_error_of_the_first_rank"]
     assert own == "ZeroDivisionError: division by zero"
     assert told == "RuntimeError: Rank 0 failed: ZeroDivisionError: division by zero"
+
+
+@pytest.mark.topology
+def test_a_failure_of_one_rank_is_that_of_all(seen):
+    for each, first, _, again in seen["a_step_together"]:
+        assert (each, first, again) == ([0, 1], "of 0", [10, 11])
+    told, own = (facts[2] for facts in seen["a_step_together"])
+    assert own == "ZeroDivisionError: division by zero"
+    assert told == "RuntimeError: Rank 1 failed: ZeroDivisionError: division by zero"
+
+
+@pytest.mark.topology
+def test_a_checkpoint_that_one_rank_cannot_write_beside_the_training_ends_all(seen):
+    (told, step, names), of_1 = seen["a_checkpoint_that_one_rank_cannot_write"]
+    assert of_1 == [told, step, names]
+    assert told.startswith("SaveError: Cannot save checkpoint-2") and "no space left on the device" in told
+    assert step in (3, 4) and names == ["checkpoint-1"]
 
 
 @pytest.mark.topology

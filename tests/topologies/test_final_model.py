@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -38,3 +39,32 @@ def test_an_adapter_beside_sharded_checkpoints(setting, launcher):
     assert any("lora_B" in name for name in load_file(outcome.saved / "adapter_model.safetensors"))
     assert (outcome.saved / "tokenizer_config.json").is_file()
     assert (outcome.saved / TRAINED_NAME).is_file()  # what a merge compares with, also of partitioned weights
+
+
+@pytest.mark.topology
+@pytest.mark.parametrize(
+    "trained", [False, pytest.param(True, marks=[pytest.mark.slow, pytest.mark.long])], ids=["frozen", "trained"]
+)
+def test_an_adapter_of_zero3_holds_the_embeddings_of_new_tokens(setting, trained):
+    base = AutoModelForCausalLM.from_pretrained(setting["model"])
+    old = base.get_input_embeddings().weight.detach().clone()
+    vocabulary = len(old) + 9  # odd, so that ranks hold unequal parts
+    lora = {**LORA, "target_modules": ["q_proj"]}
+    if trained:
+        lora["modules_to_save"] = ["embed_tokens", "lm_head"]
+    name = f"new_tokens_{trained}"
+    outcome = run(setting, name, {**GENTLE_SPLIT, **SHORT}, "zero3", lora=lora, vocabulary=vocabulary)
+    base.resize_token_embeddings(vocabulary, mean_resizing=False)
+    model = PeftModel.from_pretrained(base, outcome.saved)
+    for layer, path in (
+        (model.get_input_embeddings(), "model.embed_tokens"),
+        (model.get_output_embeddings(), "lm_head"),
+    ):
+        saved = outcome.weights[f"base_model.model.{path}.weight"]
+        loaded = layer.modules_to_save["default"] if trained else layer
+        assert saved.shape[0] == vocabulary
+        assert torch.equal(loaded.weight, saved)
+        assert saved[len(old) :].abs().max() > 0
+    embeddings = outcome.weights["base_model.model.model.embed_tokens.weight"][: len(old)]
+    assert torch.equal(embeddings, old) is not trained
+    assert torch.isfinite(model(torch.arange(vocabulary - 9, vocabulary)[None]).logits).all()

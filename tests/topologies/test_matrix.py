@@ -101,6 +101,24 @@ def test_packed_shards_equal_one_padded_process(setting, padded_references, fami
     assert_same(outcome, padded_references[family])
 
 
+@pytest.mark.topology
+def test_padded_shards_equal_one_padded_process(setting, padded_references):
+    """The loss head of padded rows, whose weight is gathered, with a softcap of the logits."""
+    padded = {**FAMILY_SPLIT, "padding_free": False, "loss_chunk_size": 16}
+    outcome = run_family(setting, "gemma2_padded_zero3", "gemma2", padded, "zero3")
+    assert not outcome.facts["is_packed"]
+    assert_same(outcome, padded_references["gemma2"])
+
+
+@pytest.mark.topology
+def test_padded_shards_with_lora_and_a_trained_head(setting):
+    """FSDP2 shards peft's wrapper of the head in one group with the last norm."""
+    lora = {**LORA, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]}
+    reference = run(setting, "one_saved_head", GENTLE, lora=lora)
+    padded = {**GENTLE_SPLIT, "padding_free": False}
+    assert_same(run(setting, "saved_head_padded", padded, "fsdp2", lora=lora), reference)
+
+
 def assert_reloads(outcome, reference):
     """The saved model is a plain transformers model with the reference's logits."""
     ids = torch.arange(4, 40)[None]

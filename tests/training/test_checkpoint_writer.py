@@ -4,12 +4,11 @@ import errno
 
 import pytest
 import torch
-from accelerate import Accelerator
 from transformers import TrainerState
 
 from orpo_dist.distributed.environment import Environment, Sharding
 from orpo_dist.errors import SaveError
-from orpo_dist.run.checkpoint import verify
+from orpo_dist.run.checkpoint import checkpoint_folders, verify
 from orpo_dist.training.checkpoint_writer import CheckpointWriter
 from orpo_dist.training.progress import Progress
 from tests.trainer_runs import config
@@ -20,7 +19,7 @@ PROGRESS = Progress(torch.ones(3), torch.tensor(2.0), 1.5, 4, [0.5, 0.25])
 
 @pytest.fixture
 def writer(tmp_path):
-    return CheckpointWriter(config(tmp_path, save_total_limit=2), {"model": {}}, ALONE, Accelerator(cpu=True))
+    return CheckpointWriter(config(tmp_path, save_total_limit=2), {"model": {}}, ALONE)
 
 
 def save(writer, run, step, best=None):
@@ -55,7 +54,7 @@ def test_older_ones_go_and_the_best_stays(writer, tmp_path):
 
 def test_a_limit_that_is_changed_later_applies(tmp_path):
     args = config(tmp_path)
-    writer = CheckpointWriter(args, {"model": {}}, ALONE, Accelerator(cpu=True))
+    writer = CheckpointWriter(args, {"model": {}}, ALONE)
     for step in (1, 2, 3):
         save(writer, tmp_path, step)
     args.save_total_limit = 2
@@ -81,3 +80,21 @@ def test_another_error_goes_up_as_it_is(writer, tmp_path):
 
     with pytest.raises(ZeroDivisionError):
         writer.save(tmp_path, TrainerState(global_step=2), broken, PROGRESS)
+
+
+@pytest.mark.parametrize(("strategy", "told"), [("every_save", True), ("checkpoint", True), ("end", False)])
+def test_asynchronous_saves_that_an_upload_waits_for_are_named(tmp_path, caplog, strategy, told):
+    args = config(tmp_path, async_save=True, push_to_hub=True, hub_strategy=strategy, hub_model_id="me/run")
+    CheckpointWriter(args, {}, ALONE)
+    assert (f"hub_strategy={strategy}" in caplog.text) is told
+
+
+def test_an_asynchronous_save_is_there_when_it_has_been_waited_for(tmp_path):
+    writer = CheckpointWriter(config(tmp_path, async_save=True), {"model": {}}, ALONE)
+    for step in (1, 2):
+        published, _ = save(writer, tmp_path, step)
+    writer.background.wait()
+    assert published == tmp_path / "checkpoint-2"
+    for folder in checkpoint_folders(tmp_path):
+        assert torch.load(folder / "metrics_0.pt", weights_only=True)["total_loss"] == 1.5
+        verify(folder)

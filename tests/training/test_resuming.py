@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import TrainerCallback
 
 from orpo_dist import ORPOTrainer
 from orpo_dist.errors import NonFiniteRun, RunStopped, SaveError, UserError
+from orpo_dist.run.resume import checkpoint_to_resume
 from orpo_dist.run.stop import StopRequests
 from orpo_dist.training.step_guard import StepGuard
 from tests.trainer_runs import assert_same_weights, config, pairs, weights
@@ -127,14 +129,14 @@ def test_the_stop_file_stops_and_is_removed_at_the_next_start(make, tmp_path):
 
 
 def test_the_time_limit_leaves_time_for_the_checkpoint(make, tmp_path, monkeypatch):
-    started = time.time()
+    started = time.monotonic()
     monkeypatch.setattr("orpo_dist.run.stop.PROCESS_STARTED", started)
     with pytest.raises(RunStopped, match="max_runtime of 8 s") as end:
         make(
             "run", *(At(step, lambda: time.sleep(0.8)) for step in range(1, 90)), max_steps=90, max_runtime="8s"
         ).train()
     assert end.value.checkpoint == str(tmp_path / "run" / f"checkpoint-{end.value.step}")
-    assert time.time() < started + 30  # not all of the 90 steps
+    assert time.monotonic() < started + 30  # not all of the 90 steps
 
 
 def test_a_trainer_resumed_after_its_last_step_changes_nothing(make, tmp_path):
@@ -196,6 +198,42 @@ def test_a_damaged_newest_checkpoint_falls_back_and_says_so(make, whole, tmp_pat
     told = capsys.readouterr().out
     assert "Skipping checkpoint-5: optimizer.pt has" in told
     assert_same_weights(weights(resumed), weights(whole), tolerance=0)
+
+
+def test_a_flipped_byte_in_any_file_is_refused(make, whole, tmp_path, capsys):
+    with pytest.raises(RunStopped):
+        make("run", At(4, lambda: os.kill(os.getpid(), signal.SIGTERM)), eval_strategy="epoch").train()
+    newest = tmp_path / "run" / "checkpoint-5"
+    names = [path for path in newest.rglob("*") if path.is_file() and path.name != "complete.json"]
+    assert {"optimizer.pt", "adapter_model.safetensors", "metrics_0.pt"} <= {path.name for path in names}
+    for path in names:
+        content = path.read_bytes()
+        path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+        with pytest.raises(UserError, match=rf"checkpoint-5 is not a usable checkpoint: {re.escape(path.name)} is not"):
+            checkpoint_to_resume(str(newest), newest.parent)
+        path.write_bytes(content)
+    content = (newest / "optimizer.pt").read_bytes()
+    (newest / "optimizer.pt").write_bytes(content[:-200] + bytes([content[-200] ^ 128]) + content[-199:])
+    with pytest.raises(UserError, match=r"optimizer\.pt is not what was written"):
+        make("run", eval_strategy="epoch").train(str(newest))
+    resumed = make("run", eval_strategy="epoch")
+    resumed.train("auto")
+    assert "Skipping checkpoint-5: optimizer.pt is not what was written" in capsys.readouterr().out
+    assert_same_weights(weights(resumed), weights(whole), tolerance=0)
+    assert_same_history(resumed, whole)
+    assert checkpoints(tmp_path / "run") == ["checkpoint-5", "checkpoint-6", "checkpoint-7"]  # two complete ones
+
+
+def test_a_damaged_best_checkpoint_is_not_loaded(make, tmp_path):
+    def damage():
+        best = Path(trainer.state.best_model_checkpoint) / "adapter_model.safetensors"
+        content = best.read_bytes()
+        best.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+    options = dict(eval_strategy="steps", eval_steps=1, save_steps=1, metric_for_best_model="loss", learning_rate=10.0)
+    trainer = make("run", At(5, damage), max_steps=5, load_best_model_at_end=True, **options)
+    with pytest.raises(SaveError, match=r"the best checkpoint.*adapter_model\.safetensors is not what was written"):
+        trainer.train()
 
 
 def test_a_missing_rng_file_is_an_error(make, tmp_path):

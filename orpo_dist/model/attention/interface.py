@@ -16,6 +16,7 @@ from transformers import AttentionInterface
 from orpo_dist.model.attention.kernels import KernelCase, trusted_kernel
 from orpo_dist.model.attention.sequences import Scores, explicit_attention, sdpa_attention
 from orpo_dist.model.packed.carried import carried_layout
+from orpo_dist.model.packed.temperature import query_scale
 from orpo_dist.model.patches import PACKED_ATTENTION_FUNCTION, Patched
 from orpo_dist.packing.layout import PackedLayout, PackedLayoutError
 
@@ -47,6 +48,9 @@ def packed_attention(
     layout = orpo_layout if orpo_layout is not None else carried_layout()
     layout = _checked(module, query, attention_mask, layout, kwargs)
     layout.reached = True
+    scale_of = query_scale(module)
+    if scale_of is not None:
+        query = (query * scale_of(layout)).to(query.dtype)
     window = None if sliding_window is None or sliding_window >= layout.max_seqlen_k else sliding_window
     scores = Scores(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,

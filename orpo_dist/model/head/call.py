@@ -20,6 +20,9 @@ from orpo_dist.model.head.chunks import PairRows
 from orpo_dist.model.head.fused_loss import Adapter, fused_orpo_loss
 from orpo_dist.model.patches import HEAD_CALL, replace_attribute
 from orpo_dist.packing.layout import PackedLayout, PackedLayoutError
+from orpo_dist.packing.padded import PaddedLayout
+
+PairLayout = PackedLayout | PaddedLayout
 
 
 @dataclass(frozen=True)
@@ -31,17 +34,25 @@ class HeadOptions:
     chunk_rows: int | None
 
 
-def call_head(head: nn.Module, hidden: torch.Tensor, layout: PackedLayout, options: HeadOptions) -> torch.Tensor:
+def call_head(head: nn.Module, hidden: torch.Tensor, layout: PairLayout, options: HeadOptions) -> torch.Tensor:
     """() loss of the scored rows (N, H), with the weights of `head` and of the adapter in it. Writes `layout.scores`.
 
     Raises:
         PackedLayoutError: the output layer is of a kind that the fused loss cannot replace.
     """
+    if not isinstance(head, ModulesToSaveWrapper | LoraLinear):
+        return _call_linear(head, hidden, [], layout, options)
+    # peft's layer is entered too: it may be what FSDP2 has sharded, with the last norm, and counts on both calls.
+    return _call_with(head, lambda rows: _call_wrapped(head, rows, layout, options), hidden)
+
+
+def _call_wrapped(
+    head: ModulesToSaveWrapper | LoraLinear, hidden: torch.Tensor, layout: PairLayout, options: HeadOptions
+) -> torch.Tensor:
     if isinstance(head, ModulesToSaveWrapper):
         copies = head.modules_to_save
-        head = head.original_module if head.disable_adapters else copies[head.active_adapters[0]]
-    if not isinstance(head, LoraLinear):
-        return _call_linear(head, hidden, [], layout, options)
+        inner = head.original_module if head.disable_adapters else copies[head.active_adapters[0]]
+        return call_head(inner, hidden, layout, options)
     names = [] if head.disable_adapters or head.merged else [n for n in head.active_adapters if n in head.lora_A]
     if any(name in head.lora_variant or head.lora_bias[name] for name in names):
         raise PackedLayoutError("the output layer's adapter is not plain LoRA (DoRA, lora_bias).")
@@ -63,7 +74,7 @@ def call_head(head: nn.Module, hidden: torch.Tensor, layout: PackedLayout, optio
 
 
 def _call_linear(
-    head: nn.Module, hidden: torch.Tensor, adapters: list[Adapter], layout: PackedLayout, options: HeadOptions
+    head: nn.Module, hidden: torch.Tensor, adapters: list[Adapter], layout: PairLayout, options: HeadOptions
 ) -> torch.Tensor:
     if not isinstance(head, nn.Linear):
         raise PackedLayoutError(f"the output layer is a {type(head).__name__}, not a linear layer or LoRA on one.")
@@ -74,8 +85,8 @@ def _call_linear(
         result = fused_orpo_loss(
             rows,
             head.weight,
-            layout.targets,
-            [PairRows(s.nll_prompt, s.scored_chosen, s.scored_rejected) for s in layout.segments],
+            layout.scored_targets,
+            [PairRows(*counts) for counts in layout.scored_counts],
             layout.weight,
             options.objective,
             bias=head.bias,

@@ -1,6 +1,6 @@
 """The loss head inside a causal language model: `model(..., orpo_layout=layout)` returns the loss.
 
-    the model's own forward, with a stand-in for its output layer -> hidden states of the packed row
+    the model's own forward, with a stand-in for its output layer -> hidden states of the packed or padded rows
     the output layer, called on the scored rows with fused_loss as its forward (head/call.py) -> loss, scores
 
 The model's own forward is used unchanged, so everything it does around its body (images, routers, scaling of the hidden
@@ -26,11 +26,12 @@ from transformers import PreTrainedModel
 
 from orpo_dist.distributed.devices import widest_float
 from orpo_dist.loss import Objective, PairScores
-from orpo_dist.model.head.call import HeadOptions, call_head
+from orpo_dist.model.head.call import HeadOptions, PairLayout, call_head
 from orpo_dist.model.head.chunked_pass import LogitTransform
 from orpo_dist.model.patches import HEAD_STAND_IN, LOSS_HEAD, Patched, replace_attribute, replace_item
 from orpo_dist.model.routers import balancing_loss
 from orpo_dist.packing.layout import PackedLayout, PackedLayoutError
+from orpo_dist.packing.padded import PaddedLayout
 
 # Where the logit transform is measured: so near 0 that a softcap is linear there, and so far that it is flat.
 NEAR, FAR = 2.0**-20, 3.0e4
@@ -45,9 +46,10 @@ def install_head(
 ) -> Patched:
     """Add the keyword `orpo_layout` to a causal language model's forward; without it nothing changes.
 
-    With a PackedLayout that carries `tokens` and `pairs`, the forward returns the () loss of this micro-batch, its
-    share of the global one, and writes `layout.scores` (float32, no gradient). Under `torch.no_grad()` it does the
-    same without forming gradients; without `tokens` and `pairs` it normalises by the row's own, routers left out.
+    With a PackedLayout, or a PaddedLayout with `rows`, that carries `tokens` and `pairs`, the forward returns the ()
+    loss of this micro-batch, its share of the global one, and writes `layout.scores` (float32, no gradient). Under
+    `torch.no_grad()` it does the same without forming gradients; without `tokens` and `pairs` it normalises by the
+    rows' own, routers left out. A packed layout is passed on to the model's layers, a padded one is not.
 
     A second call replaces the first. Returns the handle that removes the head.
 
@@ -107,7 +109,7 @@ class LossHead:
         self.model_forward = _forward_without_head(base)
 
         @functools.wraps(type(base).forward)  # the Trainer, PEFT and generate read the signature
-        def forward(self: PreTrainedModel, *args: Any, orpo_layout: PackedLayout | None = None, **kwargs: Any) -> Any:
+        def forward(self: PreTrainedModel, *args: Any, orpo_layout: PairLayout | None = None, **kwargs: Any) -> Any:
             if orpo_layout is None:
                 return head.model_forward(*args, **kwargs)
             return head.loss(orpo_layout, args, kwargs)
@@ -116,23 +118,50 @@ class LossHead:
         self.handle = replace_attribute(base, "forward", types.MethodType(forward, base), LOSS_HEAD)
         return self.handle
 
-    def loss(self, layout: PackedLayout, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+    def loss(self, layout: PairLayout, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
         tokens = layout.tokens
         balances_routers = bool(self.router_aux_loss_coef) and tokens is not None
         if balances_routers:
             kwargs = {**kwargs, "output_router_logits": True}
-        with _stand_in(self.place, probe_size=self.base.config.get_text_config().vocab_size) as stand_in:
-            outputs = self.model_forward(*args, orpo_layout=layout, **{**kwargs, "use_cache": False})
-        if self.transform is None:
-            self.transform = measure_transform(stand_in.probe, outputs.logits)
-        hidden = stand_in.hidden.flatten(0, -2).index_select(0, layout.rows)
-        options = HeadOptions(self.objective, self.transform, self.chunk_rows)
-        loss = call_head(self.place.head, hidden, layout, options)
+        hidden, outputs = self.hidden(layout, args, kwargs)
+        loss = self.score(hidden, layout)
         if balances_routers and tokens is not None:
             scores = cast(PairScores, layout.scores)
             share = (scores.weight * scores.nll_tokens).sum() / tokens
             loss = loss + self.router_aux_loss_coef * share * balancing_loss(outputs)
         return loss
+
+    def hidden(self, layout: PairLayout, args: tuple, kwargs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
+        """(N, H) hidden states of the scored rows, and the outputs of the model's own forward."""
+        given = {"orpo_layout": layout} if isinstance(layout, PackedLayout) else {}
+        size = self.base.config.get_text_config(decoder=True).vocab_size
+        with _stand_in(self.place, probe_size=size) as stand_in:
+            outputs = self.model_forward(*args, **given, **{**kwargs, "use_cache": False})
+        if not stand_in.probe.numel():
+            raise PackedLayoutError(f"the forward of {type(self.base).__name__} does not call its output layer.")
+        if self.transform is None:
+            self.transform = measure_transform(stand_in.probe, outputs.logits)
+        return scored_hidden(stand_in.hidden, layout), outputs
+
+    def score(self, hidden: torch.Tensor, layout: PairLayout) -> torch.Tensor:
+        """() loss of (N, H) scored rows. Writes `layout.scores`."""
+        assert self.transform is not None
+        return call_head(self.place.head, hidden, layout, HeadOptions(self.objective, self.transform, self.chunk_rows))
+
+
+def scored_hidden(hidden: torch.Tensor, layout: PairLayout) -> torch.Tensor:
+    """(N, H) scored rows of what the output layer is given, (1, T, H) or (2B, L, H).
+
+    Raises:
+        PackedLayoutError: it is given other rows than the padded batch has.
+    """
+    if isinstance(layout, PaddedLayout) and hidden.shape[:-1] != layout.targets.shape:
+        rows = " x ".join(map(str, hidden.shape[:-1]))
+        raise PackedLayoutError(
+            f"the output layer is given {rows} rows of a batch of {' x '.join(map(str, layout.targets.shape))}."
+        )
+    assert layout.rows is not None
+    return hidden.flatten(0, -2).index_select(0, layout.rows)
 
 
 # ---------------------------------------------------------------- the model's forward without its output layer

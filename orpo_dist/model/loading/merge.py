@@ -1,14 +1,17 @@
 """Merges a trained adapter into its base, verifies that the logits do not change, and writes a plain model."""
 
 import gc
+import glob
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoProcessor, AutoTokenizer, GenerationConfig, PreTrainedModel
@@ -103,7 +106,8 @@ def merge_run(
     output = run_folder / "merged" if output is None else Path(output)
     source = _source(run_folder)
     _check_output(run_folder, output)
-    partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
+    partial = output.with_name(f"{output.name}.partial-{socket.gethostname()}-{os.getpid()}")
+    _sweep(output)
     try:
         with loading_whole_models():
             report = _merge(source, output, partial, dtype, verify, trust_remote_code)
@@ -114,6 +118,15 @@ def merge_run(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return report
+
+
+def _sweep(output: Path) -> None:
+    """Removes what killed merges of this machine have left: as much as a whole model each."""
+    mine = f"{output.name}.partial-{socket.gethostname()}-"
+    for path in output.parent.glob(f"{glob.escape(output.name)}.partial-*"):
+        process = path.name.removeprefix(mine)
+        if path.name.startswith(mine) and process.isdecimal() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @dataclass(frozen=True)

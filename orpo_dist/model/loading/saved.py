@@ -107,6 +107,15 @@ def _check_adapter(model: PeftModel, name: str, config: PeftConfig, folder: Path
     _compare(shapes, saved, folder / ADAPTER_WEIGHTS)
 
 
+def has_resized_vocabulary(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether the base of an adapter has another vocabulary than others would load, so that peft saves its embeddings
+    with the adapter."""
+    if not isinstance(model, PeftModel):
+        return False
+    size = model.config.get_text_config().vocab_size
+    return any(_vocabulary_of_base(config) not in (None, size) for config in model.peft_config.values())
+
+
 def _vocabulary_of_base(config: PeftConfig) -> int | None:
     """Of the base as others load it; None where it is not at hand."""
     try:

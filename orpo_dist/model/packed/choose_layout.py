@@ -1,7 +1,8 @@
 """Chooses the layout of micro-batches: packed if the model supports it, else padded.
 
     choose    with the loaded model: whether it supports the packed layout, and the collator
-    verify    with the wrapped model: compares both layouts on a tiny batch, and falls back to padded if they differ
+    verify    with the wrapped model: compares both layouts, and the loss head with the model's own logits, on a tiny
+              batch, and falls back to padded, or to full logits, if they differ
 
 The packed layout computes the prompt once, has no padding and forms the logits of one chunk at a time. The padded one
 is TRL's concatenated forward: the reference, and the fallback for models that do not support the packed layout.
@@ -21,7 +22,6 @@ from orpo_dist.distributed.agree import first_objection
 from orpo_dist.distributed.log import get_logger
 from orpo_dist.errors import UserError
 from orpo_dist.loss import Objective
-from orpo_dist.model.head.install import loss_head
 from orpo_dist.model.loading.vision import (
     features_for_both,
     image_rules,
@@ -32,15 +32,16 @@ from orpo_dist.model.loading.vision import (
     vision_cost,
     widen_pixels,
 )
+from orpo_dist.model.packed.choose_head import HeadChoice
 from orpo_dist.model.packed.rotary import fix_rotary_frequencies
 from orpo_dist.model.packed.switch import PackingVerdict, use_packed_layout
 from orpo_dist.model.packed.verify import LayoutCheck, verify_layout
-from orpo_dist.model.packed.verify_images import drawn_row, verify_images
-from orpo_dist.model.patches import Patched
+from orpo_dist.model.packed.verify_images import drawn_row, tiny_image_batch, verify_images
+from orpo_dist.model.patches import Patched, undo_all
 from orpo_dist.model.upstream import config_value, text_model_of
 from orpo_dist.packing.collate import PackedCollator
 from orpo_dist.packing.images import ImageCollator, process_prompts
-from orpo_dist.packing.padded import EncoderDecoderCollator, PaddedCollator
+from orpo_dist.packing.padded import EncoderDecoderCollator, PaddedCollator, PaddedLayout
 from orpo_dist.packing.sampler import FILLER, UNNUMBERED
 from orpo_dist.packing.token_ids import inside
 from orpo_dist.packing.trl_collator import TRLCollator
@@ -122,6 +123,7 @@ class LayoutChoice:
         self.router_aux_loss_coef = 0.0
         self.vision_cost_per_token = 0.0
         self._verdict: PackingVerdict | None = None
+        self._head: HeadChoice | None = None
         self._base: PreTrainedModel | None = None
         self._half_pixels = False
         self._verified = False
@@ -166,15 +168,22 @@ class LayoutChoice:
             refuse_images(self._base)
         self.router_aux_loss_coef, self._half_pixels = router_aux_loss_coef, False
         self.collator.chosen, self._verdict, self._takes_packed = self._padded_collator(), None, False
+        self._head = HeadChoice(
+            model, options.objective, chunk_rows=options.loss_chunk_size, router_aux_loss_coef=router_aux_loss_coef
+        )
         if options.trl_collator is not None:
             logger.warning("A data_collator was given: padded layout.")
         elif not options.padding_free and options.prefix_sharing:
             logger.warning("prefix_sharing has no effect with padding_free=false: prompts are padded twice.")
         elif options.padding_free:
-            self._choose_packed(model)
+            self._choose_packed(model, self._head)
+        if self._head.head is None:
+            logger.warning("Padded layout with full logits: %s.", self._head.reason)
 
-    def _choose_packed(self, model: nn.Module) -> None:
-        options = self.options
+    def _choose_packed(self, model: nn.Module, choice: HeadChoice) -> None:
+        options, head = self.options, choice.head
+        if head is None:
+            return
         if isinstance(model, PeftModel) and isinstance(model.active_peft_config, PrefixTuningConfig):
             logger.warning("Padded layout: prefix tuning gives every sequence keys and values of its own.")
             return
@@ -187,12 +196,6 @@ class LayoutChoice:
         if verdict.unshared:
             kinds = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in verdict.unshared}))
             logger.info("%d modules (%s) run on unshared rows.", len(verdict.unshared), kinds)
-        head = loss_head(
-            model,  # type: ignore[arg-type]
-            options.objective,
-            chunk_rows=options.loss_chunk_size,
-            router_aux_loss_coef=self.router_aux_loss_coef,
-        )
         verdict.makers.append(lambda: [head.put_on()])
         verdict.undo()  # until fix_rotary() and in_force()
         self._verdict, self._takes_packed = verdict, True
@@ -207,23 +210,51 @@ class LayoutChoice:
         Raises:
             UserError: they differ and the micro-batches in flight are packed already (`may_fall_back=False`).
         """
-        if self._verified:
-            return
-        self._verified = True
+        if self._verdict is None or not self._verified:  # the padded layout's head is checked without verify_layout too
+            self._verify_head(model, may_fall_back)
+        if not self._verified:
+            self._verified = True
+            self._verify_layout(model, may_fall_back)
+
+    def _verify_layout(self, model: nn.Module, may_fall_back: bool) -> None:
         if self._verdict is not None:
             with self.in_force(), self.autocast():
                 reason = first_objection(self._verify_packed(model, self._verdict).reason)
             if not reason:
                 return
-            if not may_fall_back:
-                raise UserError(f"The packed layout is wrong for this model: {reason}. Set padding_free=false.")
+            self._fall_back(reason, may_fall_back)
             logger.warning("Padded layout: %s.", reason)
-            self._verdict = None
-            self.collator.chosen = self._padded_collator()
         reason = first_objection(self._verify_images(model).reason)
         if reason and isinstance(self.collator.chosen, ImageCollator):
             logger.warning("The vision tower runs twice per pair: %s.", reason)
             self.collator.chosen = replace(self.collator.chosen, pixels_twice=True)
+
+    def _verify_head(self, model: nn.Module, may_fall_back: bool) -> None:
+        assert self._head is not None and self._base is not None, "choose() comes first"
+        collator, images, batch = self.collator.chosen, self.options.images, None
+        if images is not None and isinstance(collator, ImageCollator) and not self._head.checked:
+            batch = tiny_image_batch(self._base, collator, images.example)
+        reason = self._head.check(
+            model,
+            self._base,
+            batch,
+            self.autocast,
+            max_length=self.options.max_length,
+            compute_dtype=self.options.compute_dtype,
+        )
+        if not reason:
+            return
+        if self._verdict is None:
+            logger.warning("Full logits: %s.", reason)
+            return
+        self._fall_back(reason, may_fall_back)
+        logger.warning("Padded layout with full logits: %s.", reason)
+
+    def _fall_back(self, reason: str, may_fall_back: bool) -> None:
+        if not may_fall_back:
+            raise UserError(f"The packed layout is wrong for this model: {reason}. Set padding_free=false.")
+        self._verdict = None
+        self.collator.chosen = self._padded_collator()
 
     def _verify_packed(self, model: nn.Module, verdict: PackingVerdict) -> LayoutCheck:
         if self.options.images is not None:  # one of the pairs it compares has no image
@@ -260,17 +291,25 @@ class LayoutChoice:
         """Within it the model takes the batches of the chosen layout: around the forward and the backward pass of a
         micro-batch, which recomputes layers under gradient checkpointing. Outside of it the model is as it came, so
         that callbacks may generate with it, copy it and train it otherwise."""
-        verdict = self._verdict
-        if verdict is None or self._depth:
+        verdict, head = self._verdict, self._head.head if self._head is not None else None
+        if self._depth or (verdict is None and head is None):
             yield
             return
         self._depth += 1
-        verdict.put_on()
+        handles = [head.put_on()] if verdict is None and head is not None else []
+        if verdict is not None:
+            verdict.put_on()
         try:
             yield
         finally:
-            verdict.restore()
+            undo_all(handles)
+            if verdict is not None:
+                verdict.restore()
             self._depth -= 1
+
+    def scores_by_head(self, layout: PaddedLayout) -> bool:
+        """Whether the loss of this padded batch comes from the loss head, and not from full logits."""
+        return self._head is not None and self._head.takes(layout)
 
     def image_features_once(self) -> AbstractContextManager:
         """Around a padded forward: both rows of a pair get the features of one pass through the vision tower."""

@@ -23,8 +23,9 @@ from orpo_dist.model.attention.interface import PACKED_ATTENTION
 from orpo_dist.model.packed.carried import layout_carriers
 from orpo_dist.model.packed.mixers import PackedRow, TokenMixer, Unsharing, find_token_mixers
 from orpo_dist.model.packed.rotary import fix_rotary_frequencies
-from orpo_dist.model.patches import PACKED_ATTENTION_OF_MODEL, Patched, replace_attribute, undo_all
-from orpo_dist.model.upstream import text_model_of
+from orpo_dist.model.packed.temperature import own_temperatures
+from orpo_dist.model.patches import OWN_TEMPERATURE, PACKED_ATTENTION_OF_MODEL, Patched, replace_attribute, undo_all
+from orpo_dist.model.upstream import config_value, has_window_in_masks_alone, text_model_of
 
 
 @dataclass
@@ -68,7 +69,8 @@ class PackingVerdict:
     def paused(self) -> Iterator[None]:
         """The model with its own attention, for generate() or a padded forward while it is packed. Mixers need no
         pause: without a layout they run as they are. Backward passes of packed forwards must have finished."""
-        in_force = [handle for handle in self.patches if handle.patch is PACKED_ATTENTION_OF_MODEL and handle.in_force]
+        attention = (PACKED_ATTENTION_OF_MODEL, OWN_TEMPERATURE)
+        in_force = [handle for handle in self.patches if handle.patch in attention and handle.in_force]
         undo_all([*in_force])
         try:
             yield
@@ -91,13 +93,13 @@ def use_packed_layout(model: nn.Module, *, max_length: int | None) -> PackingVer
         return PackingVerdict(ok=False, reason=f"{type(base).__name__}: {reason}")
     fixed_rotary = fix_rotary_frequencies(text_model, max_length)
     configs = _configs_to_switch(base)
-    row = PackedRow(text_model)
+    row, own_temperature = PackedRow(text_model), own_temperatures(text_model)
     unshared = [mixer for mixer in mixers if not mixer.uses_interface]
     verdict = PackingVerdict(
         ok=True,
         unshared=[mixer.name for mixer in unshared],
         fixed_rotary=list(fixed_rotary),
-        makers=[lambda: [_packed_attention_in(config) for config in configs], row.put_on],
+        makers=[lambda: [*(_packed_attention_in(config) for config in configs), *own_temperature()], row.put_on],
         rotary_patches=[handle for handles in fixed_rotary.values() for handle in handles],
         max_length=max_length,
     )
@@ -153,6 +155,12 @@ def _obstacle(
     chunk = text_model.config.to_dict().get("attention_chunk_size")
     if chunk is not None and (max_length is None or max_length > chunk):
         return f"chunked attention (attention_chunk_size={chunk}) within max_length={max_length} is not packed"
+    window = config_value(text_model.config, "sliding_window")
+    slides = "sliding_attention" in (config_value(text_model.config, "layer_types") or ["sliding_attention"])
+    if window and slides and (max_length is None or max_length > window):
+        attention = [type(mixer.module) for mixer in mixers if mixer.uses_interface]
+        if has_window_in_masks_alone(type(text_model), attention):
+            return f"its sliding window of {window} tokens is in its masks alone, which a packed row has none of"
     return None
 
 

@@ -58,7 +58,7 @@ def verify_layout(
         UserError: a vision-language model whose forward needs pixels.
     """
     base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-    rows = _rows(base)
+    rows = tiny_rows(base)
     packed = PackedCollator(prefix_sharing, nll_scope="sequence")(rows)
     padded = PaddedCollator(pad_token_id=0, nll_scope="sequence")(rows)
     del padded["orpo_layout"]
@@ -67,7 +67,7 @@ def verify_layout(
 
     def run_padded() -> None:
         with verdict.paused():
-            _run_own(model, base, padded)
+            run_own(model, base, padded)
 
     return layout_check(
         model,
@@ -129,7 +129,12 @@ def rounding_unit(base: PreTrainedModel, compute_dtype: torch.dtype) -> float:
     return max(unit, _TF32_UNIT) if on_cuda and torch.get_float32_matmul_precision() != "highest" else unit
 
 
-def _run_own(model: nn.Module, base: PreTrainedModel, padded: dict[str, Any]) -> None:
+def run_own(model: nn.Module, base: PreTrainedModel, padded: dict[str, Any]) -> None:
+    """Run padded rows of text.
+
+    Raises:
+        UserError: a vision-language model whose forward needs pixels.
+    """
     try:
         run(model, base, padded)
     except TypeError as error:
@@ -150,7 +155,7 @@ def ordinary_ids(base: PreTrainedModel) -> torch.Tensor:
     return torch.tensor([i for i in range(min(config.vocab_size, 1000)) if i not in special])
 
 
-def _rows(base: PreTrainedModel) -> list[dict[str, Any]]:
+def tiny_rows(base: PreTrainedModel) -> list[dict[str, Any]]:
     """Pairs of ordinary token ids, the same on every rank, and once more the same pairs."""
     ordinary = ordinary_ids(base)
     generator = torch.Generator().manual_seed(0)

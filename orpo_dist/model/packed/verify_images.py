@@ -66,8 +66,7 @@ def verify_images(
     """
     base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
     rows = _rows(base, collator.processor, example)
-    pads = PaddedCollator(pad_token_id=0, nll_scope="sequence")
-    reference = replace(collator, inner=pads, filler=None, pixels_twice=True)(rows)
+    reference = _padded(collator, rows)
     batch = replace(collator, filler=None)(rows)
     layout = PackedCollator(prefix_sharing=True, nll_scope="sequence")(rows)["orpo_layout"]
     del reference["orpo_layout"]
@@ -107,6 +106,16 @@ def verify_images(
         max_length=None if verdict is None else verdict.max_length,
         what="with images its hidden states",
     )
+
+
+def tiny_image_batch(base: PreTrainedModel, collator: ImageCollator, example: dict[str, Any]) -> dict[str, Any]:
+    """Padded pairs with and without images, as the model itself takes them."""
+    return _padded(collator, _rows(base, collator.processor, example))
+
+
+def _padded(collator: ImageCollator, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    pads = PaddedCollator(pad_token_id=0, nll_scope="sequence")
+    return replace(collator, inner=pads, filler=None, pixels_twice=True)(rows)
 
 
 def _run_own(model: nn.Module, base: PreTrainedModel, batch: dict[str, Any]) -> None:

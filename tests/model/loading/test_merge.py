@@ -1,6 +1,8 @@
 import json
 import os
 import shutil
+import socket
+import subprocess
 import weakref
 from pathlib import Path
 
@@ -346,3 +348,22 @@ def test_new_tokens(tmp_path, chat_tokenizer, tied, settings):
     assert merged.config.vocab_size == 517
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_killed_merges_have_left_is_removed(tmp_path):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    host, output = socket.gethostname(), tmp_path / "merged[1]"
+    dead, alive, elsewhere, other = (
+        tmp_path / f"{name}.partial-{whose}-{pid}"
+        for name, whose, pid in (
+            (output.name, host, ended.pid),
+            (output.name, host, os.getpid()),
+            (output.name, "another", ended.pid),
+            ("other", host, ended.pid),
+        )
+    )
+    for folder in (dead, alive, elsewhere, other):
+        folder.mkdir()
+    merge._sweep(output)
+    assert not dead.exists() and alive.exists() and elsewhere.exists() and other.exists()

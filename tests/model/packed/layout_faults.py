@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import Gemma3ForCausalLM
 
 from orpo_dist.model.attention import sequences
 from orpo_dist.packing.layout import PackedLayout
@@ -81,10 +83,11 @@ def _positions(of_rejected: Callable[[Any], int]) -> Callable:
             return None
         starts = [(s, of_rejected(s)) for s in layout.segments]
         places = [(torch.arange(s.prompt + s.chosen), torch.arange(start, start + s.rejected)) for s, start in starts]
-        angles = torch.cat([part for both in places for part in both])[:, None] * vars(module)["frequencies"]
-        doubled = torch.cat([angles, angles], 1)[None]
-        like = kwargs["position_embeddings"][0]
-        return args, {**kwargs, "position_embeddings": (doubled.cos().to(like.dtype), doubled.sin().to(like.dtype))}
+        positions = torch.cat([part for both in places for part in both])[None]
+        return args, {
+            **kwargs,
+            "position_embeddings": vars(module)["rotary"](kwargs["position_embeddings"][0], positions),
+        }
 
     return hook
 
@@ -114,7 +117,9 @@ def fault_in(name: str, model: Any, layer: int) -> Iterator[None]:
     attention = model.model.layers[layer].self_attn
     with pytest.MonkeyPatch.context() as patch:
         if name in POSITIONS:
-            vars(attention)["frequencies"] = model.model.rotary_emb.inv_freq.float()
+            kinds = getattr(model.config, "layer_types", None) or [None]
+            kind = {"layer_type": kinds[layer]} if isinstance(model, Gemma3ForCausalLM) else {}
+            vars(attention)["rotary"] = partial(model.model.rotary_emb, **kind)
             handles = [attention.register_forward_pre_hook(POSITIONS[name], with_kwargs=True)]
         else:
             handles = [
@@ -124,6 +129,6 @@ def fault_in(name: str, model: Any, layer: int) -> Iterator[None]:
         try:
             yield
         finally:
-            vars(attention).pop("frequencies", None)
+            vars(attention).pop("rotary", None)
             for handle in handles:
                 handle.remove()

@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers as t
 
+from orpo_dist.model.packed import switch
 from orpo_dist.model.packed.switch import use_packed_layout
 from orpo_dist.model.packed.verify import rounding_unit, short_window, verify_layout
 from tests.model.packed.layout_faults import FAULTS, fault_in
@@ -93,6 +94,54 @@ def test_right_layouts_of_deep_models_pass(kind, layers, seed, dtype):
     assert_right(randomised(model, 0.25).to(dtype))
 
 
+SLIDING = {"sliding_window": 4096}
+FAMILIES = {
+    "llama": (t.LlamaConfig, HEADS),
+    "qwen3": (t.Qwen3Config, HEADS),
+    "gemma2": (t.Gemma2Config, {**HEADS, **SLIDING, "query_pre_attn_scalar": 8}),
+    "gemma3_text": (t.Gemma3TextConfig, {**HEADS, **SLIDING, "query_pre_attn_scalar": 8}),
+    "phi3": (t.Phi3Config, {**COMMON, **SLIDING}),
+    "mistral": (t.MistralConfig, {**HEADS, **SLIDING}),
+    "mixtral": (t.MixtralConfig, {**HEADS, "num_local_experts": 8}),
+    "qwen3_moe": (t.Qwen3MoeConfig, {**HEADS, **MOE}),
+    "granite": (
+        t.GraniteConfig,
+        {**COMMON, "attention_multiplier": 0.35, "residual_multiplier": 0.22, "embedding_multiplier": 12.0},
+    ),
+    "olmo2": (t.Olmo2Config, COMMON),
+    "cohere2": (t.Cohere2Config, {**HEADS, **SLIDING}),
+}
+
+
+def of_family(name: str, layers: int, dtype: torch.dtype) -> t.PreTrainedModel:
+    kind, options = FAMILIES[name]
+    if name in ("gemma2", "gemma3_text", "cohere2"):
+        options = {**options, "layer_types": ["sliding_attention", "full_attention"] * (layers // 2)}
+    torch.manual_seed(0)
+    model = t.AutoModelForCausalLM.from_config(kind(**{**options, "num_hidden_layers": layers}))
+    return randomised(model, 0.12).to(dtype)
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=IDS[1:])
+@pytest.mark.parametrize(("layers", "layer"), [(4, 2), (24, 12)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_in_half_precision(family, layers, layer, dtype):
+    """A right layout passes, and each fault in a layer in the middle (with a window, where there are such) is found."""
+    model = of_family(family, layers, dtype)
+    assert_right(model)
+    has_window = "sliding_window" in FAMILIES[family][1]
+    verdict = use_packed_layout(model, max_length=8192)
+    missed = []
+    for name in FAULTS:
+        if has_window or "window" not in name:
+            with fault_in(name, model, layer):
+                check = verify_layout(model, verdict, prefix_sharing=True)
+            missed += [(name, check)] if check.ok else []
+    assert not missed
+
+
 def assert_right(model: t.PreTrainedModel) -> None:
     verdict = use_packed_layout(model, max_length=64)
     for sharing in (True, False):
@@ -124,8 +173,10 @@ def test_windows_that_the_data_reaches_are_shortened():
 
 
 @pytest.mark.parametrize(("window", "packed"), [(131072, True), (64, True), (63, False)])
-def test_a_window_that_only_the_masks_know(window, packed):
-    """PhiMoE's attention does not apply the window of its config; packed, no mask would."""
+def test_a_window_that_only_the_masks_know(window, packed, monkeypatch):
+    """PhiMoE's attention does not apply the window of its config; packed, no mask would. As if its source did not say
+    so, which that of a repository's model may not."""
+    monkeypatch.setattr(switch, "has_window_in_masks_alone", lambda model, attention: False)
     torch.manual_seed(0)
     options = {**COMMON, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": window}
     model = randomised(t.PhimoeForCausalLM(t.PhimoeConfig(**options)), 0.1)
