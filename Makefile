@@ -27,7 +27,7 @@ help:
 	@echo "make demo              train SmolLM2-135M on a synthetic support data set; results in runs/demo/"
 	@echo "make test              the fast tests; no network, no GPU"
 	@echo "make test-topologies   tests with several processes (DDP, ZeRO 1/2/3, FSDP2, QLoRA), and the slow tests"
-	@echo "make test-long         71 text and 21 vision families against an oracle, the start-up check at 30 and 64 layers"
+	@echo "make test-long         71 text and 27 vision families against an oracle, the start-up check at 30 and 64 layers"
 	@echo "make test-vlm          part of test-topologies: learning from images, ranks without images, QLoRA with images"
 	@echo "make test-kill-all     64 kills over six topologies; about half an hour"
 	@echo "make test-kill         training runs killed at random moments, resumed and compared bit by bit"

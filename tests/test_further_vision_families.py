@@ -138,6 +138,7 @@ def test_a_step_is_that_of_the_oracle(family, pairs, tmp_path):
             wrong[name] = difference
     assert not wrong and seen.found.keys() == gradients.keys()
     assert f"equal, {'packed' if trainer.layout.is_packed else 'padded'}" == FAMILIES[family].split(":")[0]
+    assert trainer.layout.collator.chosen.pixels_twice == FAMILIES[family].endswith("the tower runs twice")
 
 
 @pytest.mark.long

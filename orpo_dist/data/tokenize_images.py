@@ -87,7 +87,13 @@ class ImagePairTokenizer(PairTokenizer):
         if not isinstance(placeholder, str):
             raise UserError(f"{type(processor).__name__} has no image_token: this model's images cannot be placed.")
         self.placeholder = placeholder
-        self.placeholder_id = int(self.tokenizer.convert_tokens_to_ids(placeholder))  # type: ignore[arg-type]
+        placeholder_id = self.tokenizer.convert_tokens_to_ids(placeholder)
+        if not isinstance(placeholder_id, int) or placeholder_id == self.tokenizer.unk_token_id:
+            raise UserError(
+                f"`{placeholder}`, which stands for an image in the texts of {type(processor).__name__}, is no token "
+                "of its tokenizer. Load both from the same model."
+            )
+        self.placeholder_id = placeholder_id
         self._spelling = ContentSpelling(self._probe if self.chat_template else None, placeholder)
         if pair_format.has_images:
             self._check_placement()

@@ -225,6 +225,18 @@ def test_completions_are_cut_as_ever():
     assert cut.prompt_ids == whole.prompt_ids and cut.chosen_ids == whole.chosen_ids[:2]
 
 
+def test_a_tokenizer_without_the_processors_placeholder_is_refused():
+    """GOT-OCR's processor writes `<imgpad>`, whatever its tokenizer calls the image's token."""
+    tokenizer = copy.deepcopy(tiny_processor("llava").tokenizer)
+    processor = transformers.GotOcr2Processor(
+        transformers.GotOcr2ImageProcessor(size={"height": 16, "width": 16}), tokenizer
+    )
+    with pytest.raises(
+        UserError, match="`<imgpad>`, which stands for an image in the texts of GotOcr2Processor, is no"
+    ):
+        ImagePairTokenizer(processor, FORMAT, PrepareOptions())
+
+
 def test_a_text_row_begins_as_the_processor_begins_every_text():
     """Molmo 2's writes BOS itself, with images and without."""
     processor, _ = further_vlm("Molmo 2")

@@ -13,6 +13,7 @@ import transformers as t
 
 from tests.model import fixed_size_vlms as fixed
 from tests.model import native_size_vlms as native
+from tests.model import sibling_vlms as sibling
 from tests.model.fixed_size_vlms import Built
 from tests.model.tiny_vlms import CHAT_TEMPLATE, drawing
 from tests.tiny_tokenizers import train_bpe
@@ -156,6 +157,14 @@ FURTHER = {
     "MiniCPM-V 4.6": Further(native.minicpm_v46, scale=1),  # as qwen3_5, see tiny_models.tiny_model
     "MiniCPM-V 4.7": Further(native.minicpm_v47, scale=1),
     "Molmo 2": Further(native.molmo2, "<|image|>", _LLAMA),
+    "LLaVA-NeXT-Video": Further(sibling.llava_next_video),
+    "Video-LLaVA": Further(sibling.video_llava),
+    "DeepSeek-VL hybrid": Further(sibling.deepseek_vl_hybrid),
+    "LightOnOCR": Further(
+        sibling.light_on_ocr, named={"image_break_token": "<lb>", "image_end_token": "<|image_end|>"}
+    ),
+    "GLM-4.6V": Further(sibling.glm46v, _GLM4V_IMAGE, _GLM4V),
+    "Aria": Further(sibling.aria),
     "Llama 4": Further(fixed.llama4, "<|image|>", _LLAMA),
     "Llama 3.2 Vision": Further(fixed.mllama, "<|image|>", _LLAMA),
     "BLIP-2": Further(fixed.blip_2, named={"image_token": None}),
