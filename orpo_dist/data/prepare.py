@@ -54,7 +54,7 @@ CONTEXT_COLUMNS = ["chosen_context", "rejected_context"]  # see TokenizedPair
 BATCH, IMAGE_BATCH = 256, 16  # rows; decoded photographs are large
 IMAGE_COLUMNS = ["images", "prompt_text", "prompt_places", "image_sizes", "image_tokens"]
 
-LAYOUT = 4  # of a folder in the cache, see prepared_file.py
+LAYOUT = 5  # of a folder in the cache, see prepared_file.py
 
 Rows: TypeAlias = Dataset | IterableDataset | Sequence[dict[str, Any]]
 

@@ -244,8 +244,6 @@ class PairTokenizer(PairRenderer):
             reason = "the prompt has no token"
         return BadRow("empty prompt", self.format.prompt, reason)
 
-        return prompt
-
     def _with_eos(self, completion: list[int]) -> list[int]:
         eos = self.tokenizer.eos_token_id
         if eos is None or (self.options.is_encoder_decoder and self._written.ends_with(completion, eos)):
