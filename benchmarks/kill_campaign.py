@@ -2,11 +2,19 @@
 
     python benchmarks/kill_campaign.py [--kills 42] [--seed 0] [--topologies plain,lora,zero2,zero3,fsdp2]
                                        [--out benchmarks/results/kill_campaign.json]
+    make test-kill-all                 (64 kills over six topologies)
 
 For each topology one run is left uninterrupted. A second one is killed with SIGKILL again and again, half of the time
 while a checkpoint is being written: either one rank, or everything at once as in a power failure. Between kills every
 checkpoint under its final name must be complete, and the next start must resume from the newest of them. At the end the
 weights must be bitwise equal and the logged losses equal. Exit code 1 if they are not.
+
+--topologies zero2:8 asks for 8 kills of that one. A word after a slash says how it is killed:
+
+    zero2/async:8      with async_save, always while a checkpoint is written; the uninterrupted run saves as usual
+    plain/workers:2    one of the two workers of its data loader
+    lora/last:10       after the last checkpoint: in the final save, the merge, the model card, before the summary. The
+                       finished run is then started three times more, and must not change
 """
 
 import argparse
@@ -36,7 +44,16 @@ from tests.pair_files import write_pairs  # noqa: E402
 from tests.tiny_tokenizers import CHATML_WITH_TOOLS, train_bpe  # noqa: E402
 
 STEPS, START_SECONDS, END_SECONDS = 40, 600, 300
-PROCESSES = {"plain": 1, "lora": 2, "ddp": 2, "zero1": 2, "zero2": 2, "zero3": 2, "fsdp2": 2}
+LAST_ACTS = ("save", "merge", "card", "summary")
+MERGED = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.3, "merge_adapter": True, "max_steps": 2}
+# How a run is killed -> what its recipe changes in the killed run, and in the uninterrupted one.
+WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "": ({}, {}),
+    "async": ({"async_save": True}, {}),
+    "workers": ({"dataloader_num_workers": 2}, {}),
+    "last": (MERGED, MERGED),
+}
+PROCESSES = {"plain": 1, "lora": 2, "ddp": 2, "zero1": 2, "zero2": 2, "zero3": 2, "fsdp2": 2, "fsdp2_sharded": 2}
 OF_THE_MACHINE = ("time", "runtime", "per_second", "memory", "preparation_time", "padded_tokens_ratio", "total_flos")
 
 
@@ -55,10 +72,12 @@ class Kill:
 class Result:
     topology: str
     processes: int
+    way: str = ""
     kills: list[Kill] = field(default_factory=list)
     whole_checkpoints_seen: int = 0
     equal_weights: bool = False
     equal_losses: bool = False
+    finished_run_unchanged: bool | None = None  # not tried
     seconds: float = 0.0
 
 
@@ -122,7 +141,10 @@ def command(folder: Path, topology: str, path: Path, launcher: str = "") -> list
         return [sys.executable, *script]
     if topology in ("lora", "ddp"):
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *script]
-    config = yaml.safe_load((REPOSITORY / "accelerate_configs" / f"{topology}.yaml").read_text())
+    name, _, form = topology.partition("_")
+    config = yaml.safe_load((REPOSITORY / "accelerate_configs" / f"{name}.yaml").read_text())
+    if form == "sharded":  # torch.distributed.checkpoint instead of one file
+        config["fsdp_config"]["fsdp_state_dict_type"] = "SHARDED_STATE_DICT"
     on_cpu = folder / f"{topology}.accelerate.yaml"
     on_cpu.write_text(yaml.safe_dump({**config, "use_cpu": True, "num_processes": PROCESSES[topology]}))
     launch = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={on_cpu}", "--main_process_port=0"]
@@ -160,6 +182,7 @@ class Run:
             "ORPO_DIST_CACHE": str(folder / "cache"),
         }
         self._file = self.said.open("w")
+        self.began = time.monotonic()
         self.process = subprocess.Popen(
             command(folder, topology, path, launcher),
             env=environment,
@@ -170,12 +193,25 @@ class Run:
 
     def workers(self) -> list[psutil.Process]:
         """The ranks: processes that run kill_campaign_rank.py."""
-        found = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
-        return [
-            p
-            for p in found
-            if "kill_campaign_rank.py" in " ".join(p.cmdline()[:3]) and "launch" not in " ".join(p.cmdline())
-        ]
+        return [process for process, is_loader in self._of_the_program() if not is_loader]
+
+    def loaders(self) -> list[psutil.Process]:
+        """The workers of data loaders, which the ranks have forked."""
+        return [process for process, is_loader in self._of_the_program() if is_loader]
+
+    def _of_the_program(self) -> list[tuple[psutil.Process, bool]]:
+        try:
+            every = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
+            named = [
+                process
+                for process in every
+                if "kill_campaign_rank.py" in " ".join(process.cmdline()[:3])
+                and "launch" not in " ".join(process.cmdline())
+            ]
+            ids = {process.pid for process in named}
+            return [(process, process.ppid() in ids) for process in named]
+        except psutil.Error:  # one of them has just ended
+            return []
 
     def everything(self) -> list[psutil.Process]:
         return [*psutil.Process(self.process.pid).children(recursive=True), psutil.Process(self.process.pid)]
@@ -194,46 +230,78 @@ def newest(output: Path) -> int:
     return step_of(folders[-1]) if folders else 0
 
 
-def kill_once(run: Run, output: Path, chance: random.Random, already: int) -> tuple[str, int] | None:
+def kill_once(run: Run, output: Path, way: str, chance: random.Random, already: int) -> tuple[str, int] | None:
     """Wait for a random moment and kill. Returns the victim and the newest step then; None if the run ended first."""
-    latest = STEPS - 1
-    if already >= latest:  # too close to the end: leftovers of the last kill in _saving would be taken for this one's
+    moment = last_act(run, chance) if way == "last" else during_training(run, output, way, chance, already)
+    if moment is None:
         return None
-    step = chance.randint(already + 1, min(already + 3, latest))
-    in_saving, pause = chance.random() < 0.5, chance.random()
-    deadline = time.monotonic() + START_SECONDS
-    while newest(output) < step or (in_saving and not any((output / STAGING).glob("*"))):
-        if run.process.poll() is not None or time.monotonic() > deadline:
-            return None
-        time.sleep(0.001)
-    time.sleep(pause * (0.1 if in_saving else 0.3))
-    workers = run.workers()
-    if run.process.poll() is not None or not workers:
+    time.sleep(moment)
+    victims = run.loaders() if way == "workers" else run.workers()
+    if run.process.poll() is not None or not victims:
         return None
-    if len(workers) > 1 and chance.random() < 0.5:
-        rank = chance.randrange(len(workers))
-        workers[rank].kill()
-        return f"rank {rank}", newest(output)
+    if way == "workers" or (len(victims) > 1 and chance.random() < 0.5):
+        rank = chance.randrange(len(victims))
+        victims[rank].kill()
+        return ("a worker of a data loader" if way == "workers" else f"rank {rank}"), newest(output)
     for process in run.everything():
         process.kill()
     return "all processes", newest(output)
 
 
-def campaign(topology: str, kills: int, folder: Path, chance: random.Random) -> Result:
-    began, result = time.monotonic(), Result(topology, PROCESSES[topology])
-    whole, broken = folder / f"{topology}-whole", folder / f"{topology}-killed"
-    peaceful = Run(folder, whole, topology)
-    assert peaceful.wait(START_SECONDS) == 0, peaceful.text()[-5000:]
+def during_training(run: Run, output: Path, way: str, chance: random.Random, already: int) -> float | None:
+    """Wait for a random step, and half of the time for a checkpoint that is being written. Returns the seconds to wait
+    on; None if the run has ended, or nearly: what the last kill left in _saving would be taken for this one's."""
+    latest = STEPS - 1
+    if already >= latest:
+        return None
+    step = chance.randint(already + 1, min(already + 3, latest))
+    in_saving, pause = way == "async" or chance.random() < 0.5, chance.random()
+    while newest(output) < step or (in_saving and not any((output / STAGING).glob("*"))):
+        if not still_runs(run):
+            return None
+        time.sleep(0.001)
+    return pause * (0.1 if in_saving else 0.3)
+
+
+def last_act(run: Run, chance: random.Random) -> float | None:
+    """Wait for a random act after the last checkpoint. Returns the seconds to wait on."""
+    act, pause = chance.choice(LAST_ACTS), chance.random()
+    while f"last act: {act}" not in run.text():
+        if not still_runs(run):
+            return None
+        time.sleep(0.001)
+    return pause * {"save": 0.2, "merge": 1.0, "card": 0.01, "summary": 0.001}[act]
+
+
+def still_runs(run: Run) -> bool:
+    return run.process.poll() is None and time.monotonic() < run.began + START_SECONDS
+
+
+def uninterrupted(topology: str, way: str, folder: Path) -> Path:
+    """The folder of the run that nobody kills; made once."""
+    changes = WAYS[way][1]
+    whole = folder / f"{topology}-whole{'-last' if changes else ''}"
+    if not whole.exists():
+        peaceful = Run(folder, whole, topology, changes=changes)
+        assert peaceful.wait(START_SECONDS) == 0, peaceful.text()[-5000:]
+    return whole
+
+
+def campaign(topology: str, way: str, kills: int, folder: Path, chance: random.Random) -> Result:
+    began, result = time.monotonic(), Result(topology, PROCESSES[topology], way)
+    whole, broken = uninterrupted(topology, way, folder), folder / f"{topology}-killed"
     ends: list[bool] = []
     losses_equal: list[bool] = []
     while True:
-        run = Run(folder, broken, topology)
+        run = Run(folder, broken, topology, changes=WAYS[way][0])
         before = newest(broken)
-        hit = kill_once(run, broken, chance, before) if len(result.kills) < kills else None
+        hit = kill_once(run, broken, way, chance, before) if len(result.kills) < kills else None
+        inside = hit is not None and any((broken / STAGING).glob("*"))
         killed_at = time.monotonic()
         run.wait(START_SECONDS)
         took = time.monotonic() - killed_at
-        resumed = f"Resuming from {broken / f'checkpoint-{before}'}" in run.text()
+        finished = "This run has finished" in run.text()  # killed after its summary
+        resumed = finished or f"Resuming from {broken / f'checkpoint-{before}'}" in run.text()
         assert resumed or not before or "Resuming" not in run.text(), run.text()[-5000:]
         if result.kills and before:  # 0: the first start of another run
             result.kills[-1].resumed_from = before
@@ -243,20 +311,48 @@ def campaign(topology: str, kills: int, folder: Path, chance: random.Random) -> 
         if hit is None:
             assert run.process.returncode == 0, run.text()[-5000:]
             assert resumed or not before, run.text()[-5000:]
-            ends.append(same_weights(whole, broken))
+            ends.append(same_weights(whole, broken) and same_merged(whole, broken))
             losses_equal.append(same_losses(whole, broken))
-            shutil.rmtree(broken)
             if len(result.kills) >= kills:
                 break
+            shutil.rmtree(broken)
             continue  # it finished between two kills: start another one
-        inside = any((broken / STAGING).glob("*"))
         result.kills.append(Kill(*hit, inside, 0, round(took, 1)))
-        print(f"{topology}: {result.kills[-1]}", flush=True)
+        print(f"{topology} {way}: {result.kills[-1]}", flush=True)
         assert took < END_SECONDS, f"the other ranks outlived the dead one by {took:.0f} s"
     result.equal_weights, result.equal_losses = all(ends), all(losses_equal)
+    if way == "last":
+        result.finished_run_unchanged = is_left_alone(folder, broken, topology, way)
+    shutil.rmtree(broken)
     result.seconds = round(time.monotonic() - began, 1)
-    shutil.rmtree(whole)
     return result
+
+
+def is_left_alone(folder: Path, output: Path, topology: str, way: str) -> bool:
+    """Whether a finished run that is started three times more stays as it is, in names, contents and times."""
+
+    def state() -> dict[str, tuple[bytes, int]]:
+        files = [path for path in output.rglob("*") if path.is_file()]
+        return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+    before = state()
+    for _ in range(3):
+        run = Run(folder, output, topology, changes=WAYS[way][0])
+        if run.wait(START_SECONDS) != 0 or "This run has finished" not in run.text():
+            print(run.text()[-5000:], flush=True)
+            return False
+    after = state()
+    differ = [path for path in before.keys() | after.keys() if before.get(path) != after.get(path)]
+    if differ:
+        print(f"Changed by a start of a finished run: {differ}", flush=True)
+    return not differ
+
+
+def same_merged(one: Path, other: Path) -> bool:
+    """Whether both have merged their adapters to the same weights, or neither has; nothing half merged is left."""
+    if any(other.glob("merged.partial*")):
+        return False
+    return not (one / "merged").exists() or same_weights(one / "merged", other / "merged")
 
 
 def same_weights(one: Path, other: Path) -> bool:
@@ -288,23 +384,24 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=42, help="of all topologies together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--topologies", default="plain,lora,zero2,zero3,fsdp2", help="zero2:8 asks for 8 kills of that one"
+        "--topologies", default="plain,lora,zero2,zero3,fsdp2", help="zero2:8, zero2/async:4; see above"
     )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     chance, topologies = random.Random(options.seed), options.topologies.split(",")
     results = []
-    with tempfile.TemporaryDirectory(prefix="kill_campaign") as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory(prefix="kill_campaign") as temporary:
+        folder = Path(temporary)
         make_inputs(folder)
         for number, entry in enumerate(topologies):
-            topology, _, asked = entry.partition(":")
+            name, _, asked = entry.partition(":")
+            topology, _, way = name.partition("/")
             share = options.kills // len(topologies) + (number < options.kills % len(topologies))
-            results.append(campaign(topology, int(asked or share), folder, chance))
+            results.append(campaign(topology, way, int(asked or share), folder, chance))
             write(options.out, options.seed, results)
     summary = write(options.out, options.seed, results)
     print(json.dumps({name: value for name, value in summary.items() if name != "topologies"}))
-    return 0 if summary["equal_weights"] and summary["equal_losses"] else 1
+    return 0 if all(summary[name] for name in ("equal_weights", "equal_losses", "finished_runs_unchanged")) else 1
 
 
 def write(path: Path | None, seed: int, results: list[Result]) -> dict[str, Any]:
@@ -314,10 +411,12 @@ def write(path: Path | None, seed: int, results: list[Result]) -> dict[str, Any]
         "seed": seed,
         "kills": len(kills),
         "inside_saving": sum(kill.inside_saving for kill in kills),
+        **{f"kills_{way or 'anytime'}": sum(len(r.kills) for r in results if r.way == way) for way in WAYS},
         "of_one_rank": sum(kill.victim != "all processes" for kill in kills),
         "slowest_end_after_a_dead_rank": max((kill.seconds_to_end for kill in kills), default=0.0),
         "equal_weights": all(result.equal_weights for result in results),
         "equal_losses": all(result.equal_losses for result in results),
+        "finished_runs_unchanged": all(result.finished_run_unchanged is not False for result in results),
         "seconds": round(sum(result.seconds for result in results), 1),
         "topologies": [asdict(result) for result in results],
     }

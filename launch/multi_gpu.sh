@@ -7,7 +7,7 @@
 # accelerate_configs/ or a file; default: chosen from the recipe, see docs/scaling.md). PYTHON sets the interpreter.
 set -euo pipefail
 
-options=()
+options=(--nodes 1)
 if [ -n "${GPUS-}" ]; then options+=(--processes-per-node "$GPUS"); fi
 if [ -n "${CONFIG-}" ]; then options+=(--accelerate-config "$CONFIG"); fi
-exec "${PYTHON:-python}" -m orpo_dist.cli launch ${options[@]+"${options[@]}"} "$@"
+exec "${PYTHON:-python}" -m orpo_dist.cli launch "${options[@]}" "$@"

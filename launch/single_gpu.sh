@@ -7,4 +7,4 @@
 set -euo pipefail
 
 if [ -n "${GPU-}" ]; then export CUDA_VISIBLE_DEVICES=$GPU; fi
-exec "${PYTHON:-python}" -m orpo_dist.cli launch --processes-per-node 1 "$@"
+exec "${PYTHON:-python}" -m orpo_dist.cli launch --nodes 1 --processes-per-node 1 "$@"

@@ -12,7 +12,11 @@ from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from orpo_dist.distributed import zero
-from orpo_dist.distributed.environment import check_world_size, starts_on_cpu_alone
+from orpo_dist.distributed.environment import (
+    check_sequence_parallel,
+    check_world_size,
+    starts_on_cpu_alone,
+)
 from orpo_dist.distributed.log import get_logger
 from orpo_dist.distributed.timeouts import START_SECONDS
 from orpo_dist.errors import UserError
@@ -126,6 +130,9 @@ class ORPOConfig(ImageOptions, DataOptions, TrainingArguments):
     prefix_sharing: bool = _option(
         True, "Compute each pair's prompt once (packed layout). Off by itself where it would gain under 5%%."
     )
+    sequence_parallel_size: int = _option(
+        1, "Ranks that share each packed row (Ulysses): longer pairs, fewer pairs at once (docs/scaling.md)."
+    )
     loss_chunk_size: int | None = _option(
         None, "Rows whose logits exist at once in the loss head. Unset: 512 on CPU, 1 GiB of logits elsewhere."
     )
@@ -176,6 +183,7 @@ class ORPOConfig(ImageOptions, DataOptions, TrainingArguments):
             super().__post_init__()
         self.ddp_timeout = after
         check_world_size(self.world_size)
+        check_sequence_parallel(self.sequence_parallel_size, self.world_size)
         zero.check_config(self)
         self.check()
 

@@ -279,15 +279,22 @@ class ORPOTrainer(EvaluatingTrainer):
         if not batches:
             return batches, None
         layouts = [batch["orpo_layout"] for batch in batches]
-        counts = torch.stack([layout.counts() for layout in layouts]).sum(0)
+        speaks = self.environment.speaks_for_pairs
+        counts = torch.stack([layout.counts() for layout in layouts]).sum(0) * float(speaks)
         report = self._step_guard.report(self._wants_to_stop(), device)
         facts = self.accelerator.reduce(torch.cat([counts.to(device, report.dtype), report]), reduction="sum")
         tokens, pairs = facts[:2].unbind()
-        self._step_guard.begin(facts[2:], [i for layout in layouts for i in layout.index if i >= 0])
+        indices = [i for layout in layouts for i in layout.index if i >= 0]
+        self._step_guard.begin(facts[2:], indices if speaks else [])
         for layout in layouts:
             layout.tokens, layout.pairs = tokens, pairs
-            self._throughput.add(self._lengths_of(layout))
+            if speaks:
+                self._throughput.add(self._lengths_of(layout))
         return batches, tokens
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """Pairs of one optimizer step: ranks that share a row do not count twice."""
+        return super().get_total_train_batch_size(args) // self.environment.sequence_size
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         micro_batch = [index for index in inputs["orpo_layout"].index if index >= 0]
@@ -337,11 +344,15 @@ class ORPOTrainer(EvaluatingTrainer):
         self._stored_metrics.add(metrics, train_eval)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Model FLOPs of a micro-batch (model/flops.py)."""
+        """Model FLOPs of a micro-batch (model/flops.py), which the Trainer adds up over the ranks."""
+        if not self.environment.speaks_for_pairs:
+            return 0
         return int(self._throughput.flops_of(self._lengths_of(inputs["orpo_layout"])))
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         """A packed row has no padding, although its pad token may be a real one (EOS)."""
+        if not self.environment.speaks_for_pairs:
+            inputs = {**inputs, "input_ids": inputs["input_ids"][:, :0]}
         if "attention_mask" not in inputs:
             inputs = {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
         super()._track_num_input_tokens(inputs)

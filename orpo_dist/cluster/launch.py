@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import yaml
 
@@ -33,7 +33,7 @@ from orpo_dist.cluster.schedulers import find_place, rank_variables
 from orpo_dist.data.cache import cache_root, digest
 from orpo_dist.errors import FAILED, UserError
 from orpo_dist.options.secrets import private_environment, split_flags
-from orpo_dist.recipe.preview import RecipePreview, preview
+from orpo_dist.recipe.preview import RecipePreview, check_row_groups, preview
 from orpo_dist.version import __version__
 
 # Different versions of these on another node cause different results, or a hang.
@@ -49,7 +49,8 @@ def main(argv: Sequence[str]) -> int:
     """
     options = _parser().parse_args(argv)
     view = preview(options.recipe, options.flags)
-    placement = _placement(options)
+    placement, restarts = _placement(options), _max_restarts(options.max_restarts)
+    check_row_groups(view, placement.processes)
     flags = [*options.flags, *(["--use_cpu", "true"] if options.cpu else [])]
     public, private = split_flags(flags)
     name = options.accelerate_config or choose_config(view, placement.world_size)
@@ -62,17 +63,14 @@ def main(argv: Sequence[str]) -> int:
         _print_dry_run(command, private)
         return 0
     print(f"orpo-dist: {shlex.join(command)}", file=sys.stderr, flush=True)
-    restarts = _max_restarts(options.max_restarts)
     if restarts and view.values.get("save_only_model"):
         print("orpo-dist: save_only_model: a restart cannot go on from its checkpoints.", file=sys.stderr)
     lines: Mapping[int, Line] = {}
     if placement.nodes > 1:
-        view.run_folder.mkdir(parents=True, exist_ok=True)
+        _make(view.run_folder)
         report = _report(placement, options, restarts, view.run_folder)
         try:
-            lines = meet(
-                report, placement.head, placement.port, view.run_folder, options.wait, keep=restarts > 0
-            )  # fmt: skip
+            lines = meet(report, placement.head, placement.port, view.run_folder, options.wait, keep=restarts > 0)
         except UserError as error:  # not the recipe's fault: a restart, another port or another node may help
             print(f"orpo-dist: error (node rank {placement.node_rank}): {error}", file=sys.stderr, flush=True)
             return FAILED
@@ -86,6 +84,13 @@ def main(argv: Sequence[str]) -> int:
         return run_group([*command, *resume], private_environment(private) | _of_attempt(restart))
 
     return run_with_restarts(start, restarts, view.run_folder, asked, Peers(lines))
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"Cannot make the run's folder {folder}: {error.strerror}.") from error
 
 
 def choose_config(view: RecipePreview, world_size: int) -> str:
@@ -119,7 +124,7 @@ def _placement(options: argparse.Namespace) -> Placement:
     head, port = place.head or "localhost", DEFAULT_PORT if place.port is None else place.port
     if not 0 < port < 65536:
         raise UserError(f"--port {port}: ports are 1 to 65535.")
-    if place.said_by:
+    if place.said_by and place.nodes > 1:
         print(
             f"orpo-dist: node {place.node_rank} of {place.nodes}, head {head}:{port} (from {', '.join(place.said_by)})",
             file=sys.stderr,
@@ -214,8 +219,12 @@ def fitted_config(config: Path, placement: Placement, folder: Path, *, cpu: bool
     """The accelerate config adapted to this run; written to `folder` if it differs.
 
     It sets the CPU, since accelerate's flag for that starts only one process, and the size of a node for weights that
-    are sharded within a node (HSDP, ZeRO++ hpZ)."""
-    settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+    are sharded within a node (HSDP, ZeRO++ hpZ).
+
+    Raises:
+        UserError: the config, or the DeepSpeed config that it names, cannot be read.
+    """
+    settings = _mapping_of(config)
     before = json.dumps(settings)
     if cpu:
         settings["use_cpu"] = True
@@ -224,12 +233,12 @@ def fitted_config(config: Path, placement: Placement, folder: Path, *, cpu: bool
             "parallelism_config_dp_replicate_size": placement.nodes,
             "parallelism_config_dp_shard_size": placement.processes,
         }
-    deepspeed = settings.get("deepspeed_config", {}).get("deepspeed_config_file")
+    deepspeed = (settings.get("deepspeed_config") or {}).get("deepspeed_config_file")
     if deepspeed is not None:
         # Look beside the config first: the path in it is relative to a checkout.
         file = config.parent / Path(deepspeed).name
-        options = json.loads((file if file.is_file() else Path(deepspeed)).read_text(encoding="utf-8"))
-        if "zero_hpz_partition_size" in options.get("zero_optimization", {}):
+        options = _mapping_of(file if file.is_file() else Path(deepspeed))
+        if "zero_hpz_partition_size" in (options.get("zero_optimization") or {}):
             options["zero_optimization"]["zero_hpz_partition_size"] = placement.processes
         _write(folder / file.name, json.dumps(options, indent=2))
         settings["deepspeed_config"]["deepspeed_config_file"] = str(folder / file.name)
@@ -237,6 +246,22 @@ def fitted_config(config: Path, placement: Placement, folder: Path, *, cpu: bool
         return config
     _write(folder / config.name, yaml.safe_dump(settings))
     return folder / config.name
+
+
+def _mapping_of(path: Path) -> dict[str, Any]:
+    """The content of a YAML or JSON file. YAML's parser does not take all JSON: 1e-5 is a text to it."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    except RecursionError:
+        raise UserError(f"{path} cannot be read: nested too deeply.") from None
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no settings: a mapping of names to values is expected.")
+    return content
 
 
 def _write(path: Path, text: str) -> None:

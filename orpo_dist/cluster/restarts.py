@@ -20,7 +20,8 @@ from orpo_dist.cluster.orphans import adopting_orphans, end_children
 from orpo_dist.cluster.peers import Peers, Verdict
 from orpo_dist.cluster.processes import STOP_SIGNALS, GroupEnd, telling_code
 from orpo_dist.cluster.status import newest_checkpoint
-from orpo_dist.errors import BAD_INPUT, FAILED, FINISHED, GAVE_UP, INTERRUPTED, STOPPED
+from orpo_dist.errors import BAD_INPUT, FAILED, FINISHED, GAVE_UP, INTERRUPTED, STOPPED, RunStopped
+from orpo_dist.run.checkpoint import finish_publishing
 from orpo_dist.run.step_file import VARIABLE, last_step
 
 _FINAL = (FINISHED, BAD_INPUT, GAVE_UP, STOPPED, INTERRUPTED)
@@ -57,6 +58,7 @@ class Restarts:
             return Verdict(code)
         cause = next((end.cause for end in ends if end.cause), "the run failed")
         asked = next((end.asked for end in ends if end.asked), None)
+        finish_publishing(self.run)
         newest = newest_checkpoint(self.run)
         why_not = (
             f"the launcher of {gone[0]} is gone" if gone
@@ -109,7 +111,7 @@ def run_with_restarts(
         verdict = Verdict(FINISHED)
         try:
             while True:
-                with peers.watching(others):
+                with peers.watching(others), _ending(stopped, run):
                     end = start(verdict.resume, verdict.restart)
                 end_children(others)
                 if stopped and end.asked is None:
@@ -124,6 +126,38 @@ def run_with_restarts(
 
 
 @contextmanager
+def _ending(stopped: list[str], run: Path) -> Iterator[None]:
+    """Within it a signal that comes before there are processes to forward it to, while the launcher's libraries are
+    imported, ends this one. Outside, `stopped` waits for the other nodes to agree."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, _frame: object) -> None:
+        name = signal.Signals(number).name
+        stopped.append(name)
+        newest = newest_checkpoint(run)
+        step = int(newest.removeprefix("checkpoint-")) if newest else 0
+        raise RunStopped(name, step, str(run / newest) if newest else None)
+
+    with _handled_by(end):
+        yield
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, object], None]) -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number in STOP_SIGNALS:
+        if before[number] != signal.SIG_IGN:
+            signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+@contextmanager
 def _noting(stopped: list[str]) -> Iterator[None]:
     """Within it a signal to stop, between two groups of processes, ends the restarts."""
     if threading.current_thread() is not threading.main_thread():
@@ -133,12 +167,5 @@ def _noting(stopped: list[str]) -> Iterator[None]:
     def note(number: int, _frame: object) -> None:
         stopped.append(signal.Signals(number).name)
 
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    for number in STOP_SIGNALS:
-        if before[number] != signal.SIG_IGN:
-            signal.signal(number, note)
-    try:
+    with _handled_by(note):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

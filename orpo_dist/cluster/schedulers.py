@@ -106,7 +106,8 @@ def find_place(
     used: list[_Claim] = []
     indices = [] if node_rank is not None else [*_indices(known), *_index_in(hosts, hostname, known)]
     if nodes is None:
-        counts = [*_counts(known), *([_Claim(hosts.name, str(len(hosts.hosts)))] if hosts else [])]
+        listed = [_Claim(hosts.name, str(len(hosts.hosts)))] if hosts else _claims(known, "PBS_NUM_NODES")
+        counts = [*_counts(known), *listed]
         count = _agreed(counts, "nodes")
         if count is None:
             return Place(1, _alone(indices, node_rank), head, port, processes)
@@ -115,9 +116,9 @@ def find_place(
     if nodes > 1 and node_rank is None:
         index = _agreed(indices, "as this node's number")
         if index is None and used:
-            listed = f" ({', '.join(hosts.hosts)})" if hosts else ""
+            named = f" ({', '.join(hosts.hosts)})" if hosts else ""
             raise UserError(
-                f"{used[0].name} says {nodes} nodes{listed}, and nothing says which of them {hostname} is: pass "
+                f"{used[0].name} says {nodes} nodes{named}, and nothing says which of them {hostname} is: pass "
                 "--node-rank (launch/multi_node.sh: NODE_RANK)."
             )
         if index is not None:
@@ -205,11 +206,10 @@ def _is_of_a_pod(environment: Mapping[str, str]) -> bool:
 
 def _counts_processes(environment: Mapping[str, str]) -> bool:
     """Newer training operators multiply WORLD_SIZE by nprocPerNode."""
-    parts = [environment.get(name, "") for name in ("PET_NNODES", "PET_NPROC_PER_NODE", "WORLD_SIZE")]
-    if not all(part.isdigit() for part in parts):
+    nodes, each, world = (environment.get(name, "") for name in ("PET_NNODES", "PET_NPROC_PER_NODE", "WORLD_SIZE"))
+    if not (nodes.isdigit() and each and world.isdigit() and int(nodes) < int(world)):
         return False
-    nodes, each, world = map(int, parts)
-    return each > 1 and world == nodes * each
+    return int(world) == int(nodes) * int(each) if each.isdigit() else int(world) % int(nodes) == 0
 
 
 def _processes(environment: Mapping[str, str]) -> int | None:
@@ -245,7 +245,8 @@ def _hosts(environment: Mapping[str, str]) -> _Hosts | None:
         return _Hosts("PBS_NODEFILE", _unique(words), environment.get("PBS_JOBID", "")) if words else None
     job = environment.get("LSB_JOBID", "")
     hosts: tuple[str, ...] = ()
-    name = next((name for name in ("LSB_MCPU_HOSTS", "LSB_HOSTS", "LSB_DJOB_HOSTFILE") if name in environment), "")
+    names = ("LSB_MCPU_HOSTS", "LSB_HOSTS", "LSB_DJOB_HOSTFILE", "LSB_DJOB_RANKFILE")
+    name = next((name for name in names if name in environment), "")
     if name == "LSB_MCPU_HOSTS":  # n1 16 n2 16
         hosts = _unique(environment[name].split()[::2])
     elif name == "LSB_HOSTS":

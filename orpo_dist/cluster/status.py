@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from orpo_dist.cluster import slurm
 from orpo_dist.errors import UserError
@@ -35,7 +36,7 @@ class RunState:
         step, loss = _last_step(folder / "log.jsonl")
         return cls(
             folder=folder,
-            attempt=int(_text(state / "attempt") or 0),
+            attempt=_count(_text(state / "attempt")),
             outcome=_text(state / "outcome"),
             step=step,
             loss=loss,
@@ -128,14 +129,23 @@ def _last_step(log: Path) -> tuple[int | None, float | None]:
     for line in _text(log).splitlines():
         try:
             event = json.loads(line)
-        except ValueError:  # a partial line, still being written
+        except (ValueError, RecursionError):  # a partial line, still being written, or what a full disk has left
             continue
-        step, loss = event.get("step", step), event.get("loss", loss)
+        if isinstance(event, dict):
+            step, loss = _number(event.get("step"), step), _number(event.get("loss"), loss)
     return step, loss
+
+
+def _count(text: str) -> int:
+    return int(text) if text.isdecimal() else 0
+
+
+def _number(value: Any, otherwise: Any) -> Any:
+    return value if isinstance(value, int | float) else otherwise
 
 
 def _text(path: Path) -> str:
     try:
         return path.read_text("utf-8").strip()
-    except OSError:
+    except (OSError, UnicodeDecodeError):
         return ""

@@ -25,7 +25,7 @@ from orpo_dist.cluster.site import SiteProfile, read_site, sbatch_options
 from orpo_dist.cluster.sweep import array, runs_of
 from orpo_dist.errors import UserError
 from orpo_dist.options.secrets import holds_secret, split_flags, write_private
-from orpo_dist.recipe.preview import RecipePreview, preview, without_gpu
+from orpo_dist.recipe.preview import RecipePreview, check_row_groups, preview, without_gpu
 
 _PATHS = ("dataset_name", "model_name_or_path", "adapter_name_or_path")
 
@@ -81,6 +81,7 @@ def prepare(options: argparse.Namespace, flags: list[str]) -> Submission:
     view = preview(options.recipe, flags)
     job = _request(options, view)
     check_request(job)
+    check_row_groups(view, job.processes_per_node)
     if job.config is not None:
         accelerate_config(job.config)
     runs = len(runs_of(options.sweep)) if options.sweep else None

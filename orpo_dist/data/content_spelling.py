@@ -2,7 +2,8 @@
 
 Templates of vision-language models differ by role: LLaVA's take lists alone, Pixtral's a list from the user and text
 from the assistant, and others print a list given to the system message in Python's spelling. So every role is tried
-out, and a message is rewritten only into a spelling that has been seen to work.
+out, and text is rewritten into a list only where that has been seen to work and the text has not: Gemma 4's template
+takes both, and writes a space after each part.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +27,6 @@ class ContentSpelling:
         self._render = render
         self.placeholder = placeholder
         self._images_are_parts, reply = self._find()
-        self._first = (PARTS, TEXT) if reply == PARTS else (TEXT, PARTS)
         self._roles = {"assistant": reply} if self._images_are_parts else {}
 
     def spelled(self, message: Message) -> Message:
@@ -60,7 +60,7 @@ class ContentSpelling:
     def _find(self) -> tuple[bool, str]:
         """Whether images can be parts, and the spelling of the assistant's messages then."""
         user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": WORDS[0]}]}
-        for reply in (PARTS, TEXT):
+        for reply in (TEXT, PARTS):
             if self._works([user, _as({"role": "assistant", "content": WORDS[1]}, reply)], images=1):
                 return True, reply
         return False, TEXT
@@ -68,7 +68,7 @@ class ContentSpelling:
     def _of(self, role: str) -> str:
         if role not in self._roles:
             self._roles[role] = TEXT
-            probes = ((spelling, self._conversation(role, spelling)) for spelling in self._first)
+            probes = ((spelling, self._conversation(role, spelling)) for spelling in (TEXT, PARTS))
             self._roles[role] = next((spelling for spelling, probe in probes if self._works(probe)), TEXT)
         return self._roles[role]
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from orpo_dist.data.messages import Message, decode
 from orpo_dist.errors import BadRow, UserError
+from orpo_dist.images.decode import short
 from orpo_dist.images.source import looks_like_image, looks_like_picture
 
 IMAGE_COLUMNS = ("images", "image")
@@ -21,6 +22,12 @@ _IN_MESSAGES = ("image", "images", "video", "videos", "audio", "audios")  # Olla
 # ms-swift's places for videos, sounds and boxes (its column `objects` has `ref` and `bbox`).
 # https://swift.readthedocs.io/en/latest/Customization/Custom-dataset.html
 _PLACES = re.compile(r"<(video|audio|bbox|ref-object)>")
+# Places for images in other spellings than `<image>`: MMMU's `<image 1>`, Phi-3-vision's `<|image_1|>`, Qwen-VL's
+# `<img>photo.jpg</img>`, InternLM-XComposer's `<ImageHere>`. None is the placeholder of a processor of transformers.
+_OTHER_IMAGES = re.compile(r"<\|?image[ _-]?\d+\|?>|<img>[^<>\n]+</img>|<ImageHere>|<Image>|<IMAGE>")
+# Columns of these names have videos or sounds where the values are files of such; a `clip` may be a number.
+_PERHAPS = re.compile(r"(sounds?|speech|voices?|waveforms?|wavs?|recordings?|clips?|movies?|films?|media)")
+_FILES = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v", ".wav", ".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac")
 BOXES = {"ref", "bbox", "bbox_2d", "boxes"}
 
 
@@ -108,6 +115,8 @@ def check_messages(messages: str | list[Message], column: str, has_images: bool)
 
 
 def _place(text: str) -> str | None:
+    if found := _OTHER_IMAGES.search(text):
+        return f"the text has a place `{short(found[0])}` for an image, spelled otherwise than `<image>`"
     found = _PLACES.search(text)
     return f"the text has a place `{found[0]}`" if found and f"</{found[1]}>" not in text else None
 
@@ -126,6 +135,8 @@ def _is_unread(name: str, sample: Sequence[dict[str, Any]]) -> bool:
     plain = _plain(name)
     if _of_an_answer(name) or _VIDEO_OR_SOUND.fullmatch(plain) or plain in ("bbox", "bboxes"):
         return True
+    if any(_is_recording(row.get(name), by_name=_PERHAPS.fullmatch(plain) is not None) for row in sample):
+        return True
     return plain == "objects" and any(_is_boxes(row.get(name)) for row in sample)
 
 
@@ -135,6 +146,16 @@ def _is_boxes(value: Any) -> bool:
     if isinstance(first, str):
         return any(f'"{word}"' in first for word in BOXES)
     return isinstance(first, dict) and not BOXES.isdisjoint(first)
+
+
+def _is_recording(value: Any, by_name: bool) -> bool:
+    """Whether it is a `datasets.Audio` or `Video`, decoded or not; with `by_name` also the file name of one."""
+    value = decode(value)
+    first = value[0] if isinstance(value, list) and value else value
+    if isinstance(first, dict):
+        path = first.get("path")
+        return first.get("sampling_rate") is not None or (isinstance(path, str) and path.lower().endswith(_FILES))
+    return by_name and isinstance(first, str) and first.lower().endswith(_FILES)
 
 
 def _plain(name: str) -> str:

@@ -48,6 +48,7 @@ class SplitPair:
     Attributes:
         fixed: places in `prompt` that no cut may take away: the tokens of images.
         after_text: tokens at the end of `prompt` that are none of its text: a processor has written them.
+        notes: what is to be said of the pair.
     """
 
     prompt: list[int]
@@ -55,6 +56,7 @@ class SplitPair:
     rejected: list[int]
     fixed: frozenset[int] = frozenset()
     after_text: int = 0
+    notes: tuple[str, ...] = ()
 
 
 class PairTokenizer(PairRenderer):
@@ -183,7 +185,10 @@ class PairTokenizer(PairRenderer):
         ]
         result = self._result(text, pair, kept, cut_chosen, cut_rejected, cut)
         return replace(
-            result, chosen_context=contexts[0], rejected_context=contexts[1], notes=text.notes + [NO_EOS_NOTE] * no_eos
+            result,
+            chosen_context=contexts[0],
+            rejected_context=contexts[1],
+            notes=[*text.notes, *pair.notes, *([NO_EOS_NOTE] * no_eos)],
         )
 
     def _context_tokens(

@@ -24,13 +24,14 @@ from orpo_dist.data.render_pair import RenderedPair
 from orpo_dist.data.tokenize import PairTokenizer, SplitPair, TokenizedPair
 from orpo_dist.data.typed_tokens import TokenNotes
 from orpo_dist.errors import BadRow, UserError
-from orpo_dist.images.decode import StoredImage, open_image, short
+from orpo_dist.images.decode import StoredImage, has_more_frames, open_image, short
 from orpo_dist.images.source import fetch_all, is_url
 from orpo_dist.options.data import PrepareOptions
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+FRAMES_NOTE = "an image has several frames (an animation, pages): the first is used"
 ADDED = -1  # place of a token that the processor does not write: BOS
 
 
@@ -198,6 +199,7 @@ class ImagePairTokenizer(PairTokenizer):
             places=places,
             processed_tokens=len(processed),
             image_sizes=tuple(image.size for image in opened),
+            notes=(FRAMES_NOTE,) if any(has_more_frames(image) for image in opened) else (),
         )
 
     def _result(
@@ -216,10 +218,25 @@ class ImagePairTokenizer(PairTokenizer):
             image_tokens=len(pair.fixed),
         )
 
+    def _begun(self, text: RenderedPair, alone: list[int], prompt: list[int]) -> list[int]:
+        prompt, begins = super()._begun(text, alone, prompt), self._begins_texts
+        return prompt if prompt[: len(begins)] == begins else [*begins, *prompt]
+
+    @cached_property
+    def _begins_texts(self) -> list[int]:
+        """What the processor itself writes before a text without images (Molmo 2: BOS)."""
+        word = self._ids([WORDS[0]])[0]
+        try:
+            written = self._processed(WORDS[0], [])
+        except BadRow:  # PaliGemma's takes no text by itself
+            return []
+        return written[: -len(word)] if written[-len(word) :] == word else []
+
     def _processed(self, text: str, images: "list[Image]") -> list[int]:
         try:
             # As tensors: Ovis 2's and others' need them to place the images' tokens.
-            made = self.processor(text=[text], images=[images], add_special_tokens=False, return_tensors="pt")
+            given = {"images": [images]} if images else {}
+            made = self.processor(text=[text], add_special_tokens=False, return_tensors="pt", **given)
         except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, AttributeError) as error:
             raise BadRow(
                 "image processor", self._image_column, f"the processor refuses the images: {short(str(error), 300)}"

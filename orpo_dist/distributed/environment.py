@@ -3,7 +3,8 @@
     world rank   any process. Sharding, saving and barriers count world ranks.
     data rank    a rank with its own pairs. Pairs, tokens and the global batch count data ranks.
 
-Every world rank is a data rank unless several ranks work on one pair.
+Every world rank is a data rank unless several ranks work on one pair (sequence_parallel_size): then neighbouring world
+ranks are one data rank.
 
 What is known depends on the stage: the launcher's variables (`launched_rank`), then the sharding that models are loaded
 for (`loading_sharding`, once TrainingArguments exist), then the accelerator (`sharding_of`).
@@ -109,6 +110,19 @@ def check_world_size(world_size: int) -> None:
         )
 
 
+def check_sequence_parallel(size: int, world_size: int) -> None:
+    """size: `sequence_parallel_size`.
+
+    Raises:
+        UserError: the processes cannot be shared out in groups of that size.
+    """
+    if size < 1 or world_size % size:
+        raise UserError(
+            f"sequence_parallel_size={size} does not divide the number of processes, {world_size}: each packed row is "
+            "shared by that many of them."
+        )
+
+
 @dataclass(frozen=True)
 class Environment:
     """The rank of this process, and how the run is sharded.
@@ -117,6 +131,7 @@ class Environment:
         world_rank, world_size: of all processes.
         local_rank: among the processes of this node.
         data_rank, data_ranks: the position among the ranks with their own pairs, and their number.
+        sequence_size, sequence_place: how many neighbouring ranks share one packed row, and the position among them.
     """
 
     world_rank: int
@@ -125,17 +140,28 @@ class Environment:
     data_rank: int
     data_ranks: int
     sharding: Sharding
+    sequence_size: int = 1
+    sequence_place: int = 0
 
     @classmethod
-    def of(cls, args: "TrainingArguments", sharding: Sharding) -> "Environment":
+    def of(cls, args: Any, sharding: Sharding) -> "Environment":
+        """args: an ORPOConfig."""
+        size = args.sequence_parallel_size
         return cls(
             world_rank=args.process_index,
             world_size=args.world_size,
             local_rank=args.local_process_index,
-            data_rank=args.process_index,
-            data_ranks=args.world_size,
+            data_rank=args.process_index // size,
+            data_ranks=args.world_size // size,
             sharding=sharding,
+            sequence_size=size,
+            sequence_place=args.process_index % size,
         )
+
+    @property
+    def speaks_for_pairs(self) -> bool:
+        """Whether this rank reports its pairs: one of those that share them."""
+        return self.sequence_place == 0
 
     @property
     def is_first(self) -> bool:

@@ -32,6 +32,7 @@ MAX_NAME = 300  # characters of a path in a message
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 # Of 16 bits per colour Pillow keeps the upper 8, which are nearly black where only the lower 12 are used.
 DARKEST = 15
+_FRAMES = "orpo_dist_frames"  # key of PIL.Image.Image.info
 _TRUNCATED = ("truncated", "unexpected end", "premature end", "not enough", "buffer is not large enough")
 
 
@@ -64,7 +65,10 @@ def open_image(stored: StoredImage, column: str | None = None) -> "Image":
             image.load()
             if sixteen_bits and numpy.asarray(image.convert("RGB")).max() <= DARKEST:
                 raise ValueError("of its 16 bits per colour only the lower 12 are used; store it with 8")
-            return _upright_rgb(image)
+            upright = _upright_rgb(image)
+            # A phone's JPEG (MPO) has a preview or a depth map for a second frame.
+            upright.info[_FRAMES] = image.format != "MPO" and getattr(image, "is_animated", False)
+            return upright
     except BadRow:
         raise
     except Image.DecompressionBombError as error:
@@ -75,6 +79,11 @@ def open_image(stored: StoredImage, column: str | None = None) -> "Image":
         truncated = isinstance(error, EOFError) or any(word in str(error).lower() for word in _TRUNCATED)
         kind = "truncated image" if truncated else "unreadable image"
         raise BadRow(kind, column, f"{where} cannot be decoded: {short(str(error))}") from None
+
+
+def has_more_frames(image: "Image") -> bool:
+    """Whether the file that `open_image` read this image from has frames after it: an animation, or pages."""
+    return bool(image.info.get(_FRAMES))
 
 
 def read_bytes(stored: StoredImage, column: str | None = None) -> bytes:

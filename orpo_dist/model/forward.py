@@ -10,6 +10,7 @@ from orpo_dist.errors import UserError
 from orpo_dist.loss import Objective, PairScores, orpo_loss
 from orpo_dist.model.packed.choose_layout import LayoutChoice
 from orpo_dist.model.routers import balancing_loss
+from orpo_dist.packing.exchange import sequence_group
 from orpo_dist.packing.layout import PackedLayout
 from orpo_dist.packing.padded import PaddedLayout, score_padded
 
@@ -34,6 +35,8 @@ class PairForward:
         layout = batch["orpo_layout"].to(device)
         tensors = {name: value for name, value in batch.items() if name != "orpo_layout"}
         if isinstance(layout, PackedLayout):
+            if layout.split is not None:
+                layout.split.group = sequence_group(layout.split.where.size)
             with self._layout.in_force(), self._layout.autocast():
                 loss = model(**tensors, orpo_layout=layout, use_cache=False)
             assert layout.scores is not None

@@ -72,6 +72,13 @@ UNSHARED_MIXER = Patch(
     link=_TORCH_MODULE,
     undone="after each micro-batch (LayoutChoice.in_force); by PackingVerdict.restore()",
 )
+SLICED_ROW = Patch(
+    name="slice of a packed row",
+    replaces="forward hooks of the text model, where several ranks share a row",
+    reason="Its layers run on this rank's slice of the row; what stands before them (images) needs all of it.",
+    link=_TORCH_MODULE,
+    undone="after each micro-batch (LayoutChoice.in_force); by PackingVerdict.restore()",
+)
 CARRIED_LAYOUT = Patch(
     name="carried layout",
     replaces="forward of decoder layers that give their attention or mixer no keywords",
@@ -204,6 +211,20 @@ WIDENED_PIXELS = Patch(
     reason="Llama 4's processor makes bfloat16, which weights in float32 refuse outside of autocast.",
     link=f"{_TRANSFORMERS}/models/llama4/image_processing_llama4.py",
     undone="never: the processor makes them so as long as the model lives",
+)
+TOKEN_TYPES_OF_TEXT = Patch(
+    name="token types of text",
+    replaces="forward pre-hooks of the inner model",
+    reason="Molmo 2 refuses to train without mm_token_type_ids, which rows without images do not have.",
+    link=f"{_TRANSFORMERS}/models/molmo2/modeling_molmo2.py",
+    undone="after train(), by the handles that type_text_tokens() returns",
+)
+RUNNING_STATISTICS = Patch(
+    name="running statistics of batch norms",
+    replaces="forward pre-hooks of batch norms",
+    reason="In training mode a pair's features would depend on its micro-batch, and a frozen tower would change.",
+    link="https://docs.pytorch.org/docs/stable/generated/torch.nn.BatchNorm2d.html",
+    undone="after train(), by the handles that keep_running_statistics() returns",
 )
 PRESENT_LAYERS = Patch(
     name="present layers",

@@ -162,11 +162,12 @@ def computes_mrope_positions(model: type[nn.Module]) -> bool:
     """Whether a model class can compute positions in three axes (Qwen-VL) from token types, without its weights.
 
     transformers has no common base class or mixin for it: the families share a method, `get_rope_index`, which takes
-    `mm_token_type_ids` in those that need nothing else.
+    `mm_token_type_ids` and `image_grid_thw` in those that need nothing else. MiniCPM-V 4.7 reads its tokens too.
     https://github.com/huggingface/transformers/blob/main/src/transformers/models/qwen2_vl/modeling_qwen2_vl.py
     """
     method = getattr(model, "get_rope_index", None)
-    return method is not None and "mm_token_type_ids" in inspect.signature(method).parameters
+    taken = inspect.signature(method).parameters if method is not None else ()
+    return "mm_token_type_ids" in taken and "image_grid_thw" in taken
 
 
 def has_image_features(model: type[nn.Module]) -> bool:

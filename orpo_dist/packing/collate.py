@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from orpo_dist.packing.layout import PackedLayout, PairSegment, position_ids
+from orpo_dist.packing.split import SequencePlace
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,15 @@ class PackedCollator:
     prompt tokens (row 0 above) are not scored. Tokens that `chosen_context` and `rejected_context` name, as
     [start, stop, ...] within their completion, are in the row and not scored: turns that the model did not write.
 
+    sequence: this rank's place where several ranks share the row. The tensors are of the whole row on each of them.
+
     Raises:
         ValueError: a prompt or a completion without tokens; the data step drops such pairs.
     """
 
     prefix_sharing: bool
     nll_scope: str
+    sequence: SequencePlace | None = None
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         ids: list[int] = []
@@ -62,8 +66,9 @@ class PackedCollator:
             ids += prompt + chosen + (rejected if self.prefix_sharing else prompt + rejected)
         input_ids = torch.tensor(ids)
         weight = torch.tensor([row["weight"] for row in rows], dtype=torch.float32)
+        layout = PackedLayout(segments, input_ids, weight, [row["index"] for row in rows])
         return {
             "input_ids": input_ids[None],
             "position_ids": position_ids(segments)[None],
-            "orpo_layout": PackedLayout(segments, input_ids, weight, [row["index"] for row in rows]),
+            "orpo_layout": layout.split_over(self.sequence),
         }

@@ -193,10 +193,12 @@ class ImageCollator:
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if self.filler is not None and not any(row.get("images") for row in rows):
             rows = [*rows, self.filler]
-        return self.collate(rows, process_prompts(self.processor, rows))
+        # A processor need not put the images of all rows one behind the other in the first dimension (MiniCPM-V).
+        prompts = process_prompts(self.processor, [*rows, *rows] if self.pixels_twice else rows)
+        return self.collate(rows, prompts)
 
     def collate(self, rows: Sequence[dict[str, Any]], prompts: PromptImages) -> dict[str, Any]:
-        """The batch of rows whose prompts have been through the processor."""
+        """The batch of rows whose prompts have been through the processor, twice with `pixels_twice`."""
         batch = self.inner(rows)
         if isinstance(batch["orpo_layout"], PackedLayout):
             self._finish_packed(batch, rows, prompts)
@@ -223,13 +225,10 @@ class ImageCollator:
         if prefix and not token_types:
             token_types["token_type_ids"] = [torch.zeros(len(row["prompt_ids"]), dtype=torch.long) for row in rows]
         for name, types in token_types.items():
-            rows_of_types = [F.pad(kind, (0, length - len(kind)), value=int(prefix)) for kind in types]
+            rows_of_types = [F.pad(kind, (0, length - len(kind)), value=int(prefix)) for kind in types[: len(rows)]]
             batch[name] = torch.stack(rows_of_types * 2)
-        if self.pixels_twice:
-            batch |= {name: torch.cat([tensor, tensor]) for name, tensor in prompts.tensors.items()}
-            return
         batch |= prompts.tensors
-        if self.rules.positions is not None:
+        if self.rules.positions is not None and not self.pixels_twice:
             texts = torch.arange(length).expand(1, 2 * len(rows), length)
             images = torch.zeros(3, 2 * len(rows), length, dtype=torch.long)
             for i, positions in enumerate(self._mrope(rows, prompts)):

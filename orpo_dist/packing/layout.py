@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from orpo_dist.loss import PairScores
+from orpo_dist.packing.split import RowSplit, SequencePlace
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -92,6 +93,7 @@ class PackedLayout:
     index: positions of the pairs in the dataset, on the host.
     tokens, pairs: () totals of the whole global batch, written by the trainer once per optimizer step.
     scores: per-pair results, written by the loss head.
+    split: what this rank holds of the row where several ranks share it (packing/split.py); None: it has all of it.
     reached: whether a layer has used it: some models drop the keywords that they do not know.
     prompt_blocks: (sum of P,) for prompts with bidirectional attention: tokens of a prompt with the same number see
         each other, -1 where attention is causal; None where it is causal everywhere. A block is one stretch of tokens.
@@ -134,6 +136,7 @@ class PackedLayout:
         self.tokens: torch.Tensor | None = None
         self.pairs: torch.Tensor | None = None
         self.scores: PairScores | None = None
+        self.split: RowSplit | None = None
         self.reached = False
         self.prompt_blocks: torch.Tensor | None = None
         self.visibility: dict[tuple[int, int, int | None], torch.Tensor] = {}
@@ -146,8 +149,8 @@ class PackedLayout:
 
     @property
     def scored_targets(self) -> torch.Tensor:
-        """(N,) the token that each of `rows` predicts."""
-        return self.targets
+        """(N,) the token that each of `rows` predicts; of a split row (n,), those of its slice."""
+        return self.targets if self.split is None else self.targets[self.split.places]
 
     @property
     def scored_counts(self) -> list[tuple[int, int, int]]:
@@ -159,6 +162,11 @@ class PackedLayout:
         if self.prompt_blocks is None or (self.shared and sequence % 2):
             return None
         return self.prompt_blocks.split([s.prompt for s in self.segments])[sequence // 2]
+
+    def split_over(self, where: SequencePlace | None) -> "PackedLayout":
+        """Share the row with the ranks of a group, before `to`; None: leave it whole."""
+        self.split = None if where is None else RowSplit(where, self.length, self.rows, self.scored_counts)
+        return self
 
     def counts(self) -> torch.Tensor:
         """(2,) float64 NLL tokens and pairs of this micro-batch. Called before `to`: no device sync."""
@@ -175,9 +183,10 @@ class PackedLayout:
         return self._replace(torch.Tensor.pin_memory)
 
     def _replace(self, change) -> "PackedLayout":
-        for name, value in vars(self).items():
-            if isinstance(value, torch.Tensor):
-                setattr(self, name, change(value))
+        for part in (self, self.split):
+            for name, value in vars(part).items() if part is not None else ():
+                if isinstance(value, torch.Tensor):
+                    setattr(part, name, change(value))
         self.visibility, self.block_masks = {}, {}
         return self
 

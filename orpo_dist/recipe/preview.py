@@ -40,6 +40,16 @@ class RecipePreview:
         return bool(self.values.get("load_in_4bit") or self.values.get("load_in_8bit"))
 
 
+def check_row_groups(view: RecipePreview, processes_per_node: int) -> None:
+    """Raises UserError if ranks that share a row would lie on several nodes: they exchange heads in each layer."""
+    size = view.values.get("sequence_parallel_size")
+    if size is not None and str(size).isdigit() and int(size) and processes_per_node % int(size):
+        raise UserError(
+            f"sequence_parallel_size={size} does not divide the {processes_per_node} processes of a node: the ranks "
+            "that share a row must be on one node."
+        )
+
+
 def preview(recipe: str | Path, flags: Sequence[str] = ()) -> RecipePreview:
     """Read a recipe and its flags (`--name value`, `--name=value`, `--switch`, `--no_switch`).
 

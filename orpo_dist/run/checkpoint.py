@@ -222,8 +222,7 @@ def sweep(run: Path) -> list[Path]:
     """Remove checkpoints that a killed run left partly written or partly deleted; returns their folders."""
     if not run.is_dir():
         return []
-    for staged in (run / STAGING).glob("checkpoint-*"):
-        _finish_publishing(staged, run)
+    finish_publishing(run)
     unfinished = [*(run / STAGING).glob("*"), *run.glob(f"{DELETING}*")]
     shutil.rmtree(run / STAGING, ignore_errors=True)
     for folder in run.glob(f"{DELETING}*"):
@@ -231,9 +230,14 @@ def sweep(run: Path) -> list[Path]:
     return unfinished
 
 
-def _finish_publishing(staged: Path, run: Path) -> None:
+def finish_publishing(run: Path) -> None:
     """Finish the two renames of `publish` that a kill has left half done, or undo the first. Without its second one the
     checkpoint of that step is under neither name."""
+    for staged in (run / STAGING).glob("checkpoint-*"):
+        _finish_publishing(staged, run)
+
+
+def _finish_publishing(staged: Path, run: Path) -> None:
     target, old = run / staged.name, run / f"{DELETING}{staged.name}"
     if target.exists() or not old.is_dir():
         return

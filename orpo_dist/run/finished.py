@@ -68,7 +68,7 @@ def _summary(path: Path) -> RunSummary | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return RunSummary(**{field.name: content[field.name] for field in fields(RunSummary)})
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
 
 

@@ -179,7 +179,7 @@ def _read(path: Path) -> Owner | None:
         return Owner(**json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return Owner("an unknown host", "", 0, 0.0, "")
 
 

@@ -15,6 +15,7 @@ from orpo_dist.run.checkpoint import (
     Damaged,
     Manifest,
     checkpoint_folders,
+    finish_publishing,
     read_manifest,
     set_aside,
     unchecked,
@@ -34,12 +35,13 @@ def checkpoint_to_resume(
 
     `auto`: the newest complete one in the run's folder, or a fresh start; `true`: the newest complete one, which must
     exist; else a path. `say` reports, on rank 0, each checkpoint that is skipped. A damaged one that is skipped counts
-    as incomplete from then on.
+    as incomplete from then on. One whose publication a kill has interrupted is put under its name first.
 
     Raises:
         UserError: no such checkpoint, one that is not complete or damaged, or a fresh start in a folder that holds the
             checkpoints of another run.
     """
+    on_first_rank(lambda: finish_publishing(folder))
     word = str(asked or "false").lower()
     if word in _NO:
         newest = on_first_rank(lambda: [path.name for path in checkpoint_folders(folder)][-1:])

@@ -23,6 +23,7 @@ from orpo_dist.model.packed.choose_layout import LayoutChoice
 from orpo_dist.model.packed.compile import compile_blocks
 from orpo_dist.model.patches import BLOCKS_COMPILED_ALREADY, Patched, replace_attribute
 from orpo_dist.model.routers import router_aux_loss_coef
+from orpo_dist.model.running_statistics import keep_running_statistics
 from orpo_dist.options.durations import seconds_of
 from orpo_dist.packing.lengths import PairLengths
 from orpo_dist.run.fingerprint import fingerprint
@@ -138,6 +139,8 @@ class BuildingTrainer(Trainer):
             borrowed.change(lambda: compile_blocks(adapted, **compiler))
         borrowed.change(self.layout.fix_rotary)
         borrowed.change(self.layout.widen_pixels)
+        borrowed.change(self.layout.type_text_tokens)
+        borrowed.change(lambda: keep_running_statistics(adapted))
         return model
 
     def _choose_layout(self, model: Any, args: ORPOConfig) -> None:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 from transformers import TrainerState
+from transformers.trainer_utils import HubStrategy
 
 from orpo_dist.config import ORPOConfig
 from orpo_dist.distributed.environment import Environment
@@ -71,6 +72,12 @@ class CheckpointWriter:
         self._beside: Together | None = None
         self.staging: Path | None = None
         self.background = Background()
+        if args.async_save and args.push_to_hub and args.hub_strategy != HubStrategy.END:
+            logger.warning(
+                "async_save: each save is uploaded (hub_strategy=%s) and has to be written first, so training waits "
+                "for it. With hub_strategy=end it does not.",
+                HubStrategy(args.hub_strategy).value,
+            )
 
     def save(self, run: Path, state: TrainerState, write: Callable[[], None], progress: Progress) -> Path:
         """Write RUN/checkpoint-N for step N. A collective: every rank must call it.
@@ -90,6 +97,10 @@ class CheckpointWriter:
             UserError: the run's folder is not shared by all nodes, or another run has taken it over.
         """
         self.background.wait()
+        with _making_room(run):
+            return self._save(run, state, write, progress)
+
+    def _save(self, run: Path, state: TrainerState, write: Callable[[], None], progress: Progress) -> Path:
         ranks, step = Together(), state.global_step
         staged = run / checkpoints.STAGING / f"checkpoint-{step}"
         ranks.first(lambda: _try(lambda: _begin(staged, run), run, step))
@@ -134,6 +145,10 @@ class CheckpointWriter:
 
     def _finish(self, save: _Save, ranks: Together, deferred: DeferredWrites | None = None) -> None:
         """From staged files, or files in memory, to the published checkpoint. Every rank takes part."""
+        with _making_room(save.run):
+            self._finish_together(save, ranks, deferred)
+
+    def _finish_together(self, save: _Save, ranks: Together, deferred: DeferredWrites | None) -> None:
         run, step, staged = save.run, save.step, save.staged
         if deferred is not None:
             ranks.each(lambda: _try(deferred.write, run, step))
@@ -178,6 +193,17 @@ def _begin(staged: Path, run: Path) -> None:
     staged.mkdir(parents=True)
 
 
+@contextmanager
+def _making_room(run: Path) -> Iterator[None]:
+    """Remove the files of a checkpoint that could not be written. The ranks have agreed by then that it could not: none
+    still writes."""
+    try:
+        yield
+    except SaveError:
+        shutil.rmtree(run / checkpoints.STAGING, ignore_errors=True)
+        raise
+
+
 def _try(work: Callable[[], Result], run: Path, step: int) -> Result:
     try:
         return work()
@@ -185,7 +211,6 @@ def _try(work: Callable[[], Result], run: Path, step: int) -> Result:
         reason = checkpoints.why_unwritable(error, run)
         if reason is None:
             raise
-        shutil.rmtree(run / checkpoints.STAGING, ignore_errors=True)
         whole = [folder.name for folder in checkpoints.checkpoint_folders(run)]
         left = f"{whole[-1]} is whole" if whole else "there is none from before"
         raise SaveError(

@@ -62,7 +62,9 @@ class EvaluatingTrainer(SavingTrainer):
         check_evaluation_loader(dataloader)
         loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
         keeps_pairs = not loss_only
-        self._evaluation = evaluation = EvaluationPass(self._objective, keeps_pairs=keeps_pairs)
+        self._evaluation = evaluation = EvaluationPass(
+            self._objective, keeps_pairs=keeps_pairs, speaks_for_pairs=self.environment.speaks_for_pairs
+        )
         with self._throughput.paused():
             output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         metrics = evaluation.metrics(self.accelerator)
@@ -102,10 +104,10 @@ class EvaluatingTrainer(SavingTrainer):
             self._step_guard.stops = True
             step = self.state.global_step
             folder = self._run_folder / f"checkpoint-{step}"
-            self._checkpoints.background.wait()
+            self._finish_saving()
             if step and not on_first_rank(lambda: (folder / MARKER).is_file()):
                 self._save_checkpoint(self.model_wrapped, trial)
-                self._checkpoints.background.wait()
+                self._finish_saving()
             raise self._stopped(step, str(folder) if step else None) from None
 
     def _reply(self, inputs: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:

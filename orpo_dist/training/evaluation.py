@@ -27,18 +27,20 @@ class EvaluationPass:
 
     Args:
         keeps_pairs: whether to keep mean log-probabilities per pair, for `compute_metrics` and predict().
+        speaks_for_pairs: whether this rank adds its pairs, which others may have too.
     """
 
-    def __init__(self, objective: Objective, *, keeps_pairs: bool):
+    def __init__(self, objective: Objective, *, keeps_pairs: bool, speaks_for_pairs: bool = True):
         self._objective = objective
         self._sums = MetricSums()
+        self._speaks = speaks_for_pairs
         self._pairs: list[tuple[int, float, float]] | None = [] if keeps_pairs else None
 
     def add(self, scores: PairScores, indices: list[int]) -> None:
         """scores: of the B pairs of one micro-batch. indices: their (B,) positions in the set, FILLER for a pair of
         weight zero."""
         self._sums.add(pair_sums(scores, self._objective))
-        if self._pairs is not None:
+        if self._pairs is not None and self._speaks:
             chosen, rejected = scores.chosen_logps.tolist(), scores.rejected_logps.tolist()
             self._pairs += zip(indices, chosen, rejected, strict=True)
 

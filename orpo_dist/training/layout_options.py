@@ -15,6 +15,7 @@ from orpo_dist.model.packed.choose_layout import ImageSetup, LayoutOptions
 from orpo_dist.options.model import compute_dtype
 from orpo_dist.packing.images import shortest_with_images
 from orpo_dist.packing.lengths import PairLengths, pair_lengths, sharing_gain
+from orpo_dist.packing.split import SequencePlace
 from orpo_dist.run.prepare import Preparation
 
 LEAST_SHARING_GAIN = 1.05
@@ -51,7 +52,13 @@ def layout_options(
         compute_dtype=compute_dtype(args.bf16, args.fp16),
         trl_collator=trl_collator,
         images=_image_setup(sets, preparation, environment),
+        sequence=_sequence_place(environment),
     )
+
+
+def _sequence_place(environment: Environment) -> SequencePlace | None:
+    size = environment.sequence_size
+    return SequencePlace(size, environment.sequence_place) if size > 1 else None
 
 
 def _has_noise(args: ORPOConfig) -> bool:

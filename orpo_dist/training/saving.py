@@ -95,8 +95,13 @@ class SavingTrainer(BuildingTrainer):
             self._stop_requests.saved(seconds)
         return self._checkpoints.background.failed or self._stop_requests.reason() is not None
 
+    def _finish_saving(self) -> None:
+        """Wait for a checkpoint that is being written in the background. Raises SaveError if it cannot be."""
+        with self.hang_watch.phase("save", "a save in the background"):
+            self._checkpoints.background.wait()
+
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        self._checkpoints.background.wait()  # the last checkpoint may be the best one
+        self._finish_saving()  # the last checkpoint may be the best one
         return super()._finalize_training(*args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -189,7 +194,7 @@ class SavingTrainer(BuildingTrainer):
         """Raises RunStopped if the ranks have agreed to stop."""
         step = self.state.global_step
         if self._step_guard.stops and step < self.state.max_steps:
-            self._checkpoints.background.wait()
+            self._finish_saving()
             raise self._stopped(step, str(self._run_folder / f"checkpoint-{step}"))
 
     def _stopped(self, step: int, checkpoint: str | None) -> RunStopped:

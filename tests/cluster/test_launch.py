@@ -72,6 +72,29 @@ def test_configs_are_fitted_to_the_nodes(tmp_path):
     assert deepspeed["zero_optimization"]["zero_hpz_partition_size"] == 2
 
 
+DEEPSPEED = "distributed_type: DEEPSPEED\ndeepspeed_config:\n  deepspeed_config_file: ds.json\n"
+
+
+@pytest.mark.parametrize(
+    ("config", "deepspeed", "said"),
+    [
+        ("a: [", "{}", r"own.yaml cannot be read: while parsing"),
+        ("- a\n- b\n", "{}", "own.yaml holds no settings"),
+        (DEEPSPEED, None, "ds.json cannot be read: No such file"),
+        (DEEPSPEED, '{"a": 1,}', "ds.json cannot be read: Expecting property name"),
+        (DEEPSPEED, "[" * 100000, "ds.json cannot be read: nested too deeply"),
+        (DEEPSPEED, "[1]", "ds.json holds no settings"),
+    ],
+)
+def test_a_config_that_cannot_be_read_is_one_line(tmp_path, config, deepspeed, said):
+    (tmp_path / "own.yaml").write_text(config)
+    if deepspeed is not None:
+        (tmp_path / "ds.json").write_text(deepspeed)
+    with pytest.raises(UserError, match=said) as refused:
+        fitted_config(tmp_path / "own.yaml", Placement(), tmp_path / "out")
+    assert "\n" not in str(refused.value)
+
+
 @pytest.mark.parametrize("path", sorted(accelerate_config("ddp").parent.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_names_its_nodes_launcher(path):
     """pdsh, DeepSpeed's default, would start the other nodes a second time."""
@@ -96,6 +119,13 @@ def test_every_config_names_its_nodes_launcher(path):
 def test_refused_before_anything_starts(recipe, capsys, arguments, said):
     assert main(["launch", *arguments, str(recipe)]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_run_folder_that_cannot_be_made(recipe, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("ORPO_DIST_CACHE", str(tmp_path / "cache"))
+    where = ["--nodes", "2", "--head-address", "n1", "--cpu", "--accelerate-config", "ddp"]
+    assert main(["launch", *where, str(recipe), "--output_dir", str(recipe / "run")]) == 2
+    assert f"Cannot make the run's folder {recipe / 'run'}: Not a directory." in capsys.readouterr().err
 
 
 def test_several_nodes_without_gpus_must_say_cpu(recipe, capsys):
@@ -127,9 +157,9 @@ def test_a_dry_run_hides_variables_of_ranks_and_secrets(recipe, capsys, monkeypa
 MPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}
 
 
-def run_script(recipe, *arguments, bash=(), **variables):
+def run_script(recipe, name="multi_node", **variables):
     done = subprocess.run(
-        [*bash, REPOSITORY / "launch" / "multi_node.sh", *arguments, "--cpu", "--dry-run", recipe],
+        [REPOSITORY / "launch" / f"{name}.sh", "--cpu", "--dry-run", recipe],
         env={"PATH": os.environ["PATH"], "PYTHONPATH": str(REPOSITORY), "PYTHON": sys.executable, **variables},
         capture_output=True,
         text=True,
@@ -151,6 +181,14 @@ def test_the_script_under_the_variables_of_schedulers(recipe, tmp_path):
     assert "NNODES says 3 nodes, and OMPI_COMM_WORLD_SIZE says 2" in said
     code, printed, said = run_script(recipe, **cache, **MPI)
     assert code == 2 and "--head-address is missing" in said
+
+
+@pytest.mark.parametrize("name", ["single_gpu", "multi_gpu"])
+def test_scripts_for_one_machine_mean_this_machine(recipe, tmp_path, name):
+    """Also in a job of several nodes."""
+    code, printed, said = run_script(recipe, name, ORPO_DIST_CACHE=str(tmp_path), LSB_HOSTS="n1 n2", NNODES="3")
+    assert code == 0, said
+    assert printed == f"{shlex.quote(sys.executable)} -m orpo_dist.cli train {recipe} --use_cpu true\n"
 
 
 def test_restarts_of_a_pytorchjob(monkeypatch):

@@ -8,18 +8,27 @@ import threading
 
 import pytest
 
-from orpo_dist.cluster.processes import run_launcher
+from orpo_dist.cluster.processes import first_cause, run_launcher
 
 # Rank 1 ends as told, or asks the launcher to stop once both ranks run.
 PROGRAM = """
 import os, signal, sys, time
 rank = int(os.environ["RANK"])
-open(f"{rank}.txt", "w").write(os.environ["SECRET"])
+open(f"{rank}.txt", "a").write(os.environ["SECRET"])
+if "OMPI_COMM_WORLD_SIZE" in os.environ:
+    sys.exit(9)
 if sys.argv[1] == "wait":
-    signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
+    number = signal.Signals[sys.argv[2]]
+    signal.signal(number, lambda *_: sys.exit(75))
     if rank == 1:
-        os.kill(os.getppid(), signal.SIGUSR1)
+        time.sleep(0.5)
+        os.kill(os.getppid(), number)
     time.sleep(60)
+if sys.argv[1] == "hup":
+    time.sleep(0.5)
+    os.kill(os.getppid() if rank else os.getpid(), signal.SIGHUP)
+    time.sleep(0.5)
+    sys.exit(0)
 sys.exit(int(sys.argv[1]) if rank == 1 else 0)
 """
 
@@ -29,9 +38,11 @@ def launch(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("OMP_NUM_THREADS", "SECRET", "SLURM_STEP_ID"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "9")  # of the launchers, not of the processes
+    monkeypatch.setenv("PET_MAX_RESTARTS", "3")  # torchrun would start again whatever the exit code
     (tmp_path / "program.py").write_text(PROGRAM)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    return lambda how: run_launcher([*command, "program.py", how], {"SECRET": "hush"})
+    return lambda *how: run_launcher([*command, "program.py", *how], {"SECRET": "hush"})
 
 
 def settings():
@@ -50,8 +61,33 @@ def test_the_exit_code_is_the_processes(code, lines, launch, tmp_path, capfd):
     assert "Traceback" not in told and told.count("rank 1 ") == told.count("exit code 1") == lines
 
 
-def test_a_signal_reaches_the_processes(launch):
-    assert launch("wait") == 75
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGHUP"])
+def test_a_signal_reaches_the_processes(launch, name):
+    assert launch("wait", name) == 75
+
+
+def test_below_nohup_a_closed_terminal_changes_nothing(launch):
+    """SIGHUP is ignored there, by the processes too; the launcher must not set a handler of its own."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert launch("hup") == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    ("ends", "cause"),
+    [
+        ([(0, 1), (1, -9)], "rank 1 was killed by SIGKILL"),
+        ([(0, -15), (3, -11)], "rank 3 was killed by SIGSEGV"),
+        ([(2, 1), (0, -15)], "rank 2 ended with exit code 1"),
+        ([(0, -15)], "rank 0 was killed by SIGTERM"),
+        ([(0, -63)], "rank 0 was killed by signal 63"),
+        ([], ""),
+    ],
+)
+def test_the_first_cause(ends, cause):
+    assert first_cause(ends) == cause
 
 
 def test_in_a_thread(launch):

@@ -13,6 +13,8 @@ from orpo_dist.cluster import orphans
 from orpo_dist.cluster.peers import Peers
 from orpo_dist.cluster.processes import GroupEnd, run_group
 from orpo_dist.cluster.restarts import Restarts, run_with_restarts
+from orpo_dist.errors import RunStopped
+from orpo_dist.run.checkpoint import seal
 
 # Each start takes the next word: what rank 1 does after a step. `5+kill` writes checkpoint-5 before.
 PROGRAM = """
@@ -41,7 +43,10 @@ if rank == 1:
         time.sleep(0.3)
         os.kill(os.getpid(), signal.SIGKILL)
     sys.exit(int(how))
-time.sleep(0 if how in ("0", "75") else 30)
+for _ in range(300):  # torchrun ends rank 1 when this one fails, if need be before its first line
+    time.sleep(0.1)
+    if how in ("0", "75") and (run / "starts.1").exists() and len((run / "starts.1").read_text().splitlines()) > number:
+        break
 sys.exit(int(how) if how in ("0", "75") else 1)
 """
 
@@ -103,18 +108,40 @@ def test_no_process_outlives_its_group(restarted, tmp_path, monkeypatch):
     assert not psutil.pid_exists(orphan) or psutil.Process(orphan).status() == psutil.STATUS_ZOMBIE
 
 
+class StopsInBetween(Peers):
+    """A signal comes while the nodes agree."""
+
+    def agree(self, end, decide):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return super().agree(end, decide)
+
+
 def test_a_run_that_was_asked_to_stop_is_not_restarted(tmp_path):
-    """Between two groups, and while one is starting."""
     starts = []
 
     def start(resume, restart):
         starts.append(restart)
-        os.kill(os.getpid(), signal.SIGTERM)
         return GroupEnd(137, "rank 0 was killed by SIGKILL")
 
     before = signal.getsignal(signal.SIGTERM)
-    assert run_with_restarts(start, 3, tmp_path, "", Peers({})) == 137
+    assert run_with_restarts(start, 3, tmp_path, "", StopsInBetween({})) == 137
     assert starts == [0] and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_stop_before_there_are_processes_starts_none(tmp_path):
+    """While the launcher's libraries are imported, which takes seconds."""
+    (tmp_path / "checkpoint-5").mkdir()
+    (tmp_path / "checkpoint-5" / "complete.json").touch()
+
+    def start(resume, restart):
+        os.kill(os.getpid(), signal.SIGHUP)
+        raise AssertionError("it goes on")
+
+    before = signal.getsignal(signal.SIGHUP)
+    with pytest.raises(RunStopped) as stop:
+        run_with_restarts(start, 3, tmp_path, "", Peers({}))
+    assert stop.value.code == 75 and "Stopped at step 5 (SIGHUP): saved" in str(stop.value)
+    assert signal.getsignal(signal.SIGHUP) == before
 
 
 def test_a_run_started_from_a_path_goes_on_from_what_it_saved(tmp_path):
@@ -128,6 +155,16 @@ def test_a_run_started_from_a_path_goes_on_from_what_it_saved(tmp_path):
     (tmp_path / "checkpoint-6").mkdir()
     (tmp_path / "checkpoint-6" / "complete.json").touch()
     assert restarts._resume("checkpoint-9") == ["--resume_from_checkpoint", str(tmp_path / "checkpoint-6")]
+
+
+def test_a_checkpoint_between_two_names_is_one(tmp_path):
+    """Killed while checkpoint-5 was replaced, with no other: without it the run would not know where to go on."""
+    seal_in = tmp_path / "_saving" / "checkpoint-5"
+    for folder in (seal_in, tmp_path / "_deleting-checkpoint-5"):
+        folder.mkdir(parents=True)
+        seal(folder, 5, 2, {})
+    verdict = Restarts(1, tmp_path, "", tmp_path).decide([GroupEnd(137, "rank 0 was killed by SIGKILL")])
+    assert verdict.said == "restart 1 of 1: rank 0 was killed by SIGKILL; resuming from checkpoint-5"
 
 
 def test_one_process_is_replaced_too_and_ends_with_its_launcher(tmp_path):

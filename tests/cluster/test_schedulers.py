@@ -41,6 +41,7 @@ def pbs(tmp_path):
         (POD, "job-master-0", 23456),
         (POD | {"PET_NNODES": "2", "PET_NODE_RANK": "1", "PET_NPROC_PER_NODE": "4", "WORLD_SIZE": "8"}, "job-master-0",
          23456),
+        (POD | {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "gpu", "WORLD_SIZE": "8"}, "job-master-0", 23456),
         (ELASTIC, "job-worker-0", 29400),
         (SRUN, "n1", 11234),
         (SRUN | {"PMI_SIZE": "2", "PMI_RANK": "1", "PMIX_RANK": "1"}, "n1", 11234),
@@ -64,6 +65,7 @@ def test_pbs(pbs):
     # pbsdsh starts tasks on nodes without the file: number and head come from the job script.
     remote = {"PBS_JOBID": "4242.server", "PBS_NODEFILE": "/var/spool/pbs/aux/4242.server", "PBS_NODENUM": "1"}
     assert place(remote, nodes=2, head="n1") == (2, 1, "n1", None)
+    assert place(remote | {"PBS_NUM_NODES": "2"}, head="n1") == (2, 1, "n1", None)  # Torque
 
 
 def test_lsf_by_the_number_of_blaunch():
@@ -73,6 +75,7 @@ def test_lsf_by_the_number_of_blaunch():
 def test_a_list_of_hosts_in_a_file(tmp_path):
     (tmp_path / "hosts").write_text("n1\nn2\n")
     assert place({"LSB_DJOB_HOSTFILE": str(tmp_path / "hosts")}) == (2, 1, "n1", None)
+    assert place({"LSB_DJOB_RANKFILE": str(tmp_path / "hosts")}) == (2, 1, "n1", None)
 
 
 def test_the_first_pod_of_an_indexed_job_is_known_by_its_name():
@@ -134,6 +137,8 @@ def test_flags_win():
             {"JOB_COMPLETION_INDEX": "0"},
             "JOB_COMPLETION_INDEX=0 says that this is node 0, and nothing says of how many",
         ),
+        (POD | {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "4", "WORLD_SIZE": "6"}, "PET_NNODES says 2 nodes, and WORLD"),
+        ({"PBS_JOBID": "7.s", "PBS_NODEFILE": "/gone", "PBS_NODENUM": "1"}, "PBS_NODENUM=1 says that this is node 1"),
         ({"PMIX_RANK": "1"}, "PMIX_RANK=1 says that this is node 1, and nothing says of how many"),
         (OPEN_MPI | {"MASTER_ADDR": "n1", "PET_MASTER_ADDR": "n3"}, "PET_MASTER_ADDR=n3 and MASTER_ADDR=n1"),
         (OPEN_MPI | {"MASTER_ADDR": "n1", "MASTER_PORT": "http"}, "MASTER_PORT=http is not a number"),

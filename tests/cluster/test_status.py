@@ -23,3 +23,21 @@ def test_a_run_folder_tells_its_state(tmp_path):
         "  last outcome: restarting: unhealthy: n2",
         "  excluded nodes: n1 n2",
     ]
+
+
+def test_what_a_full_disk_has_left_is_passed_over(tmp_path):
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "attempt").write_text("one")
+    (tmp_path / "slurm" / "outcome").write_bytes(b"\xff\xfe")
+    odd = [
+        "[1, 2]",
+        "7",
+        "null",
+        "[" * 100000,
+        '{"step": "x", "loss": [1]}',
+        '{"step": 3, "loss": 2.5}',
+        '{"loss": "nan"}',
+    ]
+    (tmp_path / "log.jsonl").write_text("\n".join(odd))
+    read = RunState.read(tmp_path)
+    assert (read.attempt, read.outcome, read.step, read.loss) == (0, "", 3, 2.5)

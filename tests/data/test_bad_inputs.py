@@ -170,6 +170,7 @@ INPUTS = {
     "images that differ between the answers": Input([{**PICTURE, "rejected_images": ["a.png"]}]),
     "a video, in a column of its own": second(TEXT, videos=["a.mp4"]),
     "a place for a video": image(prompt=[{"role": "user", "content": "<image><video>Hi"}]),
+    "a place for an image in another spelling": image(prompt=[{"role": "user", "content": "What is <image_1>?"}]),
     "an image beside the content of a message": image(prompt=[{**USER, "images": ["a.png"]}]),
     "an `index` without an image": image(prompt=[{"role": "user", "content": [{"type": "image", "index": 1}]}]),
     "pixels with negative values": image(images=[[-1.0, 1.0], [0.5, 0.5]]),

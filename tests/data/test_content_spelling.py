@@ -61,6 +61,14 @@ def test_a_role_whose_parts_would_be_printed(how):
     assert spelling.spelled({"role": "system", "content": "Be brief."})["content"] == "Be brief."
 
 
+def test_text_stays_as_it_was_written_where_the_template_takes_it():
+    """Gemma 4's template writes a space after each part of a system message."""
+    spaced = EITHER.replace("{{ part['text'] }}", "{{ part['text'] ~ ' ' }}")
+    spelling = spelling_of(by_role(system=spaced, user=spaced, assistant=spaced))
+    for role in ("system", "user", "assistant"):
+        assert spelling.spelled({"role": role, "content": "Be brief."})["content"] == "Be brief."
+
+
 def test_a_role_that_the_template_refuses_is_left_as_it_is():
     spelling = spelling_of(by_role(system="{{ 1 / 0 }}", user=EITHER, assistant=EITHER))
     for role in ("system", "nobody"):

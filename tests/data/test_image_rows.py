@@ -252,6 +252,15 @@ def test_a_message_that_carries_its_image_takes_none_of_the_column():
     assert [image["bytes"] for image in pair.images] == [png(), b"of the column"]
 
 
+def test_frames_that_are_not_used_are_said(folder):
+    other = drawing(64, 96, 2)
+    PICTURE.save(folder / "images" / "a.gif", save_all=True, append_images=[other])
+    row = {**TRL, "images": ["images/a.gif"]}
+    prepared = prepare_pairs([TRL, row], qwen_processor(), PrepareOptions(image_folder=str(folder)), name="train")
+    (note,) = prepared.notes
+    assert (note.rows, note.row, "several frames" in note.kind) == (1, 1, True)
+
+
 def test_images_are_ignored_when_asked():
     for row in (TRL, openai({"type": "image_url", "image_url": {"url": "https://example.org/a.png"}})):
         pair = read(row, image_column="")

@@ -37,6 +37,10 @@ UNREAD = [
     {"objects": {"ref": ["dog"], "bbox": [[1, 2, 3, 4]]}},
     {"objects": [{"bbox_2d": [1, 2, 3, 4], "label": "dog"}]},
     {"bbox": [1, 2, 3, 4]},
+    {"sound": {"array": [0.1, 0.2], "sampling_rate": 16000}},
+    {"spoken": {"bytes": b"RIFF", "path": "a.wav"}},
+    {"clip": "a.mp4"},
+    {"recordings": ["a.mp3", "b.mp3"]},
 ]
 
 
@@ -120,6 +124,24 @@ def test_places_of_other_media(place, chat_tokenizer):
     assert dropped.kind == "media not read" and place in dropped.reason
     html = {**TEXT, "prompt": [{"role": "user", "content": f"How do I use {place} in HTML?"}]}
     assert prepared([html], chat_tokenizer).dropped == []
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["<image 1>", "<image_1>", "<image-2>", "<|image_1|>", "<img>photo.jpg</img>", "<Image>", "<ImageHere>"],
+)
+def test_places_of_images_in_another_spelling(place):
+    row = {**TEXT, "images": [PICTURE]}
+    asking = {**row, "prompt": [{"role": "user", "content": f"What is in {place}?"}]}
+    (dropped,) = prepared([row, asking]).dropped
+    assert dropped.kind == "media not read" and f"`{place}` for an image" in dropped.reason
+    html = {**row, "prompt": [{"role": "user", "content": "How do I write <img src='photo.jpg'>?"}]}
+    assert prepared([row, html]).dropped == prepared([{**TEXT, "prompt": asking["prompt"]}]).dropped == []
+
+
+def test_columns_of_numbers_and_addresses_are_no_recordings(chat_tokenizer):
+    row = {**TEXT, "clip": 0.31, "media": "news", "source": "https://example.org/a.mp4"}
+    assert prepared([row], chat_tokenizer).dropped == []
 
 
 @pytest.mark.parametrize("key", ["images", "image", "videos", "audio"])

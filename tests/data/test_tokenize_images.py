@@ -15,6 +15,7 @@ from orpo_dist.images.decode import encode_image, open_image
 from orpo_dist.options.data import PrepareOptions
 from orpo_dist.packing.images import process_prompts
 from tests.data.processors import qwen_processor
+from tests.model.further_vlms import further_vlm
 from tests.model.tiny_vlms import FAMILIES, drawing, tiny_processor
 from tests.tiny_tokenizers import train_bpe
 
@@ -222,6 +223,18 @@ def test_completions_are_cut_as_ever():
     whole = tokenize(qwen_processor(), ONE)
     cut = tokenize(qwen_processor(), ONE, max_length=len(whole.prompt_ids) + 2)
     assert cut.prompt_ids == whole.prompt_ids and cut.chosen_ids == whole.chosen_ids[:2]
+
+
+def test_a_text_row_begins_as_the_processor_begins_every_text():
+    """Molmo 2's writes BOS itself, with images and without."""
+    processor, _ = further_vlm("Molmo 2")
+    bos = processor.tokenizer.bos_token_id
+    asked = [{"role": "user", "content": NONE.prompt[0]["content"]}]
+    text = processor.apply_chat_template(asked, add_generation_prompt=True)
+    result = tokenize(processor, NONE)
+    assert result.prompt_ids == processor(text=[text], add_special_tokens=False)["input_ids"][0]
+    assert result.prompt_ids[0] == tokenize(processor, ONE).prompt_ids[0] == bos
+    assert tiny_processor("llava").tokenizer.bos_token_id not in tokenize(tiny_processor("llava"), NONE).prompt_ids
 
 
 # -- the key of the cache --

@@ -13,6 +13,7 @@ from orpo_dist.distributed.environment import (
     LaunchedRank,
     Sharding,
     asked_fsdp_version,
+    check_sequence_parallel,
     check_world_size,
     fsdp_hidden,
     is_launched_with_others,
@@ -60,11 +61,35 @@ def test_every_world_rank_is_a_data_rank():
         local_process_index=1,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=5,
+        sequence_parallel_size=1,
     )
     environment = Environment.of(args, Sharding.ZERO2)
+    assert environment.speaks_for_pairs
     assert (environment.data_rank, environment.data_ranks) == (environment.world_rank, environment.world_size) == (3, 4)
     assert environment.global_batch(args) == 2 * 5 * 4
     assert not environment.is_first and not environment.is_first_on_node
+
+
+@pytest.mark.parametrize(("rank", "data_rank", "place"), [(0, 0, 0), (1, 0, 1), (2, 0, 2), (3, 1, 0), (5, 1, 2)])
+def test_neighbours_that_share_rows_are_one_data_rank(rank, data_rank, place):
+    args = SimpleNamespace(
+        process_index=rank,
+        world_size=6,
+        local_process_index=rank,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=5,
+        sequence_parallel_size=3,
+    )
+    environment = Environment.of(args, Sharding.FSDP)
+    assert (environment.data_rank, environment.data_ranks, environment.sequence_place) == (data_rank, 2, place)
+    assert environment.global_batch(args) == 2 * 5 * 2
+    assert environment.speaks_for_pairs == (place == 0)
+
+
+@pytest.mark.parametrize(("size", "world_size"), [(3, 4), (0, 4), (-1, 1), (2, 1)])
+def test_a_group_size_that_does_not_divide(size, world_size):
+    with pytest.raises(UserError, match=f"sequence_parallel_size={size} does not divide"):
+        check_sequence_parallel(size, world_size)
 
 
 @pytest.mark.parametrize(

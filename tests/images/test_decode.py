@@ -7,7 +7,7 @@ from PIL import Image
 
 from orpo_dist.errors import BadRow, UserError
 from orpo_dist.images import decode as images
-from orpo_dist.images.decode import encode_image, image_identity, open_image, require_pillow
+from orpo_dist.images.decode import encode_image, has_more_frames, image_identity, open_image, require_pillow
 from tests.images.pictures import encoded, gradient, png_of, stored
 
 
@@ -55,7 +55,17 @@ def test_sixteen_bit_grey_is_scaled():
 def test_of_several_frames_the_first():
     frames = [gradient().convert("P"), Image.new("P", (40, 30))]
     content = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    assert np.array(open_image(stored(content))).std() > 20
+    image = open_image(stored(content))
+    assert np.array(image).std() > 20 and has_more_frames(image)
+    assert not has_more_frames(open_image(stored(encoded(frames[0], "GIF"))))
+    phone = encoded(gradient(), "MPO", save_all=True, append_images=[gradient()])  # a photograph and its preview
+    assert not has_more_frames(open_image(stored(phone)))
+
+
+@pytest.mark.parametrize("format_name", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_formats_of_several_frames(format_name):
+    content = encoded(gradient(), format_name, save_all=True, append_images=[Image.new("RGB", (40, 30))])
+    assert has_more_frames(open_image(stored(content)))
 
 
 # -- what cannot be read --

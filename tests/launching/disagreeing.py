@@ -69,7 +69,7 @@ class Worker:
             write(deferred)
 
         DeferredWrites.write = full
-        trainer = self.trainer("full", save_strategy="steps", save_steps=1, async_save=True)
+        trainer = self.trainer("full", save_strategy="steps", save_steps=1, async_save=True, max_steps=8)
         told = outcome(trainer.train)
         DeferredWrites.write = write
         names = sorted(path.name for path in Path(f"{self.out}.full").glob("checkpoint-*"))

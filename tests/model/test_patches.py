@@ -30,15 +30,17 @@ from orpo_dist.model.attention.interface import PACKED_ATTENTION, register_packe
 from orpo_dist.model.head.install import install_head
 from orpo_dist.model.loading.adapters import disable_base_dropout, quiet_peft, record_base
 from orpo_dist.model.loading.load import loading_whole_models
-from orpo_dist.model.loading.vision import features_for_both, name_present_layers, widen_pixels
+from orpo_dist.model.loading.vision import features_for_both, name_present_layers, type_text_tokens, widen_pixels
 from orpo_dist.model.neftune import EmbeddingNoise
 from orpo_dist.model.packed.compile import compile_blocks
 from orpo_dist.model.packed.rotary import fix_rotary_frequencies
 from orpo_dist.model.packed.switch import use_packed_layout
 from orpo_dist.model.packed.verify import verify_layout
 from orpo_dist.model.patches import PATCHES, Patched, replace_attribute, replace_item, undo_all
+from orpo_dist.model.running_statistics import keep_running_statistics
 from orpo_dist.packing.collate import PackedCollator
 from orpo_dist.training.deferred_writes import DeferredWrites
+from tests.model.further_vlms import further_vlm
 from tests.model.packing_reference import rows
 from tests.model.tiny_models import HEADS, tiny_model
 
@@ -65,6 +67,8 @@ NAMES = {
     "peft's deprecation warning",
     "image features for both completions",
     "pixels in the tower's precision",
+    "running statistics of batch norms",
+    "token types of text",
     "present layers",
     "image options of a processor",
     "skipped step",
@@ -249,6 +253,8 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], set[patches.Patc
     "features": (lambda: tiny_model("llava"), _both, {patches.SHARED_FEATURES}),
     "present layers": (lambda: tiny_model("llava"), name_present_layers, {patches.PRESENT_LAYERS}),
     "pixels": (lambda: tiny_model("llava"), widen_pixels, {patches.WIDENED_PIXELS}),
+    "token types": (lambda: further_vlm("Molmo 2")[1], type_text_tokens, {patches.TOKEN_TYPES_OF_TEXT}),
+    "batch norms": (lambda: nn.Sequential(nn.BatchNorm2d(2)), keep_running_statistics, {patches.RUNNING_STATISTICS}),
     "image options": (
         lambda: SimpleNamespace(),
         _set("images_kwargs", {"do_pan_and_scan": True}, patches.FIXED_IMAGE_OPTIONS),

@@ -146,6 +146,7 @@ def test_older_families_have_the_common_names_as_attributes_only():
 def test_vision_families_share_method_names():
     qwen, llava = type(tiny_model("qwen2_5_vl").base_model), type(tiny_model("llava").base_model)
     assert computes_mrope_positions(qwen) and not computes_mrope_positions(llava)
+    assert not computes_mrope_positions(t.MiniCPMV4_7Model)  # which reads the tokens around an image
     assert has_image_features(qwen) and has_image_features(llava)
     assert not has_image_features(t.LlamaModel)
 

@@ -83,8 +83,19 @@ def test_padded_positions_and_pixels():
     ]
     assert torch.equal(batch["pixel_values"], PIXELS)
     assert batch["token_type_ids"].tolist() == [[1, 1, 0, 0, 0, 0], [0] * 6] * 2
-    twice = collated(ImageRules(), padded, pixels_twice=True)
-    assert torch.equal(twice["pixel_values"], torch.cat([PIXELS, PIXELS]))
+
+
+def test_pixels_twice_go_through_the_processor_twice(monkeypatch):
+    """MiniCPM-V's processor puts the patches of all images behind each other in the last dimension."""
+
+    def last(processor, rows):
+        types = [torch.ones(len(row["prompt_ids"]), dtype=torch.long) for row in rows]
+        return PromptImages({"pixel_values": PIXELS.repeat(1, len(rows))}, {"token_type_ids": types}, [1] * len(rows))
+
+    monkeypatch.setattr("orpo_dist.packing.images.process_prompts", last)
+    batch = ImageCollator(PaddedCollator(0, "sequence"), None, ImageRules(), pixels_twice=True)(ROWS)
+    assert torch.equal(batch["pixel_values"], PIXELS.repeat(1, 4))
+    assert batch["token_type_ids"].tolist() == [[1, 1, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0]] * 2
 
 
 def test_the_filler_comes_where_no_row_has_an_image(monkeypatch):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from orpo_dist.errors import UserError
-from orpo_dist.run.checkpoint import SET_ASIDE, Manifest, seal
+from orpo_dist.run.checkpoint import DELETING, SET_ASIDE, STAGING, Manifest, seal
 from orpo_dist.run.resume import check_same_run, checkpoint_to_resume
 
 FINGERPRINT = {
@@ -33,6 +33,19 @@ def test_the_newest_complete_one(run, asked):
     said = []
     assert checkpoint_to_resume(asked, run, said.append) == str(run / "checkpoint-10")
     assert len(said) == 1 and said[0].startswith("Skipping checkpoint-15: ")
+
+
+@pytest.mark.parametrize("asked", ["auto", "true", "path"])
+def test_one_that_a_kill_left_between_two_names(run, asked):
+    """checkpoint-10 was written again: the old one is moved away, and the new one not yet in its place."""
+    (run / "checkpoint-10").rename(run / f"{DELETING}checkpoint-10")
+    new = run / STAGING / "checkpoint-10"
+    new.mkdir(parents=True)
+    (new / "weights").write_text("new")
+    seal(new, 10, 1, FINGERPRINT)
+    path = str(run / "checkpoint-10")
+    assert checkpoint_to_resume(path if asked == "path" else asked, run, lambda line: None) == path
+    assert (run / "checkpoint-10" / "weights").read_text() == "new"
 
 
 def test_a_path(run):

@@ -43,16 +43,17 @@ def pairs(n, vocab, seed):
     return [{"prompt_ids": ids(2, 60), "chosen_ids": ids(1, 40), "rejected_ids": ids(1, 40)} for _ in range(n)]
 
 
-def run(setting, name, config, launcher=None, launcher_changes=None, **more):
+def run(setting, name, config, launcher=None, launcher_changes=None, processes=2, **more):
     settings = {key: setting[key] for key in ("model", "tokenizer", "train", "eval")}
     if "load_in_4bit" in more:
         settings["model"] = str(setting["folder"] / "wide")
     settings |= {"config": config, **more}
-    return run_worker(settings, setting["folder"] / name, launcher, launcher_changes=launcher_changes)
+    out = setting["folder"] / name
+    return run_worker(settings, out, launcher, processes=processes, launcher_changes=launcher_changes)
 
 
-def assert_same(outcome, reference, weight_tolerance=1e-5):
-    assert outcome.facts["world_size"] == 2
+def assert_same(outcome, reference, weight_tolerance=1e-5, world_size=2):
+    assert outcome.facts["world_size"] == world_size
     assert len(outcome.log) == len(reference.log)
     for ours, theirs in zip(outcome.log, reference.log, strict=True):
         for key in theirs.keys() - SKIP_IN_LOG:

@@ -56,7 +56,7 @@ def test_a_checkpoint_that_one_rank_cannot_write_beside_the_training_ends_all(se
     (told, step, names), of_1 = seen["a_checkpoint_that_one_rank_cannot_write"]
     assert of_1 == [told, step, names]
     assert told.startswith("SaveError: Cannot save checkpoint-2") and "no space left on the device" in told
-    assert step == 3 and names == ["checkpoint-1"]
+    assert step in (3, 4) and names == ["checkpoint-1"]
 
 
 @pytest.mark.topology

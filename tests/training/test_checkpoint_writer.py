@@ -8,7 +8,7 @@ from transformers import TrainerState
 
 from orpo_dist.distributed.environment import Environment, Sharding
 from orpo_dist.errors import SaveError
-from orpo_dist.run.checkpoint import verify
+from orpo_dist.run.checkpoint import checkpoint_folders, verify
 from orpo_dist.training.checkpoint_writer import CheckpointWriter
 from orpo_dist.training.progress import Progress
 from tests.trainer_runs import config
@@ -80,3 +80,21 @@ def test_another_error_goes_up_as_it_is(writer, tmp_path):
 
     with pytest.raises(ZeroDivisionError):
         writer.save(tmp_path, TrainerState(global_step=2), broken, PROGRESS)
+
+
+@pytest.mark.parametrize(("strategy", "told"), [("every_save", True), ("checkpoint", True), ("end", False)])
+def test_asynchronous_saves_that_an_upload_waits_for_are_named(tmp_path, caplog, strategy, told):
+    args = config(tmp_path, async_save=True, push_to_hub=True, hub_strategy=strategy, hub_model_id="me/run")
+    CheckpointWriter(args, {}, ALONE)
+    assert (f"hub_strategy={strategy}" in caplog.text) is told
+
+
+def test_an_asynchronous_save_is_there_when_it_has_been_waited_for(tmp_path):
+    writer = CheckpointWriter(config(tmp_path, async_save=True), {"model": {}}, ALONE)
+    for step in (1, 2):
+        published, _ = save(writer, tmp_path, step)
+    writer.background.wait()
+    assert published == tmp_path / "checkpoint-2"
+    for folder in checkpoint_folders(tmp_path):
+        assert torch.load(folder / "metrics_0.pt", weights_only=True)["total_loss"] == 1.5
+        verify(folder)

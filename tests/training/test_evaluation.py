@@ -54,3 +54,10 @@ def test_pairs_are_kept_only_when_asked_for():
 
 def test_prefix():
     assert with_prefix({"loss": 1, "eval_own": 2}, "eval") == {"eval_loss": 1, "eval_own": 2}
+
+
+def test_a_rank_that_shares_its_pairs_gives_no_predictions():
+    silent = EvaluationPass(Objective(), keeps_pairs=True, speaks_for_pairs=False)
+    silent.add(scores([-1.0], [-1.5], [0.0]), [0])
+    predicted = silent.predictions()
+    assert predicted is not None and [len(side) for side in predicted.predictions] == [0, 0]

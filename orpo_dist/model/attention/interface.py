@@ -6,8 +6,11 @@ mask builders return None, and the layout, an extra keyword of `model(...)`, alo
     CUDA, half precision   one kernel over all pairs, from model/attention/kernels.py
     the rest               sequence by sequence, model/attention/sequences.py: any device, float32, attention dropout
 
-Shape legend: T tokens of the packed row, D head size, Hq query heads, Hk key heads.
+Shape legend: T tokens of the packed row (of this rank's slice, where several share it), D head size, Hq query heads,
+Hk key heads.
 """
+
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -16,6 +19,7 @@ from transformers import AttentionInterface
 from orpo_dist.model.attention.kernels import KernelCase, trusted_kernel
 from orpo_dist.model.attention.sequences import Scores, explicit_attention, sdpa_attention
 from orpo_dist.model.packed.carried import carried_layout
+from orpo_dist.model.packed.slices import on_whole_rows
 from orpo_dist.model.packed.temperature import query_scale
 from orpo_dist.model.patches import PACKED_ATTENTION_FUNCTION, Patched
 from orpo_dist.packing.layout import PackedLayout, PackedLayoutError
@@ -60,12 +64,25 @@ def packed_attention(
         dropout=dropout,
     )
     query, key, value = _one_dtype(query, key, value)
+    if layout.split is None:
+        return _attend(query, key, value, layout, scores), None
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+        return _attend(q, k, v, layout, replace(scores, sinks=sinks))
+
+    return on_whole_rows(attend, query, key, value, layout.split, s_aux), None
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PackedLayout, scores: Scores
+) -> torch.Tensor:
+    """(1, heads, T, D) to (1, T, heads, D), of all heads or of this rank's share of them."""
     trusted = trusted_kernel(KernelCase.of(query, key, value, layout, scores))
     if trusted is not None:
-        return trusted.kernel(query, key, value, layout, scores), None
-    if softcap is not None or s_aux is not None:
-        return explicit_attention(query, key, value, layout, scores), None
-    return sdpa_attention(query, key, value, layout, scores), None
+        return trusted.kernel(query, key, value, layout, scores)
+    if scores.softcap is not None or scores.sinks is not None:
+        return explicit_attention(query, key, value, layout, scores)
+    return sdpa_attention(query, key, value, layout, scores)
 
 
 def _checked(
@@ -89,9 +106,10 @@ def _checked(
     unknown = [option for option in _NOT_UNDERSTOOD if kwargs.get(option) is not None]
     if unknown:
         raise PackedLayoutError(f"{name} uses {', '.join(unknown)}, which the packed attention does not know.")
-    if query.shape[0] != 1 or query.shape[2] != layout.length:
+    length = layout.length if layout.split is None else layout.split.width
+    if query.shape[0] != 1 or query.shape[2] != length:
         raise PackedLayoutError(
-            f"{name} received {query.shape[0]} x {query.shape[2]} queries for a packed row of {layout.length} tokens."
+            f"{name} received {query.shape[0]} x {query.shape[2]} queries for a packed row of {length} tokens."
         )
     return layout
 

@@ -95,6 +95,7 @@ def _call_linear(
             tokens=layout.tokens,
             pairs=layout.pairs,
             chunk_rows=options.chunk_rows,
+            split=layout.split if isinstance(layout, PackedLayout) else None,
         )
         layout.scores = result.scores
         return result.loss

@@ -10,6 +10,7 @@ import torch
 
 from orpo_dist.loss import Objective, PairScores, orpo_loss
 from orpo_dist.model.head.chunks import CHOSEN, Chunk, PairRows, PairStarts, pair_starts, plan_chunks
+from orpo_dist.packing.split import RowSplit
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class HeadJob:
     pairs: torch.Tensor | None
     chunk_rows: int
     with_gradients: bool
+    split: RowSplit | None = None
     scores: PairScores | None = None
 
 
@@ -53,9 +55,8 @@ class ChunkedPass:
         self.extra_weights = [w.to(self.wide) for w in terms[3::2]]
 
         rows, vocabulary = hidden.shape[0], weight.shape[0]
-        self.starts = pair_starts(job.pair_rows)
-        self.plan = plan_chunks(job.pair_rows, job.chunk_rows)
-        longest = max(chunk.stop - chunk.start for chunk in self.plan)
+        self.starts, self.plan = self._planned()
+        longest = self._longest_chunk()
         self.logits = hidden.new_empty(longest, vocabulary, dtype=dtype)
         self.wide_logits = self.logits if dtype == self.wide else self.logits.to(self.wide)
         self.capped = None if job.transform.softcap is None else torch.empty_like(self.wide_logits)
@@ -80,7 +81,20 @@ class ChunkedPass:
         self.buffers: dict[int, list[torch.Tensor | None]] = {}
         self.filled: set[int] = set()
 
+    def _planned(self) -> tuple[list[PairStarts], list[Chunk]]:
+        return pair_starts(self.job.pair_rows), plan_chunks(self.job.pair_rows, self.job.chunk_rows)
+
+    def _longest_chunk(self) -> int:
+        return max(chunk.stop - chunk.start for chunk in self.plan)
+
     def run(self) -> torch.Tensor:
+        """() loss of these pairs. Fills in `gradients` and the job's scores."""
+        self._run_plan()
+        scores = self._scores()
+        self.job.scores = scores
+        return orpo_loss(scores, self.job.objective, self.tokens, self.pairs)
+
+    def _run_plan(self) -> None:
         for chunk in self.plan:
             rows = slice(chunk.start, chunk.stop)
             error = self._score(rows)
@@ -93,10 +107,7 @@ class ChunkedPass:
                 self._find_factors(chunk.closes)
             self._form_gradients(rows, error, self.gradients[1::2], self.factor[rows], None)
             if chunk.closes and self.starts[chunk.closes[0]].chosen < chunk.start:
-                self._close_open_rows(chunk)
-        scores = self._scores()
-        self.job.scores = scores
-        return orpo_loss(scores, self.job.objective, self.tokens, self.pairs)
+                self._scale_open_rows(self.starts[chunk.closes[0]], chunk.start)
 
     def _score(self, rows: slice) -> torch.Tensor:
         """Log-probabilities and mean logits of a chunk; returns (n, V) softmax - onehot (log-softmax when no gradient
@@ -173,22 +184,33 @@ class ChunkedPass:
 
     def _find_factors(self, closing: Sequence[int]) -> None:
         """Writes the factor of the completions' rows: d(tokens * loss)/d(log-probability) negated."""
-        starts = [self.starts[i] for i in closing]
-        first, last = closing[0], closing[-1] + 1
+        chosen, rejected = _branch_means(self.logps, [self.starts[i] for i in closing])
+        by_chosen, by_rejected = self._by_means(closing, chosen, rejected)
+        for k, i in enumerate(closing):
+            s = self.starts[i]
+            self._set_factors(i, by_chosen[k] / (s.rejected - s.chosen), by_rejected[k] / (s.end - s.rejected))
+
+    def _by_means(
+        self, pairs: Sequence[int], chosen: torch.Tensor, rejected: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """d(tokens * loss)/d(mean log-probability) of both completions of these pairs, without the NLL term."""
         with torch.enable_grad():
-            chosen, rejected = (means.requires_grad_() for means in _branch_means(self.logps, starts))
+            chosen, rejected = chosen.requires_grad_(), rejected.requires_grad_()
             nothing = torch.zeros_like(chosen)
-            scores = PairScores(chosen, rejected, nothing, nothing, nothing, nothing, self.pair_weight[first:last])
+            weight = torch.stack([self.pair_weight[i] for i in pairs])
+            scores = PairScores(chosen, rejected, nothing, nothing, nothing, nothing, weight)
             loss = self.tokens * orpo_loss(scores, self.job.objective, self.tokens, self.pairs)
             by_chosen, by_rejected = torch.autograd.grad(loss, (chosen, rejected))
-        for i, s in enumerate(starts):
-            self.factor[s.chosen : s.rejected] = self.pair_weight[first + i] - by_chosen[i] / (s.rejected - s.chosen)
-            self.factor[s.rejected : s.end] = -by_rejected[i] / (s.end - s.rejected)
+        return by_chosen, by_rejected
 
-    def _close_open_rows(self, chunk: Chunk) -> None:
-        """Scales the gradients of open chunks; `chunk` closes their pair."""
-        start = self.starts[chunk.closes[0]]
-        rows = slice(start.chosen, chunk.start)
+    def _set_factors(self, pair: int, by_chosen: torch.Tensor, by_rejected: torch.Tensor) -> None:
+        s = self.starts[pair]
+        self.factor[s.chosen : s.rejected] = self.pair_weight[pair] - by_chosen
+        self.factor[s.rejected : s.end] = -by_rejected
+
+    def _scale_open_rows(self, start: PairStarts, stop: int) -> None:
+        """Scales the gradients of the open chunks of a pair, which end before row `stop`."""
+        rows = slice(start.chosen, stop)
         for gradient in self.gradients[0::2]:
             if gradient is not None:
                 gradient[rows] *= self.factor[rows, None]

@@ -75,3 +75,39 @@ def pair_starts(pair_rows: Sequence[PairRows]) -> list[PairStarts]:
         starts.append(PairStarts(at, chosen, rejected, rejected + pair.rejected))
         at = starts[-1].end
     return starts
+
+
+def plan_slice(
+    here: Sequence[PairRows], whole: Sequence[PairRows], rounds: Sequence[Sequence[int]], size: int
+) -> tuple[list[list[Chunk]], list[Chunk]]:
+    """The chunks of the rows that one rank of a sequence-parallel group holds.
+
+    here, whole: scored rows of each pair on this rank, and on all of them. rounds: pairs whose completions lie on
+    several ranks (packing/split.py). Those here are the first or the last rows of the slice.
+
+    Returns: per round, the open chunks of its pairs here, none for most; then the plan of the other rows.
+    """
+    starts = pair_starts(here)
+    first = [[chunk for pair in pairs for chunk in _open_chunks(starts[pair], size)] for pairs in rounds]
+    spanning = {pair for pairs in rounds for pair in pairs}
+    rest = [PairRows(p.nll_prompt, 0, 0) if i in spanning else p for i, p in enumerate(here)]
+    present = [i for i, p in enumerate(rest) if p.nll_prompt + p.chosen + p.rejected]
+    if not present:
+        return first, []
+    offset = starts[present[0]].prompt  # the rows before are of completions that began on another rank
+    plan = []
+    for chunk in plan_chunks([rest[i] for i in present], size):
+        # A pair of which only prompt rows lie here has its completions elsewhere, and nothing to close.
+        closes = [i for i in (present[k] for k in chunk.closes) if rest[i].chosen and rest[i].chosen == whole[i].chosen]
+        pairs = range(closes[0], closes[-1] + 1) if closes else range(0)
+        plan.append(Chunk(chunk.start + offset, chunk.stop + offset, pairs, chunk.open_branch))
+    return first, plan
+
+
+def _open_chunks(start: PairStarts, size: int) -> list[Chunk]:
+    branches = ((CHOSEN, start.chosen, start.rejected), (REJECTED, start.rejected, start.end))
+    return [
+        Chunk(at, min(at + size, stop), range(0), branch)
+        for branch, begin, stop in branches
+        for at in range(begin, stop, size)
+    ]

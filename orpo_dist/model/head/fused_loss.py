@@ -29,6 +29,8 @@ from torch.autograd.function import once_differentiable
 from orpo_dist.loss import Objective, PairScores
 from orpo_dist.model.head.chunked_pass import ChunkedPass, HeadJob, LogitTransform
 from orpo_dist.model.head.chunks import PairRows
+from orpo_dist.model.head.slice_pass import SlicePass
+from orpo_dist.packing.split import RowSplit
 
 CPU_CHUNK_ROWS = 512
 ACCELERATOR_CHUNK_BYTES = 2**30
@@ -78,6 +80,7 @@ def fused_orpo_loss(
     tokens: torch.Tensor | None = None,
     pairs: torch.Tensor | None = None,
     chunk_rows: int | None = None,
+    split: RowSplit | None = None,
 ) -> FusedLoss:
     """ORPO loss of B pairs from the hidden states of their scored rows.
 
@@ -88,6 +91,8 @@ def fused_orpo_loss(
         pair_weight: (B,) 1, or 0 for a filler, which then adds exactly 0.
         tokens, pairs: () totals of the global batch; unset, those of these pairs alone.
         chunk_rows: rows whose logits exist at once.
+        split: of a row that several ranks share. `hidden` and `targets` are then of the slice, `pair_rows` of the whole
+            row, and the loss is this rank's share (model/head/slice_pass.py).
 
     Sums and statistics are float32 at least, matmuls in autocast's dtype, or in the weight's. With gradients disabled
     only the first matmul is done. The backward can run once.
@@ -107,6 +112,7 @@ def fused_orpo_loss(
         pairs,
         chunk_rows or default_chunk_rows(weight.shape[0], hidden.device),
         with_gradients=torch.is_grad_enabled(),
+        split=split,
     )
     loss = _FusedORPO.apply(job, *terms)
     assert job.scores is not None
@@ -119,7 +125,8 @@ class _FusedORPO(torch.autograd.Function):
         needed = [job.with_gradients and needs for needs in ctx.needs_input_grad[1:]]
         compute_dtype = _compute_dtype(terms[0], terms[1])
         with torch.autocast(terms[0].device.type, enabled=False):
-            work = ChunkedPass(job, terms, needed, compute_dtype)
+            kind = ChunkedPass if job.split is None else SlicePass
+            work = kind(job, terms, needed, compute_dtype)
             loss = work.run()
         # Kept on ctx rather than saved: the backward scales them in place and frees them.
         ctx.gradients, ctx.tokens, ctx.scale = work.gradients, work.tokens, job.transform.scale

@@ -127,7 +127,9 @@ class LossHead:
         loss = self.score(hidden, layout)
         if balances_routers and tokens is not None:
             scores = cast(PairScores, layout.scores)
-            share = (scores.weight * scores.nll_tokens).sum() / tokens
+            share = (layout.weight * scores.nll_tokens).sum() / tokens
+            if isinstance(layout, PackedLayout) and layout.split is not None:  # each of its ranks adds this much
+                share = share / layout.split.where.size
             loss = loss + self.router_aux_loss_coef * share * balancing_loss(outputs)
         return loss
 
@@ -150,18 +152,20 @@ class LossHead:
 
 
 def scored_hidden(hidden: torch.Tensor, layout: PairLayout) -> torch.Tensor:
-    """(N, H) scored rows of what the output layer is given, (1, T, H) or (2B, L, H).
+    """(N, H) scored rows of what the output layer is given, (1, T, H), (1, w, H) of a slice, or (2B, L, H).
 
     Raises:
         PackedLayoutError: it is given other rows than the padded batch has.
     """
     if isinstance(layout, PaddedLayout) and hidden.shape[:-1] != layout.targets.shape:
-        rows = " x ".join(map(str, hidden.shape[:-1]))
+        given = " x ".join(map(str, hidden.shape[:-1]))
         raise PackedLayoutError(
-            f"the output layer is given {rows} rows of a batch of {' x '.join(map(str, layout.targets.shape))}."
+            f"the output layer is given {given} rows of a batch of {' x '.join(map(str, layout.targets.shape))}."
         )
-    assert layout.rows is not None
-    return hidden.flatten(0, -2).index_select(0, layout.rows)
+    split = layout.split if isinstance(layout, PackedLayout) else None
+    rows = layout.rows if split is None else split.rows
+    assert rows is not None
+    return hidden.flatten(0, -2).index_select(0, rows)
 
 
 # ---------------------------------------------------------------- the model's forward without its output layer

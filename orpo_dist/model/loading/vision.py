@@ -24,6 +24,7 @@ from orpo_dist.errors import UserError
 from orpo_dist.model.patches import (
     PRESENT_LAYERS,
     SHARED_FEATURES,
+    TOKEN_TYPES_OF_TEXT,
     WIDENED_PIXELS,
     Patched,
     add_forward_pre_hook,
@@ -216,10 +217,21 @@ def _numbers_per_patch(base: PreTrainedModel) -> int:
     return 3 * side * side * (times if isinstance(times, int) else 1)
 
 
-def reads_by_cross_attention(base: PreTrainedModel) -> bool:
-    """Whether layers of the language model look at the images from the side (Llama 3.2 Vision), with a mask per token
-    that neither layout writes."""
-    return bool(config_value(base.config.get_text_config(), "cross_attention_layers"))
+def refuse_images(base: PreTrainedModel) -> None:
+    """Raises UserError for a model that cannot be trained on pairs with images, and why."""
+    if base.config.is_encoder_decoder:
+        reason = "is an encoder-decoder model, which is trained on text alone"
+    elif not is_vision_language(base.config):  # its tower would train unasked, for nothing says where it is
+        reason = "is not among transformers' models for images and text (AutoModelForImageTextToText)"
+    elif config_value(base.config.get_text_config(), "cross_attention_layers"):
+        # Llama 3.2 Vision: with a mask per token that neither layout writes
+        reason = "reads images by cross-attention, which is not supported in training"
+    else:
+        return
+    raise UserError(
+        f"{type(base).__name__} {reason}. Choose another vision-language model, or set image_column='' to train on the "
+        "text alone."
+    )
 
 
 def name_present_layers(model: nn.Module) -> list[Patched]:
@@ -256,6 +268,19 @@ def widen_pixels(base: PreTrainedModel) -> list[Patched]:
     towers = _towers(base, ("vision",))
     outermost = [name for name in towers if not any(name.startswith(f"{other}.") for other in towers)]
     return [add_forward_pre_hook(base.get_submodule(name), cast, WIDENED_PIXELS) for name in outermost]
+
+
+def type_text_tokens(base: PreTrainedModel) -> list[Patched]:
+    """Give Molmo 2 token types where a batch has none, for it has no image: in training it asks for them."""
+    if base.config.model_type != "molmo2":
+        return []
+
+    def typed(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        if kwargs.get("mm_token_type_ids") is None and kwargs.get("input_ids") is not None:
+            kwargs["mm_token_type_ids"] = torch.zeros_like(kwargs["input_ids"])
+        return args, kwargs
+
+    return [add_forward_pre_hook(base.base_model, typed, TOKEN_TYPES_OF_TEXT)]
 
 
 def shares_features(base: PreTrainedModel) -> bool:

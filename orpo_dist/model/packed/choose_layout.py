@@ -25,9 +25,10 @@ from orpo_dist.loss import Objective
 from orpo_dist.model.loading.vision import (
     features_for_both,
     image_rules,
-    reads_by_cross_attention,
+    refuse_images,
     shares_features,
     trains_vision,
+    type_text_tokens,
     vision_cost,
     widen_pixels,
 )
@@ -35,13 +36,15 @@ from orpo_dist.model.packed.choose_head import HeadChoice
 from orpo_dist.model.packed.rotary import fix_rotary_frequencies
 from orpo_dist.model.packed.switch import PackingVerdict, use_packed_layout
 from orpo_dist.model.packed.verify import LayoutCheck, verify_layout
-from orpo_dist.model.packed.verify_images import drawn_row, tiny_image_batch, verify_images
+from orpo_dist.model.packed.verify_images import drawn_row, image_rows, tiny_image_batch, verify_images
+from orpo_dist.model.packed.verify_slices import text_rows, verify_slices
 from orpo_dist.model.patches import Patched, undo_all
-from orpo_dist.model.upstream import text_model_of
+from orpo_dist.model.upstream import config_value, text_model_of
 from orpo_dist.packing.collate import PackedCollator
 from orpo_dist.packing.images import ImageCollator, process_prompts
 from orpo_dist.packing.padded import EncoderDecoderCollator, PaddedCollator, PaddedLayout
 from orpo_dist.packing.sampler import FILLER, UNNUMBERED
+from orpo_dist.packing.split import SequencePlace
 from orpo_dist.packing.token_ids import inside
 from orpo_dist.packing.trl_collator import TRLCollator
 
@@ -73,6 +76,7 @@ class LayoutOptions:
     trl_collator: a data collator of the user, which requires the padded layout.
     max_length: limit of P + C and P + R, or None.
     images: None if no row has any.
+    sequence: the place of this rank where several share a packed row, which the padded layout refuses.
     """
 
     objective: Objective
@@ -86,6 +90,7 @@ class LayoutOptions:
     compute_dtype: torch.dtype
     trl_collator: Callable[[list[dict]], dict[str, Any]] | None = None
     images: ImageSetup | None = None
+    sequence: SequencePlace | None = None
 
 
 class PairCollator:
@@ -163,6 +168,8 @@ class LayoutChoice:
         options = self.options
         self._verified = not options.verify_layout
         self._base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+        if options.images is not None:
+            refuse_images(self._base)
         self.router_aux_loss_coef, self._half_pixels = router_aux_loss_coef, False
         self.collator.chosen, self._verdict, self._takes_packed = self._padded_collator(), None, False
         self._head = HeadChoice(
@@ -176,6 +183,7 @@ class LayoutChoice:
             self._choose_packed(model, self._head)
         if self._head.head is None:
             logger.warning("Padded layout with full logits: %s.", self._head.reason)
+        self._refuse_padded_slices()
 
     def _choose_packed(self, model: nn.Module, choice: HeadChoice) -> None:
         options, head = self.options, choice.head
@@ -199,7 +207,7 @@ class LayoutChoice:
         if options.images is not None and not options.prefix_sharing:
             logger.warning("prefix_sharing=false has no effect on pairs with images: their pixels are encoded once.")
         sharing = options.prefix_sharing or options.images is not None
-        self.collator.chosen = self._with_images(PackedCollator(sharing, options.nll_scope))
+        self.collator.chosen = self._with_images(PackedCollator(sharing, options.nll_scope, options.sequence))
 
     def verify(self, model: nn.Module, *, may_fall_back: bool = True) -> None:
         """Compare both layouts on a tiny batch; every rank calls it, once, with the model as it will run.
@@ -218,7 +226,7 @@ class LayoutChoice:
             with self.in_force(), self.autocast():
                 reason = first_objection(self._verify_packed(model, self._verdict).reason)
             if not reason:
-                return
+                return self._verify_slices(model)
             self._fall_back(reason, may_fall_back)
             logger.warning("Padded layout: %s.", reason)
         reason = first_objection(self._verify_images(model).reason)
@@ -252,6 +260,15 @@ class LayoutChoice:
             raise UserError(f"The packed layout is wrong for this model: {reason}. Set padding_free=false.")
         self._verdict = None
         self.collator.chosen = self._padded_collator()
+        self._refuse_padded_slices(reason)
+
+    def _refuse_padded_slices(self, reason: str = "") -> None:
+        if self.options.sequence is not None and self._verdict is None:
+            raise UserError(
+                "sequence_parallel_size needs the packed layout, and this run has the padded one"
+                + (f": {reason}." if reason else " (see the line above).")
+                + " Set sequence_parallel_size=1."
+            )
 
     def _verify_packed(self, model: nn.Module, verdict: PackingVerdict) -> LayoutCheck:
         if self.options.images is not None:  # one of the pairs it compares has no image
@@ -259,6 +276,27 @@ class LayoutChoice:
         return verify_layout(
             model, verdict, prefix_sharing=self.prefix_sharing, compute_dtype=self.options.compute_dtype
         )
+
+    def _verify_slices(self, model: nn.Module) -> None:
+        """Compare slices of a row with the whole one, where ranks share rows.
+
+        Raises:
+            UserError: they differ.
+        """
+        collator, base, images = self.collator.chosen, self._base, self.options.images
+        if self.options.sequence is None or collator is None or base is None:
+            return
+        if isinstance(collator, ImageCollator) and images is not None:
+            batch = replace(collator, filler=None)(image_rows(base, collator.processor, images.example))
+        else:
+            batch = collator(text_rows(base))
+        with self.in_force(), self.autocast():
+            check = verify_slices(
+                model, batch, max_length=self.options.max_length, compute_dtype=self.options.compute_dtype
+            )
+        reason = first_objection(check.reason)
+        if reason:
+            raise UserError(f"sequence_parallel_size is wrong for this model: {reason}. Set sequence_parallel_size=1.")
 
     def _verify_images(self, model: nn.Module) -> LayoutCheck:
         collator, images = self.collator.chosen, self.options.images
@@ -270,6 +308,10 @@ class LayoutChoice:
         """Give the vision towers half-precision pixels in their own precision, if the processor makes such. Returns the
         handles."""
         return widen_pixels(self._base) if self._half_pixels and self._base is not None else []
+
+    def type_text_tokens(self) -> list[Patched]:
+        """Give a model that cannot train without token types those of text. Returns the handles."""
+        return type_text_tokens(self._base) if self._base is not None else []
 
     def fix_rotary(self) -> list[Patched]:
         """Fix rotary frequencies that follow the length (model/packed/rotary.py), if the model took the packed layout
@@ -317,11 +359,6 @@ class LayoutChoice:
         images, base = self.options.images, self._base
         if images is None or base is None:
             return collator
-        if reads_by_cross_attention(base):
-            raise UserError(
-                f"{type(base).__name__} reads images by cross-attention, which is not supported in training. Choose "
-                "another vision-language model, or set image_column='' to train on the text alone."
-            )
         prompt = drawn_row(images.example, images.processor)
         made = process_prompts(images.processor, [{**prompt, "index": FILLER}])
         # An estimate for balancing batches: families name their tensors and tokens in their own way.
@@ -346,7 +383,7 @@ class LayoutChoice:
         if config.is_encoder_decoder:
             if options.trl_collator is not None:
                 raise UserError("data_collator cannot be replaced for encoder-decoder models: leave it unset.")
-            start = config.decoder_start_token_id
+            start = config_value(config, "decoder_start_token_id")  # T5Gemma 2 has none
             if start is None:
                 raise UserError(
                     "The model's config has no decoder_start_token_id; set it (for T5 it is the pad token)."

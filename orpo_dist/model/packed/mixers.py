@@ -17,6 +17,7 @@ from torch import nn
 from orpo_dist.model.packed.carried import carried_layout
 from orpo_dist.model.patches import LAYOUT_SEEN, UNSHARED_MIXER, Patched, add_forward_hook, add_forward_pre_hook
 from orpo_dist.model.upstream import uses_attention_interface
+from orpo_dist.packing.exchange import gather_row
 from orpo_dist.packing.layout import PackedLayout, PackedLayoutError
 
 # A module that can keep state between decoding steps mixes tokens; these are the names that transformers gives it.
@@ -108,7 +109,9 @@ def _map(value: Any, layout: PackedLayout, change: Any) -> Any:
 
 
 def _unshare(tensor: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
-    """(1, T, ...) to (S, L, ...); other tensors as they are."""
+    """(1, T, ...) to (S, L, ...), a slice (1, w, ...) after the row is gathered; other tensors as they are."""
+    if layout.split is not None and tensor.shape[:2] == (1, layout.split.width):
+        tensor = gather_row(tensor, layout.split)
     if tensor.shape[:2] != (1, layout.length):
         return tensor
     sequences, longest = layout.unshare_index.shape
@@ -116,7 +119,8 @@ def _unshare(tensor: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
 
 
 def _reshare(tensor: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
-    """(S, L, ...) to (1, T, ...); other tensors as they are."""
+    """(S, L, ...) to (1, T, ...), or to this rank's slice; other tensors as they are."""
     if tensor.shape[:2] != layout.unshare_index.shape:
         return tensor
-    return tensor.flatten(0, 1).index_select(0, layout.reshare_index)[None]
+    row = tensor.flatten(0, 1).index_select(0, layout.reshare_index)[None]
+    return row if layout.split is None else layout.split.cut(row, 1)

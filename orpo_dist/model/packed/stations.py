@@ -116,7 +116,7 @@ class Comparison:
 
 
 @dataclass
-class _Pass:
+class StationPass:
     """One forward: what happens at a station. amplified: the second half of the pairs repeats the first, with GAIN."""
 
     where: TokenMap
@@ -149,7 +149,7 @@ class _Pass:
 
 
 @dataclass
-class _Reference(_Pass):
+class _Reference(StationPass):
     """found: (N, H) states by station."""
 
     found: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -164,7 +164,7 @@ class _Reference(_Pass):
 
 
 @dataclass
-class _Against(_Pass):
+class _Against(StationPass):
     """wanted: what the reference found. moved_by: relative shift of the states. errors: (M,) by station."""
 
     wanted: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -217,13 +217,13 @@ def compare_layouts(
     padded_map = TokenMap.padded(layout, padded).to(device)
     ours_map = TokenMap.packed(layout).to(device) if packed else padded_map
     found = _Reference(padded_map, amplified)
-    with _observed(base, found):
+    with observed_stations(base, found):
         reference()
     repeated = _Against(padded_map, amplified, wanted=found.found, moved_by=unit / 2)
-    with _observed(base, repeated):
+    with observed_stations(base, repeated):
         reference()
     ours = _Against(ours_map, amplified, wanted=found.found)
-    with _observed(base, ours):
+    with observed_stations(base, ours):
         compared()
     missed = next((name for name in repeated.errors if name not in ours.errors), None)
     if missed is not None:
@@ -270,7 +270,7 @@ def _equal_lengths(layout: PackedLayout, amplified: bool) -> list[list[int]]:
 
 
 @contextmanager
-def _observed(base: PreTrainedModel, work: _Pass) -> Iterator[None]:
+def observed_stations(base: PreTrainedModel, work: StationPass) -> Iterator[None]:
     text_model = text_model_of(base)
     mixers = find_token_mixers(text_model)
     inside = {id(mixer.module) for mixer in mixers}
@@ -289,7 +289,7 @@ def _observed(base: PreTrainedModel, work: _Pass) -> Iterator[None]:
         undo_all(handles)
 
 
-def _is_states(value: Any, work: _Pass) -> bool:
+def _is_states(value: Any, work: StationPass) -> bool:
     return (
         isinstance(value, torch.Tensor)
         and value.dim() == 3
@@ -298,7 +298,7 @@ def _is_states(value: Any, work: _Pass) -> bool:
     )
 
 
-def _taking(work: _Pass, name: str, kind: str) -> Callable[..., Any]:
+def _taking(work: StationPass, name: str, kind: str) -> Callable[..., Any]:
     """A pre-hook on a block or mixer: its first argument of the shape of states is the states."""
     station = f"{name} ({kind})"
 
@@ -314,7 +314,7 @@ def _taking(work: _Pass, name: str, kind: str) -> Callable[..., Any]:
     return hook
 
 
-def _giving(work: _Pass, name: str, kind: str) -> Callable[..., Any]:
+def _giving(work: StationPass, name: str, kind: str) -> Callable[..., Any]:
     """A hook on a mixer or on the text model: its first output is the states."""
     station = f"{name} ({kind})"
 

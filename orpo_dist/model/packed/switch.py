@@ -23,6 +23,7 @@ from orpo_dist.model.attention.interface import PACKED_ATTENTION
 from orpo_dist.model.packed.carried import layout_carriers
 from orpo_dist.model.packed.mixers import PackedRow, TokenMixer, Unsharing, find_token_mixers
 from orpo_dist.model.packed.rotary import fix_rotary_frequencies
+from orpo_dist.model.packed.slices import SliceRow
 from orpo_dist.model.packed.temperature import own_temperatures
 from orpo_dist.model.patches import OWN_TEMPERATURE, PACKED_ATTENTION_OF_MODEL, Patched, replace_attribute, undo_all
 from orpo_dist.model.upstream import config_value, has_window_in_masks_alone, text_model_of
@@ -99,7 +100,11 @@ def use_packed_layout(model: nn.Module, *, max_length: int | None) -> PackingVer
         ok=True,
         unshared=[mixer.name for mixer in unshared],
         fixed_rotary=list(fixed_rotary),
-        makers=[lambda: [*(_packed_attention_in(config) for config in configs), *own_temperature()], row.put_on],
+        makers=[
+            lambda: [*(_packed_attention_in(config) for config in configs), *own_temperature()],
+            row.put_on,
+            SliceRow(text_model).put_on,
+        ],
         rotary_patches=[handle for handles in fixed_rotary.values() for handle in handles],
         max_length=max_length,
     )

@@ -40,7 +40,9 @@ def query_scale(module: nn.Module) -> QueryScale | None:
 
 
 def _scale(module: Any, layout: PackedLayout) -> torch.Tensor:
-    """(1, 1, T, 1) float32, in Llama4TextAttention.forward's terms."""
+    """(1, 1, T, 1) float32, of a split row (1, 1, w, 1), in Llama4TextAttention.forward's terms."""
     positions = layout.reshare_index % layout.unshare_index.shape[1]  # unshared rows begin with their sequence
+    if layout.split is not None:
+        positions = layout.split.cut(positions, 0)
     steps = torch.floor((positions.float() + 1.0) / module.floor_scale)
     return (torch.log1p(steps) * module.attn_scale + 1.0)[None, None, :, None]

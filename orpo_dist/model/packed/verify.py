@@ -20,7 +20,7 @@ from orpo_dist.packing.layout import PackedLayout, PackedLayoutError
 from orpo_dist.packing.padded import PaddedCollator
 
 # What a forward raises that cannot compute what it is given.
-FAILURES = (ValueError, TypeError, RuntimeError, AttributeError, LookupError, AssertionError)
+FAILURES = (ValueError, TypeError, RuntimeError, AttributeError, LookupError, AssertionError, StopIteration)
 # P, C, R of pairs: each completion once the longer one, all beyond the window; every length twice (stations.py).
 _LENGTHS = ((9, 5, 8), (4, 9, 3)) * 2
 _WINDOW = 6  # stands in for the model's own window, which a tiny batch would not reach

@@ -65,13 +65,13 @@ def verify_images(
         UserError: the model's own forward cannot compute such pairs.
     """
     base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-    rows = _rows(base, collator.processor, example)
+    rows = image_rows(base, collator.processor, example)
     reference = _padded(collator, rows)
     batch = replace(collator, filler=None)(rows)
     layout = PackedCollator(prefix_sharing=True, nll_scope="sequence")(rows)["orpo_layout"]
     del reference["orpo_layout"]
     if verdict is not None:
-        layout = batch["orpo_layout"]
+        layout = batch["orpo_layout"].split_over(None)  # the exchange between ranks: verify_slices.py
         layout.tokens, layout.pairs = layout.counts().float().unbind()
     else:
         del batch["orpo_layout"]
@@ -110,7 +110,7 @@ def verify_images(
 
 def tiny_image_batch(base: PreTrainedModel, collator: ImageCollator, example: dict[str, Any]) -> dict[str, Any]:
     """Padded pairs with and without images, as the model itself takes them."""
-    return _padded(collator, _rows(base, collator.processor, example))
+    return _padded(collator, image_rows(base, collator.processor, example))
 
 
 def _padded(collator: ImageCollator, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def _run_own(model: nn.Module, base: PreTrainedModel, batch: dict[str, Any]) -> 
         ) from error
 
 
-def _rows(base: PreTrainedModel, processor: Any, example: dict[str, Any]) -> list[dict[str, Any]]:
+def image_rows(base: PreTrainedModel, processor: Any, example: dict[str, Any]) -> list[dict[str, Any]]:
     """Pairs with images of unequal size around one without, completions of unequal length; once more with other
     drawings and tokens, see model/packed/stations.py."""
     ordinary = ordinary_ids(base)

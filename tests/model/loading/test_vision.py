@@ -13,13 +13,16 @@ from orpo_dist.model.loading.vision import (
     freeze,
     frozen_parts,
     is_vision_language,
+    refuse_images,
     trains_vision,
+    type_text_tokens,
     vision_cost,
     vision_parts,
     widen_pixels,
     without_parts,
 )
 from orpo_dist.packing.images import process_prompts
+from tests.model.further_vlms import further_vlm
 from tests.model.tiny_models import tiny_model
 from tests.model.tiny_vlms import (
     FAMILIES,
@@ -151,6 +154,33 @@ def test_half_precision_pixels_reach_a_tower_in_its_precision():
     (handle,) = widen_pixels(model)
     assert torch.equal(tower(pixel_values=pixels).last_hidden_state, expected)
     assert handle.undo() and seen[0].dtype == torch.bfloat16
+
+
+def test_text_has_token_types_where_training_asks_for_them():
+    model = further_vlm("Molmo 2")[1]
+    ids = torch.tensor([[10, 11, 12]])
+    with pytest.raises(ValueError, match="`mm_token_type_ids` is required"):
+        model(input_ids=ids)
+    (handle,) = type_text_tokens(model)
+    found = model(input_ids=ids).logits
+    assert handle.undo() and torch.equal(model.eval()(input_ids=ids).logits, found)
+    assert type_text_tokens(tiny_vlm("llava")) == []
+
+
+SMALL_T5 = t.T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (lambda: t.T5ForConditionalGeneration(SMALL_T5), "T5ForConditionalGeneration is an encoder-decoder model"),
+        (lambda: tiny_model("llama"), "LlamaForCausalLM is not among transformers' models for images and text"),
+    ],
+)  # fmt: skip
+def test_images_are_refused(build, reason):
+    with pytest.raises(UserError, match=reason):
+        refuse_images(build())
+    refuse_images(tiny_vlm("llava"))
 
 
 def test_a_text_model_has_no_parts():

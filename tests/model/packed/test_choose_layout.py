@@ -11,6 +11,7 @@ from orpo_dist.model.packed import choose_layout
 from orpo_dist.model.packed.choose_layout import LayoutChoice, LayoutOptions
 from orpo_dist.model.packed.verify import LayoutCheck
 from orpo_dist.model.patches import undo_all
+from orpo_dist.packing.split import SequencePlace
 
 
 def choice(**changes):
@@ -26,6 +27,22 @@ def choice(**changes):
         compute_dtype=torch.float32,
     )
     return LayoutChoice(LayoutOptions(**{**defaults, **changes}))
+
+
+@pytest.mark.parametrize("changes", [{"padding_free": False}, {"trl_collator": len}])
+def test_ranks_share_packed_rows_only(tiny_llama, changes):
+    """Padded rows would be computed by each of them, and loss and gradients counted as often."""
+    layout = choice(sequence=SequencePlace(2, 0), **changes)
+    with pytest.raises(UserError, match="sequence_parallel_size needs the packed layout"):
+        layout.choose(tiny_llama(64), router_aux_loss_coef=0.0)
+
+
+def test_ranks_share_no_rows_of_a_model_that_falls_back(tiny_llama, monkeypatch):
+    layout, model = choice(sequence=SequencePlace(2, 0)), tiny_llama(64)
+    layout.choose(model, router_aux_loss_coef=0.0)
+    monkeypatch.setattr(choose_layout, "verify_layout", lambda *args, **options: LayoutCheck(1.0, 0.1, "wrong"))
+    with pytest.raises(UserError, match=r"this run has the padded one: wrong\. Set sequence_parallel_size=1"):
+        layout.verify(model)
 
 
 @pytest.mark.parametrize(
