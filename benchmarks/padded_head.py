@@ -2,7 +2,7 @@
 
     python benchmarks/padded_head.py              (CPU, about 2 minutes; writes results/padded_head.json)
 
-Forward and backward of one micro-batch of 4 pairs of 60 + 200 and 150 tokens, each measurement in a process of its own,
+Forward and backward of one micro-batch of 2 pairs of 60 + 200 and 150 tokens, each measurement in a process of its own,
 the two alternating; medians of three rounds. Time is that of the processor, which other load hardly changes.
 SmolLM2-135M's widths and vocabulary with few layers, random weights: what differs is the head alone.
 """
@@ -26,7 +26,7 @@ from orpo_dist.model.forward import PairForward
 from orpo_dist.model.packed.choose_layout import LayoutChoice, LayoutOptions
 
 WAYS = ("full logits", "loss head")
-LENGTHS = [[60, 200, 150]] * 4
+LENGTHS = [[60, 200, 150]] * 2
 
 
 def resident_gib() -> float:
