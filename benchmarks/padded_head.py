@@ -23,7 +23,8 @@ from worker import rows_of
 
 from orpo_dist.loss import Objective
 from orpo_dist.model.forward import PairForward
-from orpo_dist.model.packed.choose_layout import LayoutChoice, LayoutOptions
+from orpo_dist.model.packed.asked_layout import LayoutOptions
+from orpo_dist.model.packed.choose_layout import LayoutChoice
 
 WAYS = ("full logits", "loss head")
 LENGTHS = [[60, 200, 150]] * 2

@@ -27,6 +27,7 @@ MIRRORED_ELSEWHERE: dict[str, tuple[list[str], str]] = {
         ["model/loading/test_load.py", "model/loading/test_vision.py"],
         "loaded with its model",
     ),
+    "model/packed/asked_layout.py": (["model/packed/test_choose_layout.py"], "options, and the collator of the choice"),
     "model/packed/carried.py": (
         ["model/test_families.py", "model/packed/test_compile.py"],
         "families whose layers drop keywords",

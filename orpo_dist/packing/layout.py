@@ -183,10 +183,11 @@ class PackedLayout:
         return self._replace(torch.Tensor.pin_memory)
 
     def _replace(self, change) -> "PackedLayout":
-        for part in (self, self.split):
-            for name, value in vars(part).items() if part is not None else ():
-                if isinstance(value, torch.Tensor):
-                    setattr(part, name, change(value))
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                setattr(self, name, change(value))
+        if self.split is not None:
+            self.split.replace(change)
         self.visibility, self.block_masks = {}, {}
         return self
 

@@ -6,7 +6,7 @@ adds what one rank must know of its own slice. Host numbers and CPU tensors, mad
 Shape legend: B pairs, T tokens of the row, w tokens of a slice, N scored rows of the row, n those of this slice.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -59,6 +59,10 @@ class RowSplit:
         ]
         self.rounds = [pairs for pairs in (spanning[0::2], spanning[1::2]) if pairs]
         self.group: ProcessGroup | None = None
+
+    def replace(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replaces each tensor by what `change` makes of it: moved or pinned."""
+        self.rows, self.places = change(self.rows), change(self.places)
 
     def cut(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
         """This rank's slice of a tensor with T tokens in `dim`, filled up with zeros to w."""

@@ -11,7 +11,7 @@ from orpo_dist.distributed.log import get_logger
 from orpo_dist.errors import UserError
 from orpo_dist.images import torchvision
 from orpo_dist.loss import Objective
-from orpo_dist.model.packed.choose_layout import ImageSetup, LayoutOptions
+from orpo_dist.model.packed.asked_layout import ImageSetup, LayoutOptions
 from orpo_dist.options.model import compute_dtype
 from orpo_dist.packing.images import shortest_with_images
 from orpo_dist.packing.lengths import PairLengths, pair_lengths, sharing_gain

@@ -9,7 +9,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, Llam
 from orpo_dist.loss import Objective
 from orpo_dist.model.flops import ModelFlops
 from orpo_dist.model.forward import PairForward
-from orpo_dist.model.packed.choose_layout import LayoutChoice, LayoutOptions
+from orpo_dist.model.packed.asked_layout import LayoutOptions
+from orpo_dist.model.packed.choose_layout import LayoutChoice
 from orpo_dist.packing.lengths import PairLengths
 from tests.model.tiny_models import tiny_model
 

@@ -13,7 +13,8 @@ from transformers import MambaConfig, MambaForCausalLM
 from orpo_dist.errors import UserError
 from orpo_dist.loss import Objective
 from orpo_dist.model.forward import PairForward
-from orpo_dist.model.packed.choose_layout import LayoutChoice, LayoutOptions
+from orpo_dist.model.packed.asked_layout import LayoutOptions
+from orpo_dist.model.packed.choose_layout import LayoutChoice
 from orpo_dist.packing.padded import PaddedLayout
 from tests.trainer_runs import pairs
 

@@ -49,6 +49,7 @@ NAMES = {
     "packed attention of a model",
     "temperature by own positions",
     "layout seen",
+    "slice of a packed row",
     "mixer on unshared rows",
     "carried layout",
     "fixed rotary frequencies",
@@ -201,6 +202,7 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], set[patches.Patc
         {
             patches.PACKED_ATTENTION_OF_MODEL,
             patches.LAYOUT_SEEN,
+            patches.SLICED_ROW,
             patches.SHORT_WINDOW,
             patches.OBSERVED_STATES,
             patches.LOSS_HEAD,

@@ -8,9 +8,9 @@ The packed layout computes the prompt once, has no padding and forms the logits 
 is TRL's concatenated forward: the reference, and the fallback for models that do not support the packed layout.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 from orpo_dist.distributed.agree import first_objection
 from orpo_dist.distributed.log import get_logger
 from orpo_dist.errors import UserError
-from orpo_dist.loss import Objective
 from orpo_dist.model.loading.vision import (
     features_for_both,
     image_rules,
@@ -32,6 +31,7 @@ from orpo_dist.model.loading.vision import (
     vision_cost,
     widen_pixels,
 )
+from orpo_dist.model.packed.asked_layout import Collator, LayoutOptions, PairCollator
 from orpo_dist.model.packed.choose_head import HeadChoice
 from orpo_dist.model.packed.rotary import fix_rotary_frequencies
 from orpo_dist.model.packed.switch import PackingVerdict, use_packed_layout
@@ -43,68 +43,11 @@ from orpo_dist.model.upstream import config_value, text_model_of
 from orpo_dist.packing.collate import PackedCollator
 from orpo_dist.packing.images import ImageCollator, process_prompts
 from orpo_dist.packing.padded import EncoderDecoderCollator, PaddedCollator, PaddedLayout
-from orpo_dist.packing.sampler import FILLER, UNNUMBERED
-from orpo_dist.packing.split import SequencePlace
+from orpo_dist.packing.sampler import FILLER
 from orpo_dist.packing.token_ids import inside
 from orpo_dist.packing.trl_collator import TRLCollator
 
 logger = get_logger(__name__)
-
-Rows = Sequence[dict[str, Any]]
-Collator = Callable[[Rows], dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class ImageSetup:
-    """The settings of a run with images.
-
-    example: the row with images that has the shortest prompt, which shows how images appear in a text.
-    partitioned: whether the weights are sharded, so that all ranks must run the vision tower.
-    world_size: number of ranks.
-    """
-
-    processor: Any
-    example: dict[str, Any]
-    partitioned: bool
-    world_size: int
-
-
-@dataclass(frozen=True)
-class LayoutOptions:
-    """Options of the layout, from the config and the data.
-
-    trl_collator: a data collator of the user, which requires the padded layout.
-    max_length: limit of P + C and P + R, or None.
-    images: None if no row has any.
-    sequence: the place of this rank where several share a packed row, which the padded layout refuses.
-    """
-
-    objective: Objective
-    padding_free: bool
-    prefix_sharing: bool
-    verify_layout: bool
-    loss_chunk_size: int | None
-    nll_scope: str
-    pad_token_id: int
-    max_length: int | None
-    compute_dtype: torch.dtype
-    trl_collator: Callable[[list[dict]], dict[str, Any]] | None = None
-    images: ImageSetup | None = None
-    sequence: SequencePlace | None = None
-
-
-class PairCollator:
-    """What data loaders hold: collates in the layout that has been chosen, whose workers start after the choice.
-
-    Rows of a loader that the user has made carry neither weight nor index.
-    """
-
-    def __init__(self) -> None:
-        self.chosen: Collator | None = None
-
-    def __call__(self, rows: Rows) -> dict[str, Any]:
-        assert self.chosen is not None, "LayoutChoice.choose() comes first"
-        return self.chosen([{"weight": 1.0, "index": UNNUMBERED, **row} for row in rows])
 
 
 class LayoutChoice:

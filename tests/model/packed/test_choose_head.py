@@ -12,7 +12,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from orpo_dist.loss import Objective, orpo_loss
 from orpo_dist.model.forward import PairForward
-from orpo_dist.model.packed.choose_layout import LayoutChoice, LayoutOptions
+from orpo_dist.model.packed.asked_layout import LayoutOptions
+from orpo_dist.model.packed.choose_layout import LayoutChoice
 from orpo_dist.packing.padded import score_padded
 from tests.trainer_runs import pairs
 

@@ -8,7 +8,8 @@ from orpo_dist.errors import UserError
 from orpo_dist.loss import Objective
 from orpo_dist.model.attention.interface import PACKED_ATTENTION
 from orpo_dist.model.packed import choose_layout
-from orpo_dist.model.packed.choose_layout import LayoutChoice, LayoutOptions
+from orpo_dist.model.packed.asked_layout import LayoutOptions
+from orpo_dist.model.packed.choose_layout import LayoutChoice
 from orpo_dist.model.packed.verify import LayoutCheck
 from orpo_dist.model.patches import undo_all
 from orpo_dist.packing.split import SequencePlace
