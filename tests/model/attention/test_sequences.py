@@ -12,6 +12,17 @@ from tests.model.attention.varlen_reference import reference_kernel
 
 @pytest.mark.parametrize("window", [None, 1, 6])
 @pytest.mark.parametrize("sharing", [True, False])
+@pytest.mark.parametrize("elements", [1, 20, 60])
+def test_long_sequences_in_blocks_of_queries(monkeypatch, sharing, window, elements):
+    monkeypatch.setattr(attention_sequences, "MASK_ELEMENTS", elements)
+    layout, *inputs = make(sharing)
+    scores = Scores(scale=0.7, window=window)
+    assert_same(lambda q, k, v: sdpa_attention(q, k, v, layout, scores), inputs, scores, layout)
+    assert all(queries * keys <= elements for queries, keys, _ in layout.visibility)
+
+
+@pytest.mark.parametrize("window", [None, 1, 6])
+@pytest.mark.parametrize("sharing", [True, False])
 def test_sdpa_and_varlen(sharing, window):
     layout, *inputs = make(sharing)
     scores = Scores(scale=0.7, window=window)
