@@ -33,7 +33,7 @@ def told_by(folder: Path, runs: Path, phase: str, topology: str) -> tuple[int, s
     """Exit code, what was printed, and the run's folder. Only the limit of `phase` is short."""
     rank = 0 if phase == "last_act" else 1
     output, path = runs / "out", runs / "recipe.yaml"
-    changes = LIMITS | {OPTION[phase]: 8, "max_steps": 3, "save_steps": 2, "eval_steps": 2}
+    changes = LIMITS | {OPTION[phase]: 12, "max_steps": 3, "save_steps": 2, "eval_steps": 2}
     path.write_text(yaml.safe_dump(recipe(folder, output, topology) | changes))
     launch = command(folder, topology, path)
     launch = launch[: next(i for i, word in enumerate(launch) if word.endswith("kill_campaign_rank.py"))]
@@ -65,7 +65,7 @@ def check(folder: Path, runs: Path, phase: str, topology: str) -> None:
     silent, waiting = (0, 1) if phase == "last_act" else (1, 0)
     host = socket.gethostname()
     line = (
-        f"orpo-dist: rank {waiting} of 2 on {host} has waited longer than 8 s in {PLACE[phase]} ({OPTION[phase]}). "
+        f"orpo-dist: rank {waiting} of 2 on {host} has waited longer than 12 s in {PLACE[phase]} ({OPTION[phase]}). "
         f"No sign of life from rank {silent} on {host}, last seen in "
     )
     assert line in told, told[-9000:]
