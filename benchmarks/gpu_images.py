@@ -88,12 +88,13 @@ class DrawnImages:
     image_token_id: int
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        prompts = [*rows, *rows] if self.inner.pixels_twice else rows
         tensors = {
-            "pixel_values": torch.cat([row["pixels"] for row in rows]),
-            "image_grid_thw": torch.cat([row["grid"] for row in rows]),
+            "pixel_values": torch.cat([row["pixels"] for row in prompts]),
+            "image_grid_thw": torch.cat([row["grid"] for row in prompts]),
         }
-        types = [(torch.tensor(row["prompt_ids"]) == self.image_token_id).long() for row in rows]
-        return self.inner.collate(rows, PromptImages(tensors, {"mm_token_type_ids": types}, [1] * len(rows)))
+        types = [(torch.tensor(row["prompt_ids"]) == self.image_token_id).long() for row in prompts]
+        return self.inner.collate(rows, PromptImages(tensors, {"mm_token_type_ids": types}, [1] * len(prompts)))
 
 
 def image_trainers(model: nn.Module) -> tuple[Trainer, Trainer, Trainer]:
