@@ -330,9 +330,13 @@ def test_a_finished_run_goes_on_where_something_is_left_to_do(options, tmp_path)
     changes = {"save_strategy": "steps", "save_steps": 1, "resume_from_checkpoint": "auto"}
     assert train(Recipe.from_mapping(options(folder, max_steps=2, **changes))).steps == 2
     assert train(Recipe.from_mapping(options(folder, max_steps=3, **changes))).steps == 3
-    (folder / "model.safetensors").unlink()
-    assert train(Recipe.from_mapping(options(folder, max_steps=3, **changes))).steps == 3
-    assert (folder / "model.safetensors").is_file()
+    weights = (folder / "model.safetensors").read_bytes()
+    for damaged in (None, b"", weights[:-1]):
+        (folder / "model.safetensors").unlink()
+        if damaged is not None:
+            (folder / "model.safetensors").write_bytes(damaged)
+        assert train(Recipe.from_mapping(options(folder, max_steps=3, **changes))).steps == 3
+        assert (folder / "model.safetensors").read_bytes() == weights
 
 
 def test_a_stop_in_a_last_act_names_the_checkpoint_it_can_go_on_from(options, tmp_path, monkeypatch):
