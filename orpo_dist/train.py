@@ -51,6 +51,7 @@ def train(recipe: Recipe) -> "RunSummary":
     from orpo_dist.distributed.ranks import on_first_rank
     from orpo_dist.run.finished import finished_run
     from orpo_dist.run.owner import owned
+    from orpo_dist.run.stop import stop_behind
 
     folder, state = Path(str(recipe.training.output_dir)), PartialState()
     finished = on_first_rank(lambda: finished_run(recipe, folder))
@@ -63,6 +64,11 @@ def train(recipe: Recipe) -> "RunSummary":
             return _run(recipe, folder)
         except RunStopped as stop:  # while loading, tokenising or merging it does not know of a checkpoint
             raise stop if stop.checkpoint is not None else _with_newest_checkpoint(stop, folder) from None
+        except Exception as error:
+            hidden = stop_behind(error)
+            if hidden is None:
+                raise
+            raise _with_newest_checkpoint(hidden, folder) from None
 
 
 def _run(recipe: Recipe, folder: Path) -> "RunSummary":

@@ -352,6 +352,18 @@ def test_a_stop_in_a_last_act_names_the_checkpoint_it_can_go_on_from(options, tm
     assert train(Recipe.from_mapping(options(tmp_path / "run", **changes))).steps == 2
 
 
+def test_a_stop_while_tokenising_in_several_processes(options, tmp_path, monkeypatch):
+    def stopped(*args):
+        try:
+            raise RunStopped("SIGTERM")
+        finally:
+            raise TimeoutError  # as Dataset.map(num_proc=2) does when a signal raises in it
+
+    monkeypatch.setattr("orpo_dist.run.prepare.prepare", stopped)
+    with pytest.raises(RunStopped, match="SIGTERM"):
+        train(Recipe.from_mapping(options(tmp_path / "run")))
+
+
 def test_checkpoints_without_an_optimizer_are_warned_of_at_the_start(options, tmp_path, caplog):
     changes = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
     train(Recipe.from_mapping(options(tmp_path / "a", save_only_model=True, **changes)))

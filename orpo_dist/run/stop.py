@@ -17,7 +17,7 @@ from types import FrameType
 
 import psutil
 
-from orpo_dist.errors import RunStopped
+from orpo_dist.errors import NonFiniteRun, RunStopped, SaveError, UserError
 
 STOP_FILE = "STOP"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -167,6 +167,17 @@ def raising_on_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def stop_behind(error: Exception) -> RunStopped | None:
+    """The stop that was under way when `error` was raised: what a library cleans up may fail halfway through its work,
+    as the pool of Dataset.map does. None if there was none, or if the error says more."""
+    if isinstance(error, UserError | SaveError | NonFiniteRun):
+        return None
+    link: BaseException | None = error
+    while link is not None and not isinstance(link, RunStopped):
+        link = link.__context__
+    return link
 
 
 def ignore_signals() -> None:
