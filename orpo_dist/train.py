@@ -25,11 +25,10 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> int:
     """`orpo-dist train`. Returns 0 when the run has finished."""
-    recipe = Recipe.parse(argv)
     from orpo_dist.run.stop import raising_on_signals
 
     with raising_on_signals():
-        train(recipe)
+        train(Recipe.parse(argv))  # which imports transformers: seconds, from a slow disk minutes
     from orpo_dist.distributed.ranks import leave_together
 
     leave_together()
@@ -46,29 +45,35 @@ def train(recipe: Recipe) -> "RunSummary":
             with the checkpoints of another run or in which another one trains.
         RunStopped, NonFiniteRun, SaveError: see docs/runs.md.
     """
+    from orpo_dist.run.stop import stop_behind
+
+    folder = Path(str(recipe.training.output_dir))
+    try:
+        return _train(recipe, folder)
+    except RunStopped as stop:  # while loading, tokenising or merging it does not know of a checkpoint
+        raise stop if stop.checkpoint is not None else _with_newest_checkpoint(stop, folder) from None
+    except Exception as error:
+        hidden = stop_behind(error)
+        if hidden is None:
+            raise
+        raise _with_newest_checkpoint(hidden, folder) from None
+
+
+def _train(recipe: Recipe, folder: Path) -> "RunSummary":
     from accelerate import PartialState
 
     from orpo_dist.distributed.ranks import on_first_rank
     from orpo_dist.run.finished import finished_run
     from orpo_dist.run.owner import owned
-    from orpo_dist.run.stop import stop_behind
 
-    folder, state = Path(str(recipe.training.output_dir)), PartialState()
+    state = PartialState()
     finished = on_first_rank(lambda: finished_run(recipe, folder))
     if finished is not None:
         if state.is_main_process:
             print(_nothing_left(finished))
         return finished
     with owned(folder):
-        try:
-            return _run(recipe, folder)
-        except RunStopped as stop:  # while loading, tokenising or merging it does not know of a checkpoint
-            raise stop if stop.checkpoint is not None else _with_newest_checkpoint(stop, folder) from None
-        except Exception as error:
-            hidden = stop_behind(error)
-            if hidden is None:
-                raise
-            raise _with_newest_checkpoint(hidden, folder) from None
+        return _run(recipe, folder)
 
 
 def _run(recipe: Recipe, folder: Path) -> "RunSummary":

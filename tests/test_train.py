@@ -1,6 +1,9 @@
 """`orpo-dist train` from a recipe to a run's folder, in this process."""
 
 import json
+import os
+import signal
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,7 +19,7 @@ from orpo_dist.errors import RunStopped, UserError
 from orpo_dist.recipe.recipe import Recipe
 from orpo_dist.run.checkpoint import seal
 from orpo_dist.run.resume import checkpoint_to_resume
-from orpo_dist.train import train
+from orpo_dist.train import main, train
 from tests.pair_files import write_pairs
 
 SECRET = "hf_notatokenatall"
@@ -362,6 +365,21 @@ def test_a_stop_while_tokenising_in_several_processes(options, tmp_path, monkeyp
     monkeypatch.setattr("orpo_dist.run.prepare.prepare", stopped)
     with pytest.raises(RunStopped, match="SIGTERM"):
         train(Recipe.from_mapping(options(tmp_path / "run")))
+
+
+def test_a_stop_while_the_recipe_is_read(monkeypatch):
+    def parse(argv):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(5)
+        raise AssertionError("the signal was not heeded")
+
+    monkeypatch.setattr(Recipe, "parse", parse)
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    try:
+        with pytest.raises(RunStopped, match="SIGUSR1"):
+            main(["recipe.yaml"])
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_checkpoints_without_an_optimizer_are_warned_of_at_the_start(options, tmp_path, caplog):
