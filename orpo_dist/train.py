@@ -82,10 +82,12 @@ def _run(recipe: Recipe, folder: Path) -> "RunSummary":
     from orpo_dist.distributed.ranks import let_gloo_finish
     from orpo_dist.run.callbacks import RunLog
     from orpo_dist.run.prepare import prepare
+    from orpo_dist.run.stop import heed_signals
 
     args, state = recipe.training, PartialState()
     checkpoint = _begin(recipe, folder)
     processing_class, pairs = prepare(recipe, folder)
+    heed_signals()
     if state.is_main_process:
         recipe.save(folder / "recipe.yaml")  # with what the processor decided
     # The trainer runs the first evaluation inside its loop, where the model is wrapped, as ZeRO-1 and ZeRO-2 need.

@@ -22,6 +22,7 @@ import psutil
 from orpo_dist.cluster.orphans import on_death_of_parent
 from orpo_dist.cluster.schedulers import rank_variables
 from orpo_dist.errors import BAD_INPUT, FAILED, FINISHED, GAVE_UP, STOPPED, RunStopped
+from orpo_dist.run.stop import heed_signals
 
 DEFAULT_PORT = 29500
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -110,7 +111,9 @@ def run_group(command: Sequence[str], environment: Mapping[str, str] | None = No
     with _own_environment(environment or {}), _quiet(_TORCHRUNS_REPORT):
         try:
             with _forwarding_signals(asked):
-                _launcher(command[2], list(command[3:]))()
+                launch = _launcher(command[2], list(command[3:]))
+                heed_signals()
+                launch()
         except ChildFailedError as failure:
             codes = {rank: (end.pid, end.exitcode) for rank, end in sorted(failure.failures.items())}
             code = _code_when_asked(asked, [code for _, code in codes.values()])

@@ -30,6 +30,9 @@ LEAST_MARGIN, MARGIN_SHARE = 60.0, 0.05
 PROCESS_STARTED = time.monotonic() - (time.time() - psutil.Process().create_time())
 
 
+_raised: list[str] = []  # the signal that `raising_on_signals` has raised within its block
+
+
 class StopRequests:
     """The stop requests that this rank has received.
 
@@ -80,6 +83,7 @@ class StopRequests:
         self._step_began = time.monotonic()
         if self._signal is not None:
             raise RunStopped(self._signal)
+        heed_signals()
 
     def step_ends(self) -> None:
         """Record the duration of the step, for the time limit."""
@@ -158,6 +162,7 @@ def raising_on_signals() -> Iterator[None]:
         if os.getpid() != process:
             _die_of(number)
         signal.signal(number, signal.SIG_IGN)  # torchrun forwards the same signal
+        _raised.append(signal.Signals(number).name)
         raise RunStopped(signal.Signals(number).name)
 
     process = os.getpid()
@@ -165,8 +170,16 @@ def raising_on_signals() -> Iterator[None]:
     try:
         yield
     finally:
+        _raised.clear()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def heed_signals() -> None:
+    """Raises RunStopped again for a signal whose first one was swallowed: some libraries catch everything while they
+    are imported, and Python does so in destructors."""
+    if _raised:
+        raise RunStopped(_raised[0])
 
 
 def stop_behind(error: Exception) -> RunStopped | None:

@@ -40,6 +40,18 @@ def test_a_stop_that_a_failing_clean_up_hides_is_found():
     assert stop_behind(failed.value) is None
 
 
+def test_a_stop_that_a_library_swallows_is_heeded_before_the_first_step(tmp_path):
+    with raising_on_signals():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        except BaseException:
+            pass
+        with pytest.raises(RunStopped, match="SIGTERM"):
+            StopRequests(tmp_path, None, is_first_rank=True).steps_begin()
+    StopRequests(tmp_path, None, is_first_rank=True).steps_begin()
+
+
 def test_only_the_first_rank_looks_for_the_stop_file(tmp_path):
     (tmp_path / "STOP").touch()
     assert StopRequests(tmp_path, None, is_first_rank=True).reason() == f"the file {tmp_path / 'STOP'}"
