@@ -25,11 +25,10 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> int:
     """`orpo-dist train`. Returns 0 when the run has finished."""
-    recipe = Recipe.parse(argv)
     from orpo_dist.run.stop import raising_on_signals
 
     with raising_on_signals():
-        train(recipe)
+        train(Recipe.parse(argv))  # which imports transformers: seconds, from a slow disk minutes
     from orpo_dist.distributed.ranks import leave_together
 
     leave_together()
@@ -46,23 +45,35 @@ def train(recipe: Recipe) -> "RunSummary":
             with the checkpoints of another run or in which another one trains.
         RunStopped, NonFiniteRun, SaveError: see docs/runs.md.
     """
+    from orpo_dist.run.stop import stop_behind
+
+    folder = Path(str(recipe.training.output_dir))
+    try:
+        return _train(recipe, folder)
+    except RunStopped as stop:  # while loading, tokenising or merging it does not know of a checkpoint
+        raise stop if stop.checkpoint is not None else _with_newest_checkpoint(stop, folder) from None
+    except Exception as error:
+        hidden = stop_behind(error)
+        if hidden is None:
+            raise
+        raise _with_newest_checkpoint(hidden, folder) from None
+
+
+def _train(recipe: Recipe, folder: Path) -> "RunSummary":
     from accelerate import PartialState
 
     from orpo_dist.distributed.ranks import on_first_rank
     from orpo_dist.run.finished import finished_run
     from orpo_dist.run.owner import owned
 
-    folder, state = Path(str(recipe.training.output_dir)), PartialState()
+    state = PartialState()
     finished = on_first_rank(lambda: finished_run(recipe, folder))
     if finished is not None:
         if state.is_main_process:
             print(_nothing_left(finished))
         return finished
     with owned(folder):
-        try:
-            return _run(recipe, folder)
-        except RunStopped as stop:  # while loading, tokenising or merging it does not know of a checkpoint
-            raise stop if stop.checkpoint is not None else _with_newest_checkpoint(stop, folder) from None
+        return _run(recipe, folder)
 
 
 def _run(recipe: Recipe, folder: Path) -> "RunSummary":
@@ -71,10 +82,12 @@ def _run(recipe: Recipe, folder: Path) -> "RunSummary":
     from orpo_dist.distributed.ranks import let_gloo_finish
     from orpo_dist.run.callbacks import RunLog
     from orpo_dist.run.prepare import prepare
+    from orpo_dist.run.stop import heed_signals
 
     args, state = recipe.training, PartialState()
     checkpoint = _begin(recipe, folder)
     processing_class, pairs = prepare(recipe, folder)
+    heed_signals()
     if state.is_main_process:
         recipe.save(folder / "recipe.yaml")  # with what the processor decided
     # The trainer runs the first evaluation inside its loop, where the model is wrapped, as ZeRO-1 and ZeRO-2 need.

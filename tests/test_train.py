@@ -1,6 +1,9 @@
 """`orpo-dist train` from a recipe to a run's folder, in this process."""
 
 import json
+import os
+import signal
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,7 +19,7 @@ from orpo_dist.errors import RunStopped, UserError
 from orpo_dist.recipe.recipe import Recipe
 from orpo_dist.run.checkpoint import seal
 from orpo_dist.run.resume import checkpoint_to_resume
-from orpo_dist.train import train
+from orpo_dist.train import main, train
 from tests.pair_files import write_pairs
 
 SECRET = "hf_notatokenatall"
@@ -330,9 +333,13 @@ def test_a_finished_run_goes_on_where_something_is_left_to_do(options, tmp_path)
     changes = {"save_strategy": "steps", "save_steps": 1, "resume_from_checkpoint": "auto"}
     assert train(Recipe.from_mapping(options(folder, max_steps=2, **changes))).steps == 2
     assert train(Recipe.from_mapping(options(folder, max_steps=3, **changes))).steps == 3
-    (folder / "model.safetensors").unlink()
-    assert train(Recipe.from_mapping(options(folder, max_steps=3, **changes))).steps == 3
-    assert (folder / "model.safetensors").is_file()
+    weights = (folder / "model.safetensors").read_bytes()
+    for damaged in (None, b"", weights[:-1]):
+        (folder / "model.safetensors").unlink()
+        if damaged is not None:
+            (folder / "model.safetensors").write_bytes(damaged)
+        assert train(Recipe.from_mapping(options(folder, max_steps=3, **changes))).steps == 3
+        assert (folder / "model.safetensors").read_bytes() == weights
 
 
 def test_a_stop_in_a_last_act_names_the_checkpoint_it_can_go_on_from(options, tmp_path, monkeypatch):
@@ -346,6 +353,33 @@ def test_a_stop_in_a_last_act_names_the_checkpoint_it_can_go_on_from(options, tm
     assert (end.value.step, end.value.checkpoint) == (2, str(tmp_path / "run" / "checkpoint-2"))
     assert not (tmp_path / "run" / "run_summary.json").exists()
     assert train(Recipe.from_mapping(options(tmp_path / "run", **changes))).steps == 2
+
+
+def test_a_stop_while_tokenising_in_several_processes(options, tmp_path, monkeypatch):
+    def stopped(*args):
+        try:
+            raise RunStopped("SIGTERM")
+        finally:
+            raise TimeoutError  # as Dataset.map(num_proc=2) does when a signal raises in it
+
+    monkeypatch.setattr("orpo_dist.run.prepare.prepare", stopped)
+    with pytest.raises(RunStopped, match="SIGTERM"):
+        train(Recipe.from_mapping(options(tmp_path / "run")))
+
+
+def test_a_stop_while_the_recipe_is_read(monkeypatch):
+    def parse(argv):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(5)
+        raise AssertionError("the signal was not heeded")
+
+    monkeypatch.setattr(Recipe, "parse", parse)
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    try:
+        with pytest.raises(RunStopped, match="SIGUSR1"):
+            main(["recipe.yaml"])
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_checkpoints_without_an_optimizer_are_warned_of_at_the_start(options, tmp_path, caplog):

@@ -35,6 +35,7 @@ from orpo_dist.data.cache import cache_root, digest
 from orpo_dist.errors import FAILED, UserError
 from orpo_dist.options.secrets import private_environment, split_flags
 from orpo_dist.recipe.preview import RecipePreview, check_row_groups, preview
+from orpo_dist.run.stop import raising_on_signals
 from orpo_dist.version import __version__
 
 # Different versions of these on another node cause different results, or a hang.
@@ -47,7 +48,13 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: GPUs, port, head node, run folder or versions do not meet the needs of the run, or the variables of
             a scheduler contradict each other.
+        RunStopped: a signal came before there were processes to forward it to.
     """
+    with raising_on_signals():  # while libraries are imported, and while the other nodes are waited for
+        return _launch(argv)
+
+
+def _launch(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     view = preview(options.recipe, options.flags)
     placement, restarts = _placement(options), _max_restarts(options.max_restarts)

@@ -21,7 +21,8 @@ import psutil
 
 from orpo_dist.cluster.orphans import on_death_of_parent
 from orpo_dist.cluster.schedulers import rank_variables
-from orpo_dist.errors import BAD_INPUT, FAILED, FINISHED, GAVE_UP, STOPPED
+from orpo_dist.errors import BAD_INPUT, FAILED, FINISHED, GAVE_UP, STOPPED, RunStopped
+from orpo_dist.run.stop import heed_signals
 
 DEFAULT_PORT = 29500
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -95,6 +96,9 @@ def run_launcher(command: Sequence[str], environment: Mapping[str, str] | None =
 
     Returns the most informative exit code of the local processes that failed: 2 before 3 before any other
     (128 + number for a signal), 75 only if no process has failed.
+
+    Raises:
+        RunStopped: a signal came before there were processes to forward it to.
     """
     return run_group(command, environment).code
 
@@ -105,19 +109,20 @@ def run_group(command: Sequence[str], environment: Mapping[str, str] | None = No
 
     asked: list[str] = []
     with _own_environment(environment or {}), _quiet(_TORCHRUNS_REPORT):
-        launch = _launcher(command[2], list(command[3:]))
         try:
             with _forwarding_signals(asked):
+                launch = _launcher(command[2], list(command[3:]))
+                heed_signals()
                 launch()
         except ChildFailedError as failure:
             codes = {rank: (end.pid, end.exitcode) for rank, end in sorted(failure.failures.items())}
-            code = telling_code([code for _, code in codes.values()])
+            code = _code_when_asked(asked, [code for _, code in codes.values()])
             if code not in (BAD_INPUT, STOPPED):  # for these the processes have printed a line
                 _print_ends(codes)
             first = sorted(failure.failures.items(), key=lambda item: item[1].timestamp)
             return GroupEnd(code, first_cause([(rank, end.exitcode) for rank, end in first]), next(iter(asked), None))
         except subprocess.CalledProcessError as failure:  # a launcher of a single process
-            code = telling_code([failure.returncode])
+            code = _code_when_asked(asked, [failure.returncode])
             if code not in (BAD_INPUT, STOPPED):
                 print(f"orpo-dist: the training process ended with {_in_words(failure.returncode)}.", file=sys.stderr)
             return GroupEnd(code, first_cause([(0, failure.returncode)]), next(iter(asked), None))
@@ -153,6 +158,14 @@ def telling_code(codes: Sequence[int]) -> int:
         or [FAILED]
     )
     return own[0] if own[0] > 0 else 128 - own[0]
+
+
+def _code_when_asked(asked: Sequence[str], codes: Sequence[int]) -> int:
+    """`telling_code`, where one signal to stop was forwarded. A process that died of it had just been started, and
+    could not heed it yet; a second signal ends processes that could."""
+    if len(asked) == 1 and all(code in (0, STOPPED, -signal.SIGTERM, -signal.Signals[asked[0]]) for code in codes):
+        return STOPPED
+    return telling_code(codes)
 
 
 def _launcher(module: str, arguments: list[str]) -> Callable[[], object]:
@@ -214,7 +227,7 @@ def _quiet(name: str) -> Iterator[None]:
 @contextmanager
 def _forwarding_signals(asked: list[str]) -> Iterator[None]:
     """Forward signals to the training processes, which stop at a step boundary; the launcher waits for them. Their
-    names are added to `asked`.
+    names are added to `asked`. A signal that comes before there are processes raises RunStopped.
 
     Not inside a SLURM step: SLURM signals every process itself, and a second signal would stop them at once.
     """
@@ -225,12 +238,15 @@ def _forwarding_signals(asked: list[str]) -> Iterator[None]:
     unrelated = {child.pid for child in this.children()}  # started earlier by the calling script
 
     def forward(number: int, _frame: object) -> None:
-        asked.append(signal.Signals(number).name)
+        name = signal.Signals(number).name
+        asked.append(name)
+        processes = [child for child in this.children() if child.pid not in unrelated]
+        if not processes:  # not yet: it would be lost, and the run would train to its end
+            raise RunStopped(name)
         if "SLURM_STEP_ID" not in os.environ:
-            for child in this.children():
-                if child.pid not in unrelated:
-                    with suppress(psutil.NoSuchProcess):
-                        child.send_signal(number)
+            for child in processes:
+                with suppress(psutil.NoSuchProcess):
+                    child.send_signal(number)
 
     before = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, *_LEFT_TO_TORCHRUN)}
     for number in STOP_SIGNALS:

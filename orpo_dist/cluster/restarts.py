@@ -127,21 +127,23 @@ def run_with_restarts(
 
 @contextmanager
 def _ending(stopped: list[str], run: Path) -> Iterator[None]:
-    """Within it a signal that comes before there are processes to forward it to, while the launcher's libraries are
-    imported, ends this one. Outside, `stopped` waits for the other nodes to agree."""
+    """Within it a signal that comes before there are processes to forward it to ends this one, with the newest
+    checkpoint. Outside, `stopped` waits for the other nodes to agree."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def end(number: int, _frame: object) -> None:
-        name = signal.Signals(number).name
-        stopped.append(name)
+        raise RunStopped(signal.Signals(number).name)
+
+    try:
+        with _handled_by(end):
+            yield
+    except RunStopped as stop:
+        stopped.append(stop.reason)
         newest = newest_checkpoint(run)
         step = int(newest.removeprefix("checkpoint-")) if newest else 0
-        raise RunStopped(name, step, str(run / newest) if newest else None)
-
-    with _handled_by(end):
-        yield
+        raise RunStopped(stop.reason, step, str(run / newest) if newest else None) from None
 
 
 @contextmanager

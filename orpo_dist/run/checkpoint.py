@@ -9,6 +9,7 @@ when the run starts again. Before it is deleted, a checkpoint is renamed to _del
 """
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -26,6 +27,7 @@ MARKER, FORMAT_VERSION = "complete.json", 1
 SET_ASIDE = "damaged.json"  # the marker of a checkpoint that was found damaged
 STAGING, DELETING = "_saving", "_deleting-"  # transformers skips these names when it uploads the run's folder
 LEAST_KEPT = 2
+_OWN_DIGEST = "sha256"  # of the rest of the marker; earlier versions of this program left it out
 _FINGERPRINT = ("model", "data", "options", "versions")  # its parts (run/fingerprint.py)
 _NAME = re.compile(r"checkpoint-(\d+)")
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -56,7 +58,8 @@ class Manifest:
     def save(self, folder: Path) -> None:
         """Write to a temporary name, flush and rename, so that the marker is never partial."""
         files = {name: {"size": size, **({"sha256": sha} if sha else {})} for name, (size, sha) in self.files.items()}
-        text = json.dumps({**vars(self), "files": files}, indent=1)
+        content = json.loads(json.dumps({**vars(self), "files": files}))  # as it will be read
+        text = json.dumps({**content, _OWN_DIGEST: _digest(content)}, indent=1)
         temporary = folder / f".{MARKER}"
         temporary.write_text(text + "\n", encoding="utf-8")
         flush(temporary)
@@ -114,6 +117,7 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a complete checkpoint.
 
     Raises:
+        Damaged: the marker is not what was written.
         ValueError: why the folder is not a complete checkpoint of a known version.
     """
     try:
@@ -133,7 +137,15 @@ def read_manifest(folder: Path) -> Manifest:
         strange = f"{type(error).__name__}: {error}"
     if strange is not None:
         raise ValueError(f"{MARKER} cannot be read ({strange})")
+    own = content.pop(_OWN_DIGEST, None)
+    if own is not None and own != _digest(content):
+        raise Damaged(f"{MARKER} is not what was written (its checksum differs)")
     return manifest
+
+
+def _digest(content: dict[str, Any]) -> str:
+    """Of a marker's content, however it is laid out."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _strange(manifest: Manifest) -> str | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError, safe_open
 
 from orpo_dist.recipe.recipe import Recipe
 from orpo_dist.run.checkpoint import checkpoint_folders, step_of
@@ -25,8 +26,8 @@ _MAY_DIFFER = {"resume_from_checkpoint", "allow_changed", "strict_versions", "ma
 def finished_run(recipe: Recipe, folder: Path) -> RunSummary | None:
     """The summary of the finished run in `folder`, None if there is something left to do.
 
-    That is: a summary whose step is that of the newest checkpoint, the model's files, the same recipe, and no local
-    file of data or model that is newer than the summary.
+    That is: a summary whose step is that of the newest checkpoint, the model's files at full length, the same recipe,
+    and no local file of data or model that is newer than the summary.
 
     Raises:
         UserError: the folder of rows has no such split.
@@ -39,12 +40,26 @@ def finished_run(recipe: Recipe, folder: Path) -> RunSummary | None:
     checkpoints = checkpoint_folders(folder)
     if checkpoints and step_of(checkpoints[-1]) > summary.steps:
         return None
-    if not any((folder / name).is_file() for name in _MODEL_FILES):
-        return None
-    if summary.merged_model is not None and not any((folder / "merged" / name).is_file() for name in _MODEL_FILES):
+    if not _holds_weights(folder) or (summary.merged_model is not None and not _holds_weights(folder / "merged")):
         return None
     written = (folder / SUMMARY_NAME).stat().st_mtime
     return summary if all(path.stat().st_mtime <= written for path in _sources(recipe)) else None
+
+
+def _holds_weights(folder: Path) -> bool:
+    """Whether the weight files are there and none is cut short. Their headers say how long they are."""
+    found = [folder / name for name in _MODEL_FILES if (folder / name).is_file()]
+    try:
+        for path in found:
+            parts = [path]
+            if path.suffix == ".json":
+                parts = [folder / name for name in set(json.loads(path.read_bytes())["weight_map"].values())]
+            for part in parts:
+                with safe_open(part, "pt"):
+                    pass
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, SafetensorError):
+        return False
+    return bool(found)
 
 
 def _sources(recipe: Recipe) -> Iterator[Path]:

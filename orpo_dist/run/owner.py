@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
 import psutil
@@ -175,12 +175,22 @@ def _is_alive(path: Path, owner: Owner) -> bool:
 def _read(path: Path) -> Owner | None:
     """None where there is no such file. One that cannot be read, such as one that is just being written, belongs to an
     unknown process elsewhere."""
+    unknown = Owner("an unknown host", "", 0, 0.0, "")
     try:
-        return Owner(**json.loads(path.read_text(encoding="utf-8")))
+        owner = Owner(**json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, RecursionError):
-        return Owner("an unknown host", "", 0, 0.0, "")
+        return unknown
+    return owner if _is_of_a_process(owner) else unknown
+
+
+def _is_of_a_process(owner: Owner) -> bool:
+    """Whether the values are of the kinds that this program writes: a damaged file may still be JSON."""
+    kinds_fit = all(
+        type(value) is kind for value, kind in zip(astuple(owner), (str, str, int, float, str), strict=True)
+    )
+    return kinds_fit and 0 < owner.pid < 2**31 and 0 <= owner.started < 2**40
 
 
 def _changed(path: Path) -> float:

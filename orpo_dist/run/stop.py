@@ -17,7 +17,7 @@ from types import FrameType
 
 import psutil
 
-from orpo_dist.errors import RunStopped
+from orpo_dist.errors import NonFiniteRun, RunStopped, SaveError, UserError
 
 STOP_FILE = "STOP"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -28,6 +28,9 @@ ECHO_SECONDS = 5.0
 LEAST_MARGIN, MARGIN_SHARE = 60.0, 0.05
 # On the monotonic clock: the other one may be set while the run lasts.
 PROCESS_STARTED = time.monotonic() - (time.time() - psutil.Process().create_time())
+
+
+_raised: list[str] = []  # the signal that `raising_on_signals` has raised within its block
 
 
 class StopRequests:
@@ -80,6 +83,7 @@ class StopRequests:
         self._step_began = time.monotonic()
         if self._signal is not None:
             raise RunStopped(self._signal)
+        heed_signals()
 
     def step_ends(self) -> None:
         """Record the duration of the step, for the time limit."""
@@ -158,6 +162,7 @@ def raising_on_signals() -> Iterator[None]:
         if os.getpid() != process:
             _die_of(number)
         signal.signal(number, signal.SIG_IGN)  # torchrun forwards the same signal
+        _raised.append(signal.Signals(number).name)
         raise RunStopped(signal.Signals(number).name)
 
     process = os.getpid()
@@ -165,8 +170,27 @@ def raising_on_signals() -> Iterator[None]:
     try:
         yield
     finally:
+        _raised.clear()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def heed_signals() -> None:
+    """Raises RunStopped again for a signal whose first one was swallowed: some libraries catch everything while they
+    are imported, and Python does so in destructors."""
+    if _raised:
+        raise RunStopped(_raised[0])
+
+
+def stop_behind(error: Exception) -> RunStopped | None:
+    """The stop that was under way when `error` was raised: what a library cleans up may fail halfway through its work,
+    as the pool of Dataset.map does. None if there was none, or if the error says more."""
+    if isinstance(error, UserError | SaveError | NonFiniteRun):
+        return None
+    link: BaseException | None = error
+    while link is not None and not isinstance(link, RunStopped):
+        link = link.__context__
+    return link
 
 
 def ignore_signals() -> None:

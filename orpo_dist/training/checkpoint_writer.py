@@ -171,6 +171,7 @@ class CheckpointWriter:
         return checkpoints.sizes(staged)
 
     def _publish(self, save: _Save, known: dict[str, str]) -> None:
+        check_owner(save.run)  # again: writing takes long, and _saving is the new owner's then
         checkpoints.seal(save.staged, save.step, self._environment.world_size, self._fingerprint, known)
         checkpoints.publish(save.staged, save.run)
         checkpoints.rotate(save.run, save.limit, save.keep)

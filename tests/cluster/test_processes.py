@@ -5,10 +5,15 @@ import os
 import signal
 import sys
 import threading
+import time
+from contextlib import suppress
 
 import pytest
 
+from orpo_dist.cluster.launch import main
 from orpo_dist.cluster.processes import first_cause, run_launcher
+from orpo_dist.errors import RunStopped
+from orpo_dist.run.stop import raising_on_signals
 
 # Rank 1 ends as told, or asks the launcher to stop once both ranks run.
 PROGRAM = """
@@ -23,6 +28,11 @@ if sys.argv[1] == "wait":
     if rank == 1:
         time.sleep(0.5)
         os.kill(os.getppid(), number)
+    time.sleep(60)
+if sys.argv[1] == "starting":  # it has no handlers yet
+    if rank == 1:
+        time.sleep(0.5)
+        os.kill(os.getppid(), signal.Signals[sys.argv[2]])
     time.sleep(60)
 if sys.argv[1] == "hup":
     time.sleep(0.5)
@@ -64,6 +74,54 @@ def test_the_exit_code_is_the_processes(code, lines, launch, tmp_path, capfd):
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGHUP"])
 def test_a_signal_reaches_the_processes(launch, name):
     assert launch("wait", name) == 75
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_to_processes_that_are_starting_stops_the_run(launch, name):
+    assert launch("starting", name) == 75
+
+
+def test_a_signal_before_there_are_processes_is_not_lost(launch, monkeypatch):
+    def launcher(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return lambda: None
+
+    before = settings()
+    monkeypatch.setattr("orpo_dist.cluster.processes._launcher", launcher)
+    handler = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        with pytest.raises(RunStopped, match="SIGTERM"):
+            launch("0")
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert settings() == before
+
+
+def test_a_signal_before_a_launcher_has_begun(monkeypatch):
+    def begins(argv):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr("orpo_dist.cluster.launch._launch", begins)
+    handler = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        with pytest.raises(RunStopped, match="SIGTERM"):
+            main(["recipe.yaml"])
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def test_a_signal_that_an_import_of_a_launcher_swallows_is_not_lost(launch, monkeypatch):
+    def launcher(*_):
+        with suppress(SystemExit):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        return lambda: None
+
+    monkeypatch.setattr("orpo_dist.cluster.processes._launcher", launcher)
+    monkeypatch.setattr("orpo_dist.cluster.processes._forwarding_signals", lambda _: raising_on_signals())
+    with pytest.raises(RunStopped, match="SIGTERM"):
+        launch("0")
 
 
 def test_below_nohup_a_closed_terminal_changes_nothing(launch):

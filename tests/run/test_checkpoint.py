@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from contextlib import suppress
 
 import pytest
 
@@ -117,6 +118,18 @@ def test_a_manifest_that_nobody_wrote_is_one_line(staged, tmp_path, text):
     assert "\n" not in str(told.value) and len(str(told.value)) < 300
 
 
+def test_a_flipped_bit_anywhere_in_the_manifest_is_found(staged, tmp_path):
+    folder = published(staged, tmp_path, 3)
+    marker, manifest = folder / "complete.json", checkpoints.verify(folder)
+    content = marker.read_bytes()
+    for at in range(len(content)):
+        for bit in range(8):
+            marker.write_bytes(content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :])
+            # Of white space, and of the name of the marker's own checksum, it changes nothing.
+            with suppress(ValueError):
+                assert checkpoints.read_manifest(folder) == manifest
+
+
 def test_every_rank_reads_a_share_and_a_flipped_byte_is_in_one_of_them(staged, tmp_path):
     folder = published(staged, tmp_path, 3)
     for path in (folder / "rng_state.pth", folder / "shards" / "optimizer.bin"):
@@ -136,7 +149,7 @@ def test_a_manifest_of_an_earlier_version_lacks_checksums(staged, tmp_path):
     folder = published(staged, tmp_path, 3)
     assert checkpoints.unchecked(checkpoints.verify(folder)) is None
     content = json.loads((folder / "complete.json").read_text())
-    del content["files"]["shards/optimizer.bin"]["sha256"]
+    del content["sha256"], content["files"]["shards/optimizer.bin"]["sha256"]
     (folder / "complete.json").write_text(json.dumps(content))
     assert checkpoints.unchecked(checkpoints.verify(folder)) == "shards/optimizer.bin (0.00 GiB)"
     damage_size(folder)

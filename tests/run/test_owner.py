@@ -99,6 +99,16 @@ def test_an_owner_of_another_machine_is_alive_while_its_file_changes(tmp_path, m
         assert time.monotonic() > began + 10
 
 
+@pytest.mark.parametrize(
+    "odd", [{"pid": "7"}, {"pid": -5}, {"pid": 2**70}, {"started": "now"}, {"started": 1e300}, {"job": 3}]
+)
+def test_a_damaged_file_is_of_an_unknown_process(tmp_path, monkeypatch, odd):
+    monkeypatch.setattr(owners, "DEAD_SECONDS", 0.5)
+    (tmp_path / OWNER_NAME).write_text(json.dumps({**asdict(Owner.this_process()), **odd}))
+    with owned(tmp_path):
+        check_owner(tmp_path)
+
+
 def test_an_owner_that_has_been_silent_for_long_is_not_waited_for(tmp_path):
     elsewhere(tmp_path)
     os.utime(tmp_path / OWNER_NAME, (1e9, 1e9))

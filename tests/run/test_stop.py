@@ -8,15 +8,48 @@ import time
 
 import pytest
 
-from orpo_dist.errors import RunStopped
+from orpo_dist.errors import RunStopped, SaveError
 from orpo_dist.run import stop
-from orpo_dist.run.stop import StopRequests, raising_on_signals
+from orpo_dist.run.stop import StopRequests, raising_on_signals, stop_behind
 
 
 def test_a_signal_before_the_first_step_ends_at_once():
     with pytest.raises(RunStopped, match="SIGUSR1"), raising_on_signals():
         os.kill(os.getpid(), signal.SIGUSR1)
         time.sleep(5)
+
+
+def test_a_stop_that_a_failing_clean_up_hides_is_found():
+    def asked_to_stop() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    with pytest.raises(TimeoutError) as failed, raising_on_signals():
+        try:
+            asked_to_stop()
+        finally:
+            raise TimeoutError  # as the pool of Dataset.map does
+    hidden = stop_behind(failed.value)
+    assert hidden is not None and hidden.reason == "SIGTERM"
+    assert stop_behind(TimeoutError()) is None
+    with pytest.raises(SaveError) as failed, raising_on_signals():
+        try:
+            asked_to_stop()
+        finally:
+            raise SaveError("a full disk")  # it matters more
+    assert stop_behind(failed.value) is None
+
+
+def test_a_stop_that_a_library_swallows_is_heeded_before_the_first_step(tmp_path):
+    with raising_on_signals():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        except BaseException:
+            pass
+        with pytest.raises(RunStopped, match="SIGTERM"):
+            StopRequests(tmp_path, None, is_first_rank=True).steps_begin()
+    StopRequests(tmp_path, None, is_first_rank=True).steps_begin()
 
 
 def test_only_the_first_rank_looks_for_the_stop_file(tmp_path):

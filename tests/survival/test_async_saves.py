@@ -1,9 +1,11 @@
 """async_save in one process: what a run promises is the same. Killed runs: test_kills.py."""
 
+import json
 import os
 import signal
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,9 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from orpo_dist import ORPOTrainer
-from orpo_dist.errors import RunStopped, SaveError
-from orpo_dist.run.checkpoint import checkpoint_folders, step_of, verify
+from orpo_dist.errors import RunStopped, SaveError, UserError
+from orpo_dist.run.checkpoint import STAGING, checkpoint_folders, step_of, verify
+from orpo_dist.run.owner import OWNER_NAME, Owner
 from orpo_dist.training.deferred_writes import DeferredWrites
 from tests.trainer_runs import assert_same_weights, config, pairs, weights
 from tests.training.resumed_runs import RUN, At, assert_same_history
@@ -84,6 +87,19 @@ def test_training_goes_on_and_the_next_save_waits(make, tmp_path, monkeypatch):
     assert complete(tmp_path / "run") == [2, 4, 6, 7]
     for folder in checkpoint_folders(tmp_path / "run"):
         verify(folder)
+
+
+def test_what_was_taken_over_while_it_was_written_is_not_published(make, tmp_path, monkeypatch):
+    def take_over():
+        if complete(tmp_path / "run") == [2]:
+            other = {**asdict(Owner.this_process()), "host": "n7", "machine": "another boot"}
+            (tmp_path / "run" / OWNER_NAME).write_text(json.dumps(other))
+
+    slowly(monkeypatch, take_over)
+    with pytest.raises(UserError, match="taken over by process"):
+        make("run", save_total_limit=None).train()
+    assert complete(tmp_path / "run") == [2]
+    assert (tmp_path / "run" / STAGING / "checkpoint-4").is_dir()  # which is the new owner's
 
 
 def test_what_is_resumed_ends_the_same(make, tmp_path):
