@@ -57,16 +57,16 @@ class Together:
         return outcomes
 
 
-def background_group() -> Any:
-    """A group of all ranks for a thread beside the training; None for one process. A collective: every rank must call
-    it, from its main thread.
+def background_group(seconds: float = START_SECONDS) -> Any:
+    """A group of all ranks for a thread beside the training, which waits for `seconds`; None for one process. A
+    collective: every rank must call it, from its main thread.
 
     It is on the CPU (gloo), and its timeout is not that of the training's collectives: the others wait while one rank
     writes its files.
     """
     if not _has_peers():
         return None
-    return distributed.new_group(backend="gloo", timeout=timedelta(seconds=START_SECONDS), group_desc=BACKGROUND)
+    return distributed.new_group(backend="gloo", timeout=timedelta(seconds=seconds), group_desc=BACKGROUND)
 
 
 def _portable(error: Exception | None) -> Exception | str | None:

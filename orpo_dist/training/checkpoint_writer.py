@@ -23,6 +23,7 @@ from transformers.trainer_utils import HubStrategy
 from orpo_dist.config import ORPOConfig
 from orpo_dist.distributed.environment import Environment
 from orpo_dist.distributed.log import get_logger
+from orpo_dist.distributed.timeouts import START_SECONDS
 from orpo_dist.distributed.together import Together, background_group
 from orpo_dist.errors import SaveError, UserError
 from orpo_dist.run import checkpoint as checkpoints
@@ -111,7 +112,8 @@ class CheckpointWriter:
             torch.save(vars(progress), staged / METRICS.format(self._environment.world_rank))
 
         if self._args.async_save and self._deferred is None:
-            self._deferred, self._beside = DeferredWrites(), Together(background_group())
+            group = background_group(max(START_SECONDS, self._args.save_timeout))
+            self._deferred, self._beside = DeferredWrites(), Together(group)
         deferred = self._deferred if self._args.async_save else None
         with self._staging_below(staged.parent), deferred.collecting() if deferred is not None else nullcontext():
             ranks.each(lambda: _try(write_all, run, step))
