@@ -72,7 +72,7 @@ test: setup
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not topology and not slow and not cluster and not kill" $(PYTEST_ARGS)
 
 test-topologies: setup
-	$(TEST_ENV) $(BIN)/python -m pytest -m "(topology or slow) and not long" $(PYTEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "(topology or slow) and not long" $(PYTEST_ARGS)
 
 test-long: setup
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m long $(PYTEST_ARGS)
