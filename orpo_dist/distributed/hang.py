@@ -5,6 +5,7 @@ of life on the key-value store of the process group, and a rank whose phase has 
 others. Collectives have a timeout too (GRACE_SECONDS later), but its message names neither phase nor rank.
 """
 
+import atexit
 import itertools
 import os
 import socket
@@ -65,6 +66,8 @@ class HangWatch:
         self._limits = limits
         self._place: _Place | None = None
         self._store: Any = None
+        self._over = threading.Event()
+        self._threads: list[threading.Thread] = []
 
     def begin(self) -> None:
         """Starts its threads, once the process group exists; later calls change nothing."""
@@ -75,8 +78,17 @@ class HangWatch:
         self._store = default.clone()
         self._store.set_timeout(timedelta(seconds=STORE_SECONDS))
         self._rank, self._ranks = distributed.get_rank(), distributed.get_world_size()
-        for work in (self._beat, self._watch):
-            threading.Thread(target=work, name="hang watch", daemon=True).start()
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._watch)]
+        for thread in self._threads:
+            thread.start()
+        atexit.register(self.stop)
+
+    def stop(self) -> None:
+        """Ends the threads, at the latest when the interpreter ends: one that comes back from the store after that is
+        unwound by force, and the process aborts ("terminate called without an active exception")."""
+        self._over.set()
+        for thread in self._threads:
+            thread.join(STORE_SECONDS)
 
     def follow(self, limits: HangLimits) -> None:
         self._limits = limits
@@ -120,12 +132,12 @@ class HangWatch:
             # An error: rank 0, which may hold the store, is gone.
             with suppress(RuntimeError):
                 self._store.set(self._key(self._rank), f"{beats}|{socket.gethostname()}|{self._whereabouts()}")
-            time.sleep(BEAT_SECONDS)
+            if self._over.wait(BEAT_SECONDS):
+                return
 
     def _watch(self) -> None:
         woke = time.monotonic()
-        while True:
-            time.sleep(BEAT_SECONDS)
+        while not self._over.wait(BEAT_SECONDS):
             slept, woke = time.monotonic() - woke, time.monotonic()
             place = self._place
             if place is None:

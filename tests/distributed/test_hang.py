@@ -1,5 +1,8 @@
 """Limits of phases, and who is named. Real ranks that are stopped: tests/survival/test_hangs.py."""
 
+import subprocess
+import sys
+
 import pytest
 
 from orpo_dist.distributed import hang
@@ -81,3 +84,21 @@ def test_a_store_that_does_not_answer(monkeypatch):
     watch = HangWatch(LIMITS)
     monkeypatch.setattr(watch, "_signs", lambda: hang.threading.Event().wait(5))
     assert watch._others().startswith("The store of the process group does not answer")
+
+
+def test_no_thread_is_left_when_the_interpreter_ends(tmp_path):
+    """A thread that comes back from the store then aborts the process. Here it is in the store nearly all the time."""
+    program = """
+import sys
+from torch import distributed
+from orpo_dist.distributed import hang
+hang.BEAT_SECONDS = 0.0
+distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=int(sys.argv[2]), world_size=2)
+watch = hang.HangWatch(hang.HangLimits(10, 10, 10, 10))
+watch.begin()
+assert len(watch._threads) == 2
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "store")]
+    ranks = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in (0, 1)]
+    told = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], told
