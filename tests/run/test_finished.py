@@ -6,6 +6,8 @@ import time
 from dataclasses import fields
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from orpo_dist.recipe.recipe import Recipe
 from orpo_dist.run.finished import finished_run
@@ -19,6 +21,7 @@ def made(tmp_path):
     for path in (model / "config.json", rows / "train.jsonl", folder / "model.safetensors"):
         path.parent.mkdir()
         path.write_text("{}")
+    save_file({"weight": torch.zeros(2)}, folder / "model.safetensors")
 
     def recipe(**changes):
         asked = {"resume_from_checkpoint": "auto", "max_steps": 4, "use_cpu": True}
