@@ -34,6 +34,7 @@ _OF_PROCESSES = {
     "generate_during_eval",
     "parallelism_config",
     "report_to",
+    "sequence_parallel_size",
     "use_cpu",
 }
 

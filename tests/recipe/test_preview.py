@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from orpo_dist.recipe.preview import preview, without_gpu
+from orpo_dist.errors import UserError
+from orpo_dist.recipe.preview import check_row_groups, preview, without_gpu
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -42,3 +43,11 @@ def test_the_preview_as_a_program_needs_no_torch(recipe):
 def test_recipes_for_gpus_can_be_read_without_one():
     assert without_gpu({"bf16": True}) == ["--use_cpu", "true"]
     assert without_gpu({"fp16": True, "tf32": True})[2:] == ["--fp16", "false", "--tf32", "false"]
+
+
+def test_ranks_that_share_a_row_are_on_one_node(tmp_path):
+    (tmp_path / "r.yaml").write_text("sequence_parallel_size: 3\n")
+    check_row_groups(preview(tmp_path / "r.yaml"), 6)
+    check_row_groups(preview(tmp_path / "r.yaml", ["--sequence_parallel_size", "4"]), 8)
+    with pytest.raises(UserError, match="sequence_parallel_size=3 does not divide the 8 processes of a node"):
+        check_row_groups(preview(tmp_path / "r.yaml"), 8)
