@@ -1,7 +1,7 @@
 """One long pair over several processes: peak memory, and a limit under which one process dies.
 
-    python benchmarks/sequence_parallel.py                          (a row of 16,384 tokens; about two minutes)
-    python benchmarks/sequence_parallel.py --tokens 65536           (about twenty minutes on two cores)
+    python benchmarks/sequence_parallel.py   (a row of 16,384 tokens)
+    python benchmarks/sequence_parallel.py --tokens 65536
 
 A tiny Llama (2 layers of width 128, 4 heads) in float32 on the CPU with gradient checkpointing, one forward and one
 backward of one pair: half of the tokens are the prompt's, a quarter each completion's. Memory is the peak of a process
